@@ -1,0 +1,78 @@
+"""Flags, TOML and one-line errors, for every script of this repository.
+
+A script describes itself in one dataclass whose fields are made by `option`; `parse` turns it into command-line flags
+(--learning-rate for learning_rate), reads --config FILE.toml with the same keys, and refuses what it does not know.
+Order of precedence: the flag, then the file, then the default.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import tomllib
+import typing
+from pathlib import Path
+
+
+class BadInput(ValueError):
+    """The user's input is wrong; the message is one line that names what, where, and the mend."""
+
+
+def option(default, help, choices=None):
+    """A dataclass field with its line of --help; `choices` lists the allowed values."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse(config_class, argv=None):
+    """Command line (default: sys.argv) -> an instance of `config_class`. Raises BadInput for a wrong --config file."""
+    doc = sys.modules[config_class.__module__].__doc__
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the keys below (underscores)")
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        boolean = types[field.name] is bool
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            choices=field.metadata["choices"],
+            help=f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%"),
+            **({"action": argparse.BooleanOptionalAction} if boolean else {"type": types[field.name]}),
+        )
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config")
+    values = _read_toml(Path(path), config_class, types) if path else {}
+    return config_class(**{**values, **given})
+
+
+def _read_toml(path, config_class, types):
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"--config {path}: {error}") from error
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for key, value in values.items():
+        if key not in fields:
+            raise BadInput(f"--config {path}: unknown key {key!r}; --help lists the keys")
+        if types[key] is float and type(value) is int:
+            values[key] = value = float(value)
+        if type(value) is not types[key]:
+            raise BadInput(f"--config {path}: {key} must be a {types[key].__name__}, not {value!r}")
+        choices = fields[key].metadata["choices"]
+        if choices and value not in choices:
+            raise BadInput(f"--config {path}: {key} must be one of {', '.join(choices)}, not {value!r}")
+    return values
+
+
+def one_line_errors():
+    """From here on a BadInput ends the process with its one line and exit code 1; other errors keep their traceback."""
+
+    def hook(kind, error, traceback):
+        if not issubclass(kind, BadInput):
+            return sys.__excepthook__(kind, error, traceback)
+        rank = os.environ.get("RANK", "0")
+        where = Path(sys.argv[0]).name + (f" (rank {rank})" if rank != "0" else "")
+        print(f"{where}: error: {error}", file=sys.stderr, flush=True)
+
+    sys.excepthook = hook

@@ -1,0 +1,79 @@
+"""Figures from what a run wrote.
+
+    python plot.py runs/NAME          # draws runs/NAME/reward.png and runs/NAME/magnitudes.png again
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no display
+import matplotlib.pyplot as plt
+import torch
+from safetensors.torch import load_file, save_file
+
+from cli import BadInput, one_line_errors
+
+
+def reward_curve(run):
+    """runs/NAME/metrics.jsonl (and results.json) -> reward.png: training reward and held-out accuracy before and after."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [m["step"] for m in metrics]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, [m["reward"] for m in metrics], color="tab:blue", label="mean reward of sampled completions")
+    if (run / "results.json").exists():
+        results = json.loads((run / "results.json").read_text())
+        for x, when in ((0, "before"), (steps[-1], "after")):
+            axes.plot(x, results[when]["accuracy"], "o", color="tab:red", label="held-out accuracy" if x == 0 else None)
+    axes.set(xlabel="training step", ylabel="reward", ylim=(0, 1), title=run.name)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(run / "reward.png", dpi=120)
+    plt.close(figure)
+
+
+def save_magnitudes(path, magnitudes, masks):
+    """Magnitudes {name: (H, D)} and masks {name.weight: (H * D,)} of one step -> a safetensors file."""
+    rows = {f"{name}.selected": masks[f"{name}.weight"].view_as(m).contiguous() for name, m in magnitudes.items()}
+    save_file({name: t.cpu() for name, t in {**magnitudes, **rows}.items()}, path)
+
+
+def heatmap(run):
+    """runs/NAME/magnitudes.safetensors -> magnitudes.png: heads x dimensions, a panel per layer, Q and K side by side.
+
+    Colour: magnitude over the largest of its head (so every head is readable); a red dot marks a selected row.
+    """
+    tensors = load_file(run / "magnitudes.safetensors")
+    layers = 1 + max(int(name.split(".")[2]) for name in tensors)
+    figure, grid = plt.subplots(layers, 2, figsize=(14, 1.0 + 1.3 * layers), layout="constrained", squeeze=False)
+    for layer in range(layers):
+        for axes, which in zip(grid[layer], "qk", strict=True):
+            name = f"model.layers.{layer}.self_attn.{which}_proj"
+            magnitude, selected = tensors[name], tensors[name + ".selected"]
+            image = axes.imshow(magnitude / magnitude.amax(-1, keepdim=True), aspect="auto", cmap="viridis", vmin=0, vmax=1)
+            heads, dims = torch.nonzero(selected, as_tuple=True)
+            axes.scatter(dims, heads, s=5, color="red", marker="o", linewidths=0)
+            axes.set(ylabel=f"layer {layer}\nhead", yticks=range(0, len(magnitude), max(1, len(magnitude) // 4)))
+            if layer == 0:
+                axes.set_title(f"{which.upper()}: magnitude / largest of the head; red: selected rows")
+            if layer == layers - 1:
+                axes.set_xlabel("dimension of the head")
+    figure.colorbar(image, ax=grid, fraction=0.02)
+    figure.savefig(run / "magnitudes.png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    one_line_errors()
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] == ["--help"] else 2)
+    directory = Path(sys.argv[1])
+    for file in ("metrics.jsonl", "magnitudes.safetensors"):
+        if not (directory / file).exists():
+            raise BadInput(f"{directory / file} is missing; give the directory of a finished run")
+    reward_curve(directory)
+    heatmap(directory)
+    print(f"{directory}/reward.png {directory}/magnitudes.png")

@@ -1,0 +1,115 @@
+"""Completions from vLLM, in this process: prompts -> groups of completions with the sampler's own log-probabilities.
+
+One engine per data-parallel rank; ranks of one tensor-parallel group hold one engine together and must ask it for the
+same prompts. A group is one request with n = G: the prompt's KV cache is computed once and shared. `sync` gives the engine
+the trainer's weights; it is the only function that changes them.
+"""
+
+import os
+import random
+from dataclasses import dataclass
+
+# vLLM reads these when it is imported. In-process engines are what torchrun's ranks and sync() need.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer keeps its cores
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy
+import torch
+import torch.distributed as dist
+from vllm import LLM, SamplingParams
+
+from model import full_tensor
+
+
+@dataclass
+class Completion:
+    """ids: token ids with the stop token if there was one; logprobs: the sampler's, same length, nats, after temperature;
+    finished: True when it stopped by itself, False when it was cut at max_tokens."""
+
+    ids: list
+    logprobs: list
+    finished: bool
+
+
+class Rollout:
+    """A vLLM engine over a checkpoint directory.
+
+    context_length: most tokens of prompt + completion. dtype: "float32" or "bfloat16". tensor_parallel: ranks that share
+    one engine. gpu_memory: share of the GPU that vLLM may use in all (weights, KV cache; freed by `sleep`).
+    """
+
+    def __init__(self, checkpoint, context_length, dtype, seed=0, tensor_parallel=1, gpu_memory=0.5):
+        self.cuda = torch.cuda.is_available()
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        device_options = {"enforce_eager": True, "block_size": 32}  # small blocks share more of a short prompt
+        if self.cuda:
+            device_options = {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory}
+        random_states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        threads = torch.get_num_threads()
+        self.engine = LLM(
+            model=str(checkpoint),
+            dtype=dtype,
+            max_model_len=context_length,
+            seed=seed + rank // tensor_parallel,  # equal within a tensor-parallel group
+            tensor_parallel_size=tensor_parallel,
+            distributed_executor_backend="external_launcher" if dist.is_initialized() else None,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            **device_options,
+        )
+        torch.set_num_threads(threads)
+        random.setstate(random_states[0])  # an in-process engine reseeds the caller's generators
+        numpy.random.set_state(random_states[1])
+        torch.set_rng_state(random_states[2])
+
+    def generate(self, prompts, n, temperature, max_tokens, seeds, stop_ids):
+        """prompts: lists of token ids; seeds: one int per prompt (sample j of a prompt uses seed + j); temperature 0 is
+        greedy -> for each prompt a list of n Completions."""
+        params = [
+            SamplingParams(
+                n=n,
+                temperature=temperature,
+                top_p=1.0,
+                top_k=0,
+                min_p=0.0,
+                max_tokens=max_tokens,
+                seed=seed,
+                stop_token_ids=stop_ids,
+                logprobs=0,  # of the sampled token only
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return [[self._completion(sample) for sample in output.outputs] for output in outputs]
+
+    @staticmethod
+    def _completion(sample):
+        ids = list(sample.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(sample.logprobs, ids, strict=True)]
+        return Completion(ids, logprobs, sample.finish_reason == "stop")
+
+    def sync(self, model):
+        """Give the engine `model`'s weights, one parameter at a time (gathered from FSDP2 shards; every rank must call)
+        and forget the KV cache of the old ones."""
+        weights = ((name, full_tensor(parameter)) for name, parameter in model.named_parameters())
+        if self.cuda:
+            self.engine.wake_up(tags=["weights"])
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.cuda:
+            self.engine.wake_up(tags=["kv_cache"])
+        self.engine.reset_prefix_cache()
+
+    def sleep(self):
+        """Free the engine's GPU memory, weights and KV cache, until the next `sync`. Nothing to free on a CPU."""
+        if self.cuda:
+            self.engine.sleep(level=2)
+
+    def close(self):
+        """Shut the engine down; before the process group is destroyed, whose handles it holds."""
+        self.engine.llm_engine.engine_core.shutdown()

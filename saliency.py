@@ -1,0 +1,116 @@
+"""LongAct's mask: activations -> magnitudes -> per-head rows -> masks -> masked gradients (paper, Algorithm 1).
+
+    with Tracker(model) as tracker:
+        loss = ...group_logprobs...            # every forward inside is counted, once
+        loss.backward()
+    masks = select_rows(tracker.magnitudes(), fraction=0.3)
+    mask_gradients(model, masks)               # before clipping, before optimizer.step()
+
+This file knows nothing of RL; of FSDP2 it knows that a gradient may be a DTensor. H heads (query or key), D head size.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+RULES = ("top", "bottom", "random", "all")
+
+
+class Tracker:
+    """Context manager that gathers a model's Q/K activation norms.
+
+    site "proj" measures the outputs of q_proj and k_proj, one to one with the rows of their weights (the paper's
+    reading); "norm" measures after q_norm and k_norm. Neither is mixed by RoPE.
+    """
+
+    def __init__(self, model, site="proj"):
+        if site not in ("proj", "norm"):
+            raise ValueError(f"site must be 'proj' or 'norm', not {site!r}")
+        self.model, self.site = model, site
+        self.sums, self.sequences = None, 0
+
+    def __enter__(self):
+        if self.model.tracker is not None:
+            raise RuntimeError("another Tracker is active on this model")
+        self.model.tracker = self
+        return self
+
+    def __exit__(self, *exc):
+        self.model.tracker = None
+
+    def add(self, norms, sequences):
+        """Called by the model once per forward. norms: per layer (q (H, D), k (Hk, D)), each the sum over `sequences`
+        sequences of the L2 norm over its tokens."""
+        norms = [norm for layer in norms for norm in layer]
+        self.sums = norms if self.sums is None else [total + norm for total, norm in zip(self.sums, norms, strict=True)]
+        self.sequences += sequences
+
+    def magnitudes(self):
+        """M[h, d] = (1/B) sum_i sqrt(sum_s x_i[s, h, d]^2) over all B sequences of all ranks (paper, section 3).
+
+        -> {"model.layers.0.self_attn.q_proj": (H, D) fp32, "model.layers.0.self_attn.k_proj": (Hk, D) fp32, ...}.
+        One all-reduce when torch.distributed is initialised; every rank must call it. RuntimeError if nothing was seen.
+        """
+        if self.sums is None:
+            raise RuntimeError("no forward ran inside the Tracker")
+        flat = torch.cat([total.flatten() for total in self.sums] + [self.sums[0].new_tensor([self.sequences])])
+        if dist.is_initialized():
+            dist.all_reduce(flat)
+        sizes = [total.numel() for total in self.sums]
+        means = (flat[:-1] / flat[-1]).split(sizes)
+        names = (f"model.layers.{i // 2}.self_attn.{'qk'[i % 2]}_proj" for i in range(len(sizes)))
+        return {name: mean.view_as(total) for name, mean, total in zip(names, means, self.sums, strict=True)}
+
+
+def select_rows(magnitudes, fraction=0.3, rule="top", generator=None):
+    """Choose floor(fraction * D) dimensions, at least one, in every head -> {weight name: bool (H * D,)}.
+
+    rule "top": the largest magnitudes (LongAct); "bottom": the smallest; "random": drawn from `generator` (a CPU
+    torch.Generator, equal on every rank); "all": every row, which is dense training. Equal magnitudes: the lower
+    dimension wins, so all ranks agree. Row h * D + d of W_Q is dimension d of head h (Algorithm 1, steps 2 and 3).
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {RULES}, not {rule!r}")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], not {fraction}")
+    masks = {}
+    for name, magnitude in magnitudes.items():
+        if rule == "all":
+            mask = torch.ones_like(magnitude, dtype=torch.bool)
+        else:
+            key = torch.rand(magnitude.shape, generator=generator) if rule == "random" else magnitude
+            order = key.to(magnitude.device).sort(dim=-1, descending=rule != "bottom", stable=True).indices
+            kept = max(1, math.floor(fraction * magnitude.size(-1) + 1e-9))  # 0.29 * 100 is 28.999999999999996
+            mask = torch.zeros_like(magnitude, dtype=torch.bool).scatter_(-1, order[:, :kept], True)
+        masks[name + ".weight"] = mask.flatten()
+    return masks
+
+
+@torch.no_grad()
+def mask_gradients(model, masks):
+    """Zero the gradient rows outside the masks, in place (Algorithm 1, step 4); other parameters are not touched.
+
+    Gradients may be plain tensors or FSDP2 DTensors with uneven or empty shards; nothing is communicated. Call it after
+    the last backward of a step and before clipping. KeyError for a mask without a parameter.
+    """
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        gradient = parameters[name].grad
+        rows = mask.to(gradient.dtype)[:, None]
+        if isinstance(gradient, DTensor):
+            rows = distribute_tensor(rows, gradient.device_mesh, gradient.placements, src_data_rank=None)
+        gradient.mul_(rows)
+
+
+def selected_share(magnitudes, masks):
+    """Share of the squared magnitude that lies in the selected rows, over all layers; a 0-dim tensor in [0, 1]."""
+    squares = [(magnitude.flatten().square(), masks[name + ".weight"]) for name, magnitude in magnitudes.items()]
+    return sum((square * mask).sum() for square, mask in squares) / sum(square.sum() for square, _ in squares)
+
+
+def overlap(masks, others):
+    """Share of the selected rows that `others` selected too; a 0-dim tensor in [0, 1]."""
+    both = sum((mask & others[name]).sum() for name, mask in masks.items())
+    return both / sum(mask.sum() for mask in masks.values())

@@ -1,0 +1,56 @@
+"""What tests share: small random Qwen3 models, and scripts run as scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")  # the same on every machine; GPU tests are marked
+
+from model import Qwen3, Qwen3Config  # noqa: E402
+
+SMALL = dict(
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,  # 4 * 16 is not 48: the head size is its own
+    intermediate_size=80,
+    vocab_size=101,
+    max_position_embeddings=256,
+    initializer_range=0.2,  # large enough that wrong attention or rope shows
+)
+
+
+@pytest.fixture
+def small():
+    return make_small()
+
+
+def make_small(tied=True, seed=0, **changes):
+    config = Qwen3Config(**{**SMALL, "tie_word_embeddings": tied, **changes})
+    model = Qwen3.from_config(config, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():  # norms of 1 would hide a forgotten norm weight
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed + 1))
+    return model
+
+
+def run_script(*arguments, timeout=600, env=None):
+    """Run a script of the repository as a user would -> CompletedProcess with text output."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def run_ranks(ranks, code, *arguments, timeout=300):
+    """Run a Python file under torchrun with `ranks` gloo processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return run_script(*torchrun, code, *arguments, timeout=timeout, env=env)

@@ -1,0 +1,266 @@
+"""model.py against transformers' Qwen3 and against its own dense layout."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import model as model_file
+from cli import BadInput
+from conftest import SMALL, make_small
+from model import Head, Qwen3, Qwen3Config
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def reference(model, path, **kwargs):
+    model.save_pretrained(path)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **kwargs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("yarn", [None, YARN, {**YARN, "factor": 2.5, "beta_fast": 16, "truncate": False}])
+def test_logits_and_every_gradient_agree_with_transformers(tied, yarn, tmp_path):
+    ours = make_small(tied, rope_scaling=yarn)
+    theirs = reference(ours, tmp_path / "checkpoint", attn_implementation="eager")
+    ids = torch.randint(0, 101, (2, 200))
+    logits, expected = ours(ids), theirs(ids).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    weights = torch.randn(logits.shape)
+    (logits * weights).mean().backward()
+    (expected * weights).mean().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    assert gradients.keys() == {name for name, _ in ours.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        {"rope_parameters": {"rope_theta": 5e5, **YARN}},
+        {"rope_parameters": {"rope_theta": 5e5, **YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+        {"rope_parameters": {"rope_theta": 5e5, **YARN, "attention_factor": 1.5}},
+    ],
+)
+def test_rope_of_old_and_new_configs_equals_transformers(raw):
+    config = {**SMALL, "tie_word_embeddings": True, "model_type": "qwen3", **raw}
+    frequencies, factor = model_file.rope_frequencies(Qwen3Config.from_dict(config))
+    rotary = transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding(transformers.Qwen3Config(**config))
+    torch.testing.assert_close(frequencies, rotary.inv_freq, atol=0, rtol=1e-6)
+    assert factor == pytest.approx(rotary.attention_scaling)
+
+
+def test_yarn_of_the_model_card_has_the_published_constants():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = Qwen3Config(*model_file.SIZES["8B"], rope_scaling=yarn)
+    plain, _ = model_file.rope_frequencies(Qwen3Config.preset("8B"))
+    frequencies, factor = model_file.rope_frequencies(config)
+    assert factor == pytest.approx(1.138629, abs=1e-6)
+    torch.testing.assert_close(frequencies[:24], plain[:24])
+    torch.testing.assert_close(frequencies[40:], plain[40:] / 4)
+    assert config.context_length == 131072
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [("0.6B", 596.0), ("1.7B", 1720.6), ("4B-Base", 4022.5), ("8B", 8190.7), ("14B-Base", 14768.3), ("32B", 32762.1)],
+)
+def test_presets_have_the_published_number_of_parameters(name, millions):
+    with torch.device("meta"):
+        model = Qwen3(Qwen3Config.preset(name))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert Qwen3Config.preset(name).eos_token_id == (151643 if name.endswith("Base") else 151645)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_theta": None}, "rope_theta"),
+        ({"num_key_value_heads": 3}, "share"),
+    ],
+)
+def test_unsupported_configs_are_refused_by_name(change, word):
+    config = {**SMALL, "tie_word_embeddings": True, "model_type": "qwen3", "rope_theta": 1e6}
+    Qwen3Config.from_dict(config)
+    with pytest.raises(BadInput, match=word):
+        Qwen3Config.from_dict({**config, **change})
+
+
+def test_missing_config_keys_are_named():
+    with pytest.raises(BadInput, match="hidden_size, num_hidden_layers missing"):
+        raw = {**SMALL, "tie_word_embeddings": True, "model_type": "qwen3", "rope_theta": 1e6}
+        del raw["hidden_size"], raw["num_hidden_layers"]
+        Qwen3Config.from_dict(raw)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharded_checkpoints_round_trip_and_load_in_transformers(tied, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
+    ours = make_small(tied)
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "tokenizer.json").write_text("{}")
+    ours.save_pretrained(tmp_path / "checkpoint", dtype, companions_from=tmp_path / "from")
+    ours.save_pretrained(tmp_path / "checkpoint", dtype, companions_from=tmp_path / "from")  # replaces the first
+    index = json.loads((tmp_path / "checkpoint" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "from"]
+    assert (tmp_path / "checkpoint" / "tokenizer.json").exists()
+    again = Qwen3.from_pretrained(tmp_path / "checkpoint")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "checkpoint", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    theirs = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        expected = parameter.to(dtype).float()
+        assert torch.equal(dict(again.named_parameters())[name], expected), name
+        assert torch.equal(theirs[name], expected), name
+
+
+def test_a_checkpoint_written_by_transformers_loads(tmp_path):
+    config = transformers.Qwen3Config(**SMALL, tie_word_embeddings=True, rope_parameters={"rope_theta": 5e5, **YARN})
+    theirs = transformers.Qwen3ForCausalLM(config)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    ours = Qwen3.from_pretrained(tmp_path)
+    ids = torch.randint(0, 101, (1, 50))
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def drop(tensors, config):
+    del tensors["model.norm.weight"]
+    return "lacks tensor model.norm.weight"
+
+
+def misshape(tensors, config):
+    tensors["model.norm.weight"] = torch.ones(47)
+    return r"model.norm.weight has shape \[47\], config.json makes it \[48\]"
+
+
+def extra(tensors, config):
+    tensors["model.layers.9.mlp.up_proj.weight"] = torch.ones(3)
+    return "unexpected tensor model.layers.9"
+
+
+@pytest.mark.parametrize("damage", [drop, misshape, extra])
+def test_missing_misshapen_and_unexpected_tensors_are_named(damage, small, tmp_path):
+    small.save_pretrained(tmp_path / "c")
+    tensors = load_file(tmp_path / "c" / "model.safetensors")
+    message = damage(tensors, None)
+    save_file(tensors, tmp_path / "c" / "model.safetensors")
+    with pytest.raises(BadInput, match=message):
+        Qwen3.from_pretrained(tmp_path / "c")
+
+
+def test_broken_directories_are_named(small, tmp_path):
+    with pytest.raises(BadInput, match="no config.json"):
+        Qwen3.from_pretrained(tmp_path / "nothing")
+    small.save_pretrained(tmp_path / "c")
+    (tmp_path / "c" / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(BadInput, match="not a readable safetensors"):
+        Qwen3.from_pretrained(tmp_path / "c")
+    (tmp_path / "c" / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match="neither model.safetensors nor"):
+        Qwen3.from_pretrained(tmp_path / "c")
+    (tmp_path / "c" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(BadInput, match="gone.safetensors is missing"):
+        Qwen3.from_pretrained(tmp_path / "c")
+
+
+# ------------------------------------------------------------------------------------------------------- shared prefix
+
+
+def dense(model, prompt, completions, temperature):
+    """One row per completion, full logits, no sharing -> list of log-probabilities and of entropies."""
+    logprobs, entropies = [], []
+    for completion in completions:
+        logits = model(torch.cat((prompt, completion))[None])[0, len(prompt) - 1 : -1] / temperature
+        table = logits.log_softmax(-1)
+        logprobs.append(table.gather(-1, completion[:, None])[:, 0])
+        entropies.append(-(table.exp() * table).sum(-1))
+    return logprobs, entropies
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.sampled_from([0.5, 1.0, 1.7]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(1, 50),
+)
+def test_group_logprobs_equal_the_dense_layout(prompt_length, lengths, temperature, tied, checkpointing, chunk):
+    model = make_small(tied)
+    model.checkpointing, model.lm_head.chunk = checkpointing, chunk
+    prompt = torch.randint(0, 101, (prompt_length,))
+    completions = [torch.randint(0, 101, (n,)) for n in lengths]
+    expected, expected_entropies = dense(model, prompt, completions, temperature)
+    weights = [torch.randn(n) for n in lengths]
+
+    def gradients(logprobs, entropies):
+        model.zero_grad()
+        sum((w * (lp + 0.3 * e)).sum() for w, lp, e in zip(weights, logprobs, entropies, strict=True)).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected_gradients = gradients(expected, expected_entropies)
+    logprobs, entropies = model.group_logprobs(prompt, completions, temperature, entropy=True)
+    assert [lp.dtype for lp in logprobs] == [torch.float32] * len(lengths)
+    torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(entropies, expected_entropies, atol=1e-4, rtol=1e-4)
+    scale = max(g.abs().max() for g in expected_gradients.values())
+    for name, gradient in gradients(logprobs, entropies).items():
+        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_prompt_passes_through_the_network_once(small):
+    seen = []
+    small.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[:2].numel()))
+    heads = []
+    small.lm_head.register_forward_hook(lambda module, args, out: heads.append(out[0].shape[0]))
+    small.group_logprobs(torch.arange(50), [torch.arange(n) + 1 for n in (3, 7, 5)])
+    assert seen == [50 + 15]
+    assert heads == [15]  # logits of completion tokens only
+
+
+def test_logprobs_of_masked_tokens_equal_full_logits(small):
+    ids, mask = torch.randint(0, 101, (3, 20)), torch.rand(3, 20) < 0.4
+    mask[:, 0] = False
+    table = small(ids).log_softmax(-1)[:, :-1]
+    expected = table.gather(-1, ids[:, 1:, None])[..., 0][mask[:, 1:]]
+    torch.testing.assert_close(small.logprobs(ids, mask), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prompt, completions", [(0, [3]), (3, [2, 0]), (3, [])])
+def test_empty_prompts_and_completions_are_refused(small, prompt, completions):
+    with pytest.raises(ValueError, match="lengths"):
+        small.group_logprobs(torch.arange(prompt), [torch.arange(n) for n in completions])
+
+
+def test_the_head_never_holds_more_logits_than_a_chunk(monkeypatch):
+    head = Head(Qwen3Config(**SMALL, tie_word_embeddings=False))
+    torch.nn.init.normal_(head.weight)
+    head.chunk, sizes = 7, []
+    original = model_file.token_logprobs
+    monkeypatch.setattr(model_file, "token_logprobs", lambda h, *rest: sizes.append(len(h)) or original(h, *rest))
+    head(torch.randn(30, 48), torch.zeros(30, dtype=torch.int64))[0].sum().backward()
+    assert sizes == [7, 7, 7, 7, 2] + [2, 7, 7, 7, 7]  # forward, then the same chunks again in backward

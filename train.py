@@ -1,0 +1,453 @@
+"""LongAct training: reinforcement learning that updates, of W_Q and W_K, only the rows behind high-magnitude activations.
+
+    torchrun train.py                                       # assets/tiny on the recall task: minutes on a laptop
+    torchrun --nproc-per-node 2 train.py                    # the same on two processes
+    torchrun --nproc-per-node 8 train.py --model Qwen/Qwen3-8B --data rl.jsonl --context 32768 --max-completion 4096 \\
+        --learning-rate 1e-6 --warmup 20 --completions 16   # the paper's setting; Qwen/Qwen3-8B is a local directory
+
+It reads top to bottom, one step of training as the data flows: prompts -> groups of completions (rollout.py) -> rewards
+(data.py) -> advantages (grpo.py) -> log-probabilities of the group in one forward (model.py) -> loss (dapo.py, grpo.py) ->
+backward -> masks from this step's activations (saliency.py) -> masked gradients -> clip -> AdamW -> weights to vLLM.
+
+Where we depart from the papers, or had to choose
+- LongAct does not say which tokens count: every real token of prompt and completions does, once per sequence. It rounds
+  fraction * head size in a way it does not say: down, at least one row.
+- Its mask is on gradients, so AdamW's momentum still moves a row that was selected before. Weight decay is 0 by default:
+  it would move every row.
+- The mask of a step comes from that step's own forward; with several updates per rollout, from each update's.
+- Masking comes before clipping, so when clipping binds the other weights get a larger share of the step.
+- DAPO: surplus groups of dynamic sampling are dropped, not kept for the next step. Rewards are mapped to 2 r - 1 (+1
+  correct, -1 not) before the overlong punishment is added, whose range of 1 is relative to that.
+- vLLM's log-probabilities and ours differ by rounding; truncated importance sampling corrects it (--importance-cap).
+
+metrics.jsonl, one object a step
+  step, prompts_drawn          steps done; prompts drawn from the source so far
+  reward, accuracy             mean reward of all sampled completions; share of them with reward >= 1
+  all_right, all_wrong         share of sampled groups whose rewards are all equal and >= 1, all equal and below
+  rounds                       generation rounds dynamic sampling needed
+  completion_tokens, finished  mean length of a trained completion; share of them that stopped by themselves
+  loss                         the policy loss. With one update per rollout every ratio is 1 and a group's advantages sum to
+                               0, so it reads near 0 (with equal lengths exactly 0) however well training goes: watch
+                               reward. Its gradient is not 0.
+  ratio, clip_fraction         mean pi / pi_old; share of tokens whose gradient clipping removed
+  entropy, kl                  mean entropy of the policy per token, nats; mean k3 to the reference model (0 if --beta 0)
+  mismatch_mean, mismatch_max  |trainer - sampler| log-probability of sampled tokens, nats: the proof that vLLM has our weights
+  mismatch_k3                  k3 estimate of KL(sampler || trainer) per token
+  importance_capped            share of tokens whose importance weight reached the cap
+  grad_norm, grad_norm_masked  gradient norm before and after masking (before clipping)
+  selected_share, mask_overlap share of squared Q/K magnitude in the selected rows; share of selected rows selected in the
+                               previous update too (null in the first)
+  learning_rate                of the last update
+  tokens_trained               tokens through the network in one training forward: sum over groups of P + sum(R_i)
+  tokens_unshared              what it would be with the prompt repeated per completion: sum of G * P + sum(R_i)
+  seconds, tokens_per_second   wall time by stage (rollout, reward, logprobs, backward, mask, step, sync) on rank 0; prompt
+                               and completion tokens trained on per second of the whole step. The only keys that differ
+                               between two runs with the same seed on the same machine.
+"""
+
+import json
+import os
+import random
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import dapo
+import data
+import grpo
+import plot
+import saliency
+from cli import BadInput, one_line_errors, option, parse
+from model import Qwen3, Qwen3Config
+
+
+@dataclass
+class Config:
+    # what
+    model: str = option("assets/tiny", "checkpoint directory to start from: config.json, safetensors, tokenizer.json")
+    name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
+    data: str = option("", "JSONL of prompts, see data.py (default: the recall task, made on the fly)")
+    eval_data: str = option("", "JSONL of held-out prompts, evaluated before and after (needed only with --data)")
+    reward: str = option("data:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
+    thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
+    facts: int = option(24, "recall task: facts in a passage")
+    filler: int = option(24, "recall task: filler sentences in a passage")
+    seed: int = option(0, "seed of prompts, sampling and random rows")
+    # how much
+    steps: int = option(100, "training steps, each one rollout")
+    prompts: int = option(16, "groups (prompts) a step trains on, over all ranks")
+    completions: int = option(16, "G, completions per prompt")
+    updates: int = option(1, "optimizer updates per rollout; each takes prompts / updates groups")
+    context: int = option(0, "most tokens of prompt + completion (0: what the model's config allows)")
+    max_completion: int = option(24, "most tokens of a completion")
+    eval_prompts: int = option(256, "held-out prompts for the accuracy before and after (recall task)")
+    # the algorithm
+    algorithm: str = option("dapo", "dapo: clip-higher, token mean, dynamic sampling, overlong punishment", ["dapo", "grpo"])
+    temperature: float = option(1.0, "sampling temperature; the trainer's log-probabilities use the same")
+    epsilon_low: float = option(0.2, "ratio clipping below 1")
+    epsilon_high: float = option(0.28, "ratio clipping above 1 (DAPO 0.28; GRPO's paper 0.2)")
+    dual_clip: float = option(10.0, "for negative advantages the loss is capped at this times |advantage|")
+    normalize_std: bool = option(True, "divide advantages by the group's standard deviation (no: Dr. GRPO)")
+    aggregation: str = option("sequence", "grpo only; dapo is always the token mean", list(grpo.AGGREGATIONS))
+    beta: float = option(0.0, "grpo only: weight of the KL term to the starting model (GRPO's paper 0.04)")
+    max_rounds: int = option(10, "dapo: generation rounds after which a batch that does not fill is an error")
+    overlong_cache: int = option(4, "dapo: the last tokens of max_completion over which the punishment grows to -1")
+    importance_cap: float = option(2.0, "cap of the token-level importance weights pi_old / pi_sampler; 0 turns them off")
+    # LongAct
+    rule: str = option("top", "rows of W_Q, W_K that are updated: top is LongAct, all is dense", list(saliency.RULES))
+    fraction: float = option(0.3, "share of each head's dimensions that is selected (paper: 0.3)")
+    site: str = option("proj", "magnitudes of the projections' outputs, or after q_norm and k_norm", ["proj", "norm"])
+    # the optimizer
+    learning_rate: float = option(3e-4, "AdamW's learning rate, constant after warm-up (8B: 1e-6)")
+    warmup: int = option(5, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay; it would move masked rows too")
+    adam_beta2: float = option(0.999, "AdamW's second-moment decay")
+    max_grad_norm: float = option(1.0, "gradient norm to clip at, after masking")
+    # the machine
+    mismatch_limit: float = option(0.0, "stop when mismatch_mean exceeds it (0: 0.001 in fp32, 0.1 in bf16)")
+    tensor_parallel: int = option(1, "ranks that share one vLLM engine")
+    gpu_memory: float = option(0.5, "share of GPU memory for vLLM while it generates; freed while training")
+    checkpointing: bool = option(True, "recompute each block in backward instead of keeping its activations")
+
+
+@dataclass
+class Group:
+    """One prompt and its completions; `index` is its place among all prompts drawn, which fixes its seed."""
+
+    index: int
+    prompt: list  # P token ids
+    completions: list  # G rollout.Completion
+    rewards: torch.Tensor  # (G,) as the reward function gave them
+    advantages: torch.Tensor = None  # (G,)
+    old_logprobs: torch.Tensor = None  # (N,) on the rank that trains it
+
+    @property
+    def tokens(self):  # what a training forward costs
+        return len(self.prompt) + sum(len(completion.ids) for completion in self.completions)
+
+
+one_line_errors()
+config = parse(Config)
+
+# ------------------------------------------------------------------------------------------------- ranks and devices
+
+if "RANK" not in os.environ:  # started by python, not torchrun: one process
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+cuda = torch.cuda.is_available()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+compute_dtype = torch.bfloat16 if cuda else torch.float32
+main = rank == 0
+
+groups_per_update, uneven = divmod(config.prompts, config.updates)
+if uneven or groups_per_update % world:
+    raise BadInput(
+        f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {world} ranks need a multiple of "
+        f"{config.updates * world}"
+    )
+if config.tensor_parallel < 1 or world % config.tensor_parallel:
+    raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")
+if config.tensor_parallel > 1 and not cuda:
+    raise BadInput(f"--tensor-parallel {config.tensor_parallel} needs a GPU per rank, and there is none")
+for key in ("steps", "prompts", "completions", "updates", "max_completion", "temperature", "learning_rate", "max_rounds"):
+    if getattr(config, key) <= 0:
+        raise BadInput(f"--{key.replace('_', '-')} must be positive, not {getattr(config, key)}")
+if not 0 < config.fraction <= 1:
+    raise BadInput(f"--fraction must be in (0, 1], not {config.fraction}")
+if config.algorithm == "dapo" and config.completions < 2:
+    raise BadInput("--completions 1 gives every group an advantage of 0; dapo needs at least 2")
+if config.beta and config.algorithm == "dapo":
+    raise BadInput("--beta needs --algorithm grpo: DAPO has no KL term")
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+model_config = Qwen3Config.from_pretrained(config.model)
+config.context = config.context or model_config.context_length
+if config.context > model_config.context_length:
+    raise BadInput(f"--context {config.context} is more than the {model_config.context_length} tokens of {config.model}")
+if config.max_completion >= config.context:
+    raise BadInput(f"--max-completion {config.max_completion} leaves no room for a prompt in {config.context} tokens")
+tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
+stop_ids = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+reward = data.load_reward(config.reward)
+prompt_limit = config.context - config.max_completion
+
+if config.data:
+    source = data.JsonlSource(config.data, config.seed)
+    held_out = data.read_jsonl(config.eval_data) if config.eval_data else []
+    for row in [*source.rows, *held_out]:  # a prompt that is too long shows now, not in hours
+        data.encode_prompt(tokenizer, row, config.thinking, prompt_limit)
+else:
+    source = data.RecallSource(f"train {config.seed}", config.facts, config.filler)
+    held_out_source = data.RecallSource("held out", config.facts, config.filler)
+    held_out = [held_out_source[i] for i in range(config.eval_prompts)]
+
+# ----------------------------------------------------------------------------------------------- engine, then model
+
+dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+if cuda:
+    torch.cuda.set_device(device)
+torch.manual_seed(config.seed)
+run = Path("runs") / (config.name or time.strftime("%Y-%m-%d-%H%M%S"))
+if main:
+    if run.exists():
+        raise BadInput(f"{run} exists; choose another --name or remove it")
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({**asdict(config), "ranks": world, "device": str(device)}, indent=2) + "\n")
+    print(f"run directory: {run}", flush=True)
+
+from rollout import Rollout  # noqa: E402  (after the checks above: importing vLLM takes seconds)
+
+engine = Rollout(
+    config.model,
+    config.context,
+    str(compute_dtype).removeprefix("torch."),
+    config.seed,
+    config.tensor_parallel,
+    config.gpu_memory,
+)
+mesh = dist.init_device_mesh(device.type, (world,)) if cuda or world > 1 else None
+model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
+model.checkpointing = config.checkpointing
+reference = Qwen3.from_pretrained(config.model, compute_dtype, device, mesh, compute_dtype) if config.beta else None
+optimizer = torch.optim.AdamW(
+    model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
+)
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup)))
+mismatch_limit = config.mismatch_limit or (0.1 if compute_dtype == torch.bfloat16 else 1e-3)
+random_rows = torch.Generator().manual_seed(config.seed)
+seconds = defaultdict(float)
+
+
+@contextmanager
+def stage(name):
+    started = time.perf_counter()
+    yield
+    if cuda:
+        torch.cuda.synchronize()
+    seconds[name] += time.perf_counter() - started
+
+
+def sample(rows, indices, n, temperature):
+    """rows and their indices -> Groups with rewards, on every rank the same list in the same order.
+
+    Each engine samples its share; the seed of a completion depends on its prompt's index and its place only.
+    """
+    share, shares = rank // config.tensor_parallel, world // config.tensor_parallel
+    rows, indices = rows[share::shares], indices[share::shares]
+    with stage("rollout"):
+        prompts = [data.encode_prompt(tokenizer, row, config.thinking, prompt_limit) for row in rows]
+        seeds = [config.seed * 2**32 + index * config.completions for index in indices]
+        sampled = engine.generate(prompts, n, temperature, config.max_completion, seeds, stop_ids) if prompts else []
+    with stage("reward"):
+        groups = []
+        for row, index, prompt, completions in zip(rows, indices, prompts, sampled, strict=True):
+            texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+            answers = [data.answer_text(text, config.thinking) for text in texts]
+            rewards = torch.tensor([data.score(reward, answer, row) for answer in answers])
+            groups.append(Group(index, prompt, completions, rewards))
+        everyone = [None] * world
+        dist.all_gather_object(everyone, groups)
+    leaders = everyone[:: config.tensor_parallel]  # ranks of one engine all hold the same groups
+    return sorted((group for groups in leaders for group in groups), key=lambda group: group.index)
+
+
+def evaluate():
+    """Accuracy on the held-out prompts, one completion each: at temperature 1, as the paper evaluates, and greedily."""
+    result = {"prompts": len(held_out)}
+    for key, temperature in (("accuracy", 1.0), ("accuracy_greedy", 0.0)):
+        groups = sample(held_out, [2**24 + i for i in range(len(held_out))], 1, temperature)
+        result[key] = sum(group.rewards.item() >= 1 for group in groups) / len(groups)
+    return result
+
+
+def my_share(groups):
+    """Deal groups to ranks, the longest first, back and forth, so that tokens are even; this rank's, longest first."""
+    by_tokens = sorted(groups, key=lambda group: (-group.tokens, group.index))
+    return [group for i, group in enumerate(by_tokens) if rank == min(i % (2 * world), 2 * world - 1 - i % (2 * world))]
+
+
+def logprobs_of(policy, group, entropy=False):
+    """The group's tokens through the policy in one forward -> (N,) fp32 (and (N,) entropies)."""
+    prompt = torch.tensor(group.prompt, device=device)
+    completions = [torch.tensor(completion.ids, device=device) for completion in group.completions]
+    result = policy.group_logprobs(prompt, completions, config.temperature, entropy)
+    return tuple(map(torch.cat, result)) if entropy else torch.cat(result)
+
+
+before = evaluate() if held_out else None
+if main and before:
+    print(f"before: {before['accuracy']:.3f} of {len(held_out)} held-out prompts right, {before['accuracy_greedy']:.3f} greedy")
+
+# -------------------------------------------------------------------------------------------------------------- loop
+
+metrics_file = open(run / "metrics.jsonl", "w") if main else None
+bar = tqdm(total=config.steps, desc="train", unit="step", disable=not main)
+drawn, previous_masks = 0, None
+
+for step in range(1, config.steps + 1):
+    seconds.clear()
+    started = time.perf_counter()
+
+    # Rollout and reward. DAPO draws until the batch is full of groups whose completions differ in correctness.
+    batch, sampled, rounds = [], [], 0
+    while len(batch) < config.prompts:
+        if rounds == config.max_rounds:
+            raise BadInput(
+                f"step {step}: {rounds} rounds of {config.prompts} prompts gave {len(batch)} groups with both right and "
+                f"wrong answers, {config.prompts} are needed; the task is too hard or too easy for this model, or raise "
+                f"--max-rounds or --completions"
+            )
+        indices = list(range(drawn, drawn + config.prompts))
+        groups = sample([source[i] for i in indices], indices, config.completions, config.temperature)
+        batch += [group for group in groups if config.algorithm == "grpo" or dapo.keep_group(group.rewards)]
+        sampled += groups
+        drawn += config.prompts
+        rounds += 1
+    batch = batch[: config.prompts]
+    engine.sleep()
+
+    # Advantages, from shaped rewards.
+    for group in batch:
+        rewards = group.rewards
+        if config.algorithm == "dapo":
+            lengths = [len(completion.ids) for completion in group.completions]
+            penalties = [dapo.overlong_penalty(n, config.max_completion, config.overlong_cache) for n in lengths]
+            rewards = 2 * rewards - 1 + torch.tensor(penalties)
+        group.advantages = grpo.advantages(rewards, config.normalize_std)
+
+    # Minibatches, one per update. With several, old log-probabilities are computed once, before the first changes them.
+    minibatches = [batch[i :: config.updates] for i in range(config.updates)]
+    if config.updates > 1:
+        with stage("logprobs"), torch.no_grad():
+            for minibatch in minibatches:
+                for group in my_share(minibatch):
+                    group.old_logprobs = logprobs_of(model, group)
+
+    step_sums, update_means = torch.zeros(8, dtype=torch.float64), defaultdict(float)
+    worst_mismatch = torch.zeros(1, dtype=torch.float64)
+    for minibatch in minibatches:
+        tokens = sum(group.tokens - len(group.prompt) for group in minibatch)  # completion tokens over all ranks
+        sequences = len(minibatch) * config.completions
+        sums = torch.zeros(8, dtype=torch.float64, device=device)  # of loss, ratio, clipped, kl, entropy, |d|, k3, capped
+        worst = torch.zeros(1, dtype=torch.float64, device=device)
+        with saliency.Tracker(model, config.site) as tracker:
+            for group in my_share(minibatch):
+                with stage("logprobs"):
+                    logprobs, entropies = logprobs_of(model, group, entropy=True)
+                    old = group.old_logprobs if group.old_logprobs is not None else logprobs.detach()
+                    sampler = torch.cat([torch.tensor(completion.logprobs) for completion in group.completions]).to(device)
+                    lengths = [len(completion.ids) for completion in group.completions]
+                    advantages = group.advantages.repeat_interleave(torch.tensor(lengths)).to(device)
+                    terms = {"dual_clip": config.dual_clip}
+                    if config.importance_cap:
+                        terms["importance"] = grpo.importance_weights(old, sampler, config.importance_cap)
+                    if reference is not None:
+                        with torch.no_grad():
+                            terms |= {"beta": config.beta, "ref_logprobs": logprobs_of(reference, group)}
+                    epsilons = config.epsilon_low, config.epsilon_high
+                    if config.algorithm == "dapo":
+                        loss, stats = dapo.loss(logprobs, old, advantages, tokens, *epsilons, **terms)
+                    else:
+                        how = lengths, config.aggregation, sequences, tokens, config.max_completion
+                        weights = grpo.token_weights(*how).to(device)
+                        loss, stats = grpo.loss(logprobs, old, advantages, weights, *epsilons, **terms)
+                with stage("backward"):
+                    (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
+                d = (old - sampler).double()
+                capped = (d.exp() >= config.importance_cap).sum() if config.importance_cap else d.new_zeros(())
+                k3 = (d.exp() - d - 1).sum()
+                parts = loss.detach(), stats.ratio, stats.clipped, stats.kl, entropies.detach().sum(), d.abs().sum(), k3, capped
+                sums += torch.stack([part.double() for part in parts])
+                worst = torch.maximum(worst, d.abs().max())
+        dist.all_reduce(sums)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        mismatch = sums[5].item() / tokens
+        if not mismatch <= mismatch_limit:
+            raise BadInput(
+                f"step {step}: the sampler's log-probabilities differ from the trainer's by {mismatch:.2g} nats on average "
+                f"(limit {mismatch_limit:g}): vLLM does not have the trainer's weights, or computes in another precision"
+            )
+
+        # LongAct: masks from this update's activations, before clipping.
+        with stage("mask"):
+            magnitudes = tracker.magnitudes()
+            masks = saliency.select_rows(magnitudes, config.fraction, config.rule, random_rows)
+            gradients = [parameter.grad for parameter in model.parameters()]
+            unmasked_norm = torch.nn.utils.get_total_norm(gradients)
+            saliency.mask_gradients(model, masks)
+        with stage("step"):
+            masked_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        step_sums += sums.cpu()
+        worst_mismatch = torch.maximum(worst_mismatch, worst.cpu())
+        update_means["grad_norm"] += unmasked_norm.item() / config.updates
+        update_means["grad_norm_masked"] += masked_norm.item() / config.updates
+        update_means["selected_share"] += saliency.selected_share(magnitudes, masks).item() / config.updates
+        mask_overlap = saliency.overlap(masks, previous_masks).item() if previous_masks else None
+        previous_masks = masks
+    learning_rate = schedule.get_last_lr()[0]
+    schedule.step()
+    with stage("sync"):
+        engine.sync(model)
+
+    # What happened.
+    if main:
+        tokens = sum(group.tokens - len(group.prompt) for group in batch)
+        rewards = torch.stack([group.rewards for group in sampled])  # (groups, G)
+        equal = (rewards == rewards[:, :1]).all(1)
+        elapsed = time.perf_counter() - started
+        loss, ratio, clipped, kl, entropy, mismatch, k3, capped = step_sums.tolist()
+        metrics = {
+            "step": step,
+            "prompts_drawn": drawn,
+            "reward": rewards.mean().item(),
+            "accuracy": (rewards >= 1).float().mean().item(),
+            "all_right": (equal & (rewards[:, 0] >= 1)).float().mean().item(),
+            "all_wrong": (equal & (rewards[:, 0] < 1)).float().mean().item(),
+            "rounds": rounds,
+            "completion_tokens": tokens / (config.prompts * config.completions),
+            "finished": sum(c.finished for group in batch for c in group.completions) / (config.prompts * config.completions),
+            "loss": loss / config.updates,
+            "ratio": ratio / tokens,
+            "clip_fraction": clipped / tokens,
+            "entropy": entropy / tokens,
+            "kl": kl / tokens,
+            "mismatch_mean": mismatch / tokens,
+            "mismatch_max": worst_mismatch.item(),
+            "mismatch_k3": k3 / tokens,
+            "importance_capped": capped / tokens,
+            **update_means,
+            "mask_overlap": mask_overlap,
+            "learning_rate": learning_rate,
+            "tokens_trained": sum(group.tokens for group in batch),
+            "tokens_unshared": tokens + sum(len(group.prompt) * config.completions for group in batch),
+            "seconds": {**{name: round(value, 4) for name, value in seconds.items()}, "total": round(elapsed, 4)},
+            "tokens_per_second": round(sum(group.tokens for group in batch) / elapsed, 1),
+        }
+        print(json.dumps(metrics), file=metrics_file, flush=True)
+        bar.set_postfix_str(f"reward {metrics['reward']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
+        bar.update()
+
+# --------------------------------------------------------------------------------------------------------------- end
+
+bar.close()
+after = evaluate() if held_out else None
+model.save_pretrained(run / "checkpoint", compute_dtype, companions_from=config.model)
+if main:
+    if after:
+        print(f"after:  {after['accuracy']:.3f} of {len(held_out)} held-out prompts right, {after['accuracy_greedy']:.3f} greedy")
+        (run / "results.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
+    plot.save_magnitudes(run / "magnitudes.safetensors", magnitudes, masks)
+    plot.reward_curve(run)
+    plot.heatmap(run)
+    print(f"checkpoint: {run}/checkpoint  figures: {run}/reward.png {run}/magnitudes.png")
+engine.close()
+dist.destroy_process_group()
