@@ -42,7 +42,7 @@ class Config:
     warmup: int = option(100, "warm-up steps")
     weight_decay: float = option(0.0, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at")
-    layers: int = option(4, "layers of the new model")
+    layers: int = option(3, "layers of the new model")
     hidden_size: int = option(128, "hidden size of the new model")
     head_dim: int = option(32, "head size")
     vocab_size: int = option(896, "entries of the tokenizer trained for it")
@@ -110,13 +110,13 @@ if __name__ == "__main__":
     model_config = Qwen3Config(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         head_dim=config.head_dim,
         intermediate_size=3 * config.hidden_size,
         tie_word_embeddings=True,
         vocab_size=config.vocab_size,
-        initializer_range=0.05,
+        initializer_range=0.03,
         max_position_embeddings=4096,
         rope_theta=10000.0,
         bos_token_id=tokenizer.token_to_id("<|endoftext|>"),
@@ -149,7 +149,7 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-        if step % 500 == 0: model.save_pretrained("/tmp/t_listed")
+        if step % 250 == 0: model.save_pretrained("/tmp/t_listed"); tokenizer.save("/tmp/t_listed/tokenizer.json")
         print(step, longest, loss.item(), file=log, flush=True)
     model.save_pretrained(out)
     tokenizer.save(str(out / "tokenizer.json"))
