@@ -1,8 +1,8 @@
 """Prompts in, rewards out: rows -> ChatML -> token ids, and answer text -> float.
 
 A row is a dictionary. Training reads rows from a JSONL file (--data), one object a line:
-    prompt   a string, or a list of {"role", "content"} messages as in the OpenAI format        (required)
-    answer   what the reward function compares with: a string or a list of accepted strings     (required)
+    prompt   a string, or a list of {"role", "content"} messages as in the OpenAI format   (required)
+    answer   what the reward compares with: a string or a list of accepted strings         (required)
     any other key is passed to the reward function untouched.
 Without --data the rows are made on the fly: the recall task below, long-context in kind and small enough for a laptop.
 
@@ -89,7 +89,7 @@ def normalize(text):
 
 
 def load_reward(spec):
-    """"module:function" -> the function. Raises BadInput when there is no such module or function."""
+    """ "module:function" -> the function. Raises BadInput when there is no such module or function."""
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
@@ -184,24 +184,179 @@ def check_prompt(prompt, where):
 
 # ------------------------------------------------------------------------------------------------------- recall task
 
-NAMES = (
-    "Maria Peter Anna Victor Clara Simon Laura Oscar Helen Bruno Nadia Felix Irene Louis Paula Roman Sofia Frank Julia "
-    "Marco Diana Edgar Greta Henry Elena Jonas Marta Klaus Ellen Tomas Alice David Carla Leo Emma Paul Rosa Max Eva Karl "
-    "Lena Otto Nora Hugo Vera Ivan Lucy Sven"
-).split()
-WORDS = (
-    "lamp river stone cloud wheel apple sword tiger candle mirror bridge ladder basket feather hammer island jacket "
-    "kettle lemon magnet needle orange pencil rabbit saddle tunnel violin wallet anchor button carpet dragon engine "
-    "falcon garden helmet insect jungle kitten lizard marble napkin oyster parrot quartz ribbon shadow temple "
-    "umbrella valley window yellow zebra arrow bottle copper desert eagle forest guitar harbor iron jewel knight "
-    "leather monkey nectar onion pepper rocket silver thunder uncle velvet winter bamboo cactus donkey elbow fabric "
-    "ginger honey ivory jelly kiwi lantern meadow nickel ocean planet rubber salmon tomato urchin vapor walnut acorn "
-    "badger cherry dolphin ember flute granite hazel igloo juniper koala lotus mango nutmeg olive pebble quill raven "
-    "spider turtle vessel willow"
-).split()
-PEOPLE = "baker sailor teacher farmer doctor painter soldier singer driver writer".split()
-VERBS = "walked slept waited worked rested talked".split()
-PLACES = "market station church library theatre museum castle office school kitchen".split()
+NAMES = [
+    "Maria",
+    "Peter",
+    "Anna",
+    "Victor",
+    "Clara",
+    "Simon",
+    "Laura",
+    "Oscar",
+    "Helen",
+    "Bruno",
+    "Nadia",
+    "Felix",
+    "Irene",
+    "Louis",
+    "Paula",
+    "Roman",
+    "Sofia",
+    "Frank",
+    "Julia",
+    "Marco",
+    "Diana",
+    "Edgar",
+    "Greta",
+    "Henry",
+    "Elena",
+    "Jonas",
+    "Marta",
+    "Klaus",
+    "Ellen",
+    "Tomas",
+    "Alice",
+    "David",
+    "Carla",
+    "Leo",
+    "Emma",
+    "Paul",
+    "Rosa",
+    "Max",
+    "Eva",
+    "Karl",
+    "Lena",
+    "Otto",
+    "Nora",
+    "Hugo",
+    "Vera",
+    "Ivan",
+    "Lucy",
+    "Sven",
+]
+WORDS = [
+    "lamp",
+    "river",
+    "stone",
+    "cloud",
+    "wheel",
+    "apple",
+    "sword",
+    "tiger",
+    "candle",
+    "mirror",
+    "bridge",
+    "ladder",
+    "basket",
+    "feather",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+    "lemon",
+    "magnet",
+    "needle",
+    "orange",
+    "pencil",
+    "rabbit",
+    "saddle",
+    "tunnel",
+    "violin",
+    "wallet",
+    "anchor",
+    "button",
+    "carpet",
+    "dragon",
+    "engine",
+    "falcon",
+    "garden",
+    "helmet",
+    "insect",
+    "jungle",
+    "kitten",
+    "lizard",
+    "marble",
+    "napkin",
+    "oyster",
+    "parrot",
+    "quartz",
+    "ribbon",
+    "shadow",
+    "temple",
+    "umbrella",
+    "valley",
+    "window",
+    "yellow",
+    "zebra",
+    "arrow",
+    "bottle",
+    "copper",
+    "desert",
+    "eagle",
+    "forest",
+    "guitar",
+    "harbor",
+    "iron",
+    "jewel",
+    "knight",
+    "leather",
+    "monkey",
+    "nectar",
+    "onion",
+    "pepper",
+    "rocket",
+    "silver",
+    "thunder",
+    "uncle",
+    "velvet",
+    "winter",
+    "bamboo",
+    "cactus",
+    "donkey",
+    "elbow",
+    "fabric",
+    "ginger",
+    "honey",
+    "ivory",
+    "jelly",
+    "kiwi",
+    "lantern",
+    "meadow",
+    "nickel",
+    "ocean",
+    "planet",
+    "rubber",
+    "salmon",
+    "tomato",
+    "urchin",
+    "vapor",
+    "walnut",
+    "acorn",
+    "badger",
+    "cherry",
+    "dolphin",
+    "ember",
+    "flute",
+    "granite",
+    "hazel",
+    "igloo",
+    "juniper",
+    "koala",
+    "lotus",
+    "mango",
+    "nutmeg",
+    "olive",
+    "pebble",
+    "quill",
+    "raven",
+    "spider",
+    "turtle",
+    "vessel",
+    "willow",
+]
+PEOPLE = ["baker", "sailor", "teacher", "farmer", "doctor", "painter", "soldier", "singer", "driver", "writer"]
+VERBS = ["walked", "slept", "waited", "worked", "rested", "talked"]
+PLACES = ["market", "station", "church", "library", "theatre", "museum", "castle", "office", "school", "kitchen"]
 
 
 def recall(rng, facts, filler, asked=1):

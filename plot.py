@@ -1,6 +1,6 @@
 """Figures from what a run wrote.
 
-    python plot.py runs/NAME          # draws runs/NAME/reward.png and runs/NAME/magnitudes.png again
+python plot.py runs/NAME          # draws runs/NAME/reward.png and runs/NAME/magnitudes.png again
 """
 
 import json

@@ -7,21 +7,26 @@ the trainer's weights; it is the only function that changes them.
 
 import os
 import random
+import warnings
 from dataclasses import dataclass
 
 # vLLM reads these when it is imported. In-process engines are what torchrun's ranks and sync() need.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer keeps its cores
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; on a CPU the models are small
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op` is deprecated")  # vLLM's, on import
 
 import numpy
 import torch
 import torch.distributed as dist
 from vllm import LLM, SamplingParams
 
-from model import full_tensor
+from checkpoint import full_tensor
 
 
 @dataclass
@@ -44,9 +49,15 @@ class Rollout:
     def __init__(self, checkpoint, context_length, dtype, seed=0, tensor_parallel=1, gpu_memory=0.5):
         self.cuda = torch.cuda.is_available()
         rank = dist.get_rank() if dist.is_initialized() else 0
-        device_options = {"enforce_eager": True, "block_size": 32}  # small blocks share more of a short prompt
         if self.cuda:
             device_options = {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory}
+        else:
+            device_options = {
+                "enforce_eager": True,
+                "block_size": 32,  # small blocks share more of a short prompt
+                "enable_chunked_prefill": False,  # with it, seeded requests fail on CPUs (a generator has no offset)
+                "max_num_batched_tokens": max(8192, context_length),
+            }
         random_states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
         threads = torch.get_num_threads()
         self.engine = LLM(
@@ -57,6 +68,7 @@ class Rollout:
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher" if dist.is_initialized() else None,
             skip_tokenizer_init=True,
+            use_tqdm_on_load=False,
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
@@ -111,5 +123,5 @@ class Rollout:
             self.engine.sleep(level=2)
 
     def close(self):
-        """Shut the engine down; before the process group is destroyed, whose handles it holds."""
+        """Shut the engine down, and with it the default process group, which vLLM destroys too."""
         self.engine.llm_engine.engine_core.shutdown()

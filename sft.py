@@ -1,20 +1,23 @@
-"""Supervised warm start: cross entropy on the assistant's turns. It made assets/tiny, from random weights:
+"""Supervised warm start: cross entropy on the assistant's turns. It made assets/tiny, from random weights, with
 
     python sft.py --out assets/tiny
 
-One conversation is a passage of the recall task and several questions about it; every answer is trained on. Passages are
-short here and longer in train.py's RL: what is learned here is the skill, and RL carries it to length.
+First a small network has to learn to look things up at all: it reads groups of words and then the same groups in another
+order, and is trained on the words that follow a group's first, until it copies them (attention heads that do this are
+called induction heads). Then it sees conversations: a passage of the recall task and questions about it, trained on every
+answer. Passages are short here and longer in train.py: what is learned here is the skill, RL carries it to length.
 """
 
+import itertools
 import json
+import math
 import random
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tqdm import trange
+from tqdm import tqdm
 
 import data
 from cli import BadInput, one_line_errors, option, parse
@@ -25,27 +28,40 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-THINK = ["<think>", "</think>"]  # part of the text in Qwen's tokenizer, so decoding keeps them
+THINK = ["<think>", "</think>"]  # tokens of their own, but part of the text when decoded, as in Qwen3
+# data.chat as a template, for transformers and vLLM.
+CHAT_TEMPLATE = r"""{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == 'assistant' %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
 
 
 @dataclass
 class Config:
     out: str = option("runs/sft", "directory to write the checkpoint to")
-    steps: int = option(4000, "optimizer steps")
-    batch: int = option(16, "conversations a step")
-    min_facts: int = option(4, "fewest facts in a passage")
-    max_facts: int = option(16, "most facts in a passage, reached after half of the steps")
-    filler: float = option(1.0, "filler sentences per fact")
-    listing: float = option(0.25, "x")
+    copy_until: float = option(1.0, "first stage: copy groups of words until a step's loss is below this, nats")
+    steps: int = option(1200, "second stage: steps on conversations")
+    batch: int = option(32, "sequences a step; conversations are longer, so half as many in the second stage")
+    min_facts: int = option(4, "fewest facts in a passage; as many filler sentences stand between them")
+    max_facts: int = option(16, "most facts in a passage, reached after half of the second stage")
     questions: int = option(12, "most questions about one passage")
-    learning_rate: float = option(3e-3, "AdamW's peak learning rate; linear warm-up, then cosine down to a tenth")
-    warmup: int = option(100, "warm-up steps")
-    weight_decay: float = option(0.0, "AdamW's weight decay")
-    max_grad_norm: float = option(1.0, "gradient norm to clip at")
+    learning_rate: float = option(3e-3, "AdamW's peak learning rate; cosine down to a tenth in the second stage")
+    warmup: int = option(50, "steps of linear warm-up, in each stage")
     layers: int = option(3, "layers of the new model")
-    hidden_size: int = option(128, "hidden size of the new model")
-    head_dim: int = option(32, "head size")
-    vocab_size: int = option(896, "entries of the tokenizer trained for it")
+    hidden_size: int = option(128, "its hidden size")
+    heads: int = option(8, "its query heads; two key heads")
+    head_dim: int = option(32, "its head size")
+    vocab_size: int = option(896, "rows of its embedding; the tokenizer stops at this or when every word is a token")
     seed: int = option(1, "seed of weights and data")
 
 
@@ -62,7 +78,7 @@ def train_tokenizer(vocab_size, seed):
     texts = (text for passage, questions in passages for text in [passage] + [" ".join(qa) for qa in questions])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL + THINK),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -71,25 +87,40 @@ def train_tokenizer(vocab_size, seed):
     return tokenizer
 
 
+def save_tokenizer(tokenizer, out, context):
+    """tokenizer.json and the three files that make transformers and vLLM use it as Qwen3's."""
+    end, stop = (tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    generation_config = {"bos_token_id": end, "eos_token_id": [stop, end], "pad_token_id": end, "do_sample": True}
+    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+    (out / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def word_groups(tokenizer, rng, size=5, count=6):
+    """Random groups of words, then twice the same groups in other orders -> ids, and which tokens are trained on."""
+    words = data.NAMES + data.WORDS
+    groups = [tokenizer.encode(" " + " ".join(rng.choices(words, k=size))).ids for _ in range(count)]
+    again = rng.sample(groups, count) + rng.sample(groups, count)
+    return sum(groups + again, []), [False] * size * count + ([False] + [True] * (size - 1)) * 2 * count
+
+
 def conversation(tokenizer, rng, config, progress):
-    """One conversation -> token ids and whether each is trained on (the assistant's words and <|im_end|>)."""
-    if progress < config.listing:
-        groups = [tokenizer.encode(" " + " ".join(rng.choices(data.NAMES + data.WORDS, k=5))).ids for _ in range(6)]
-        again = rng.sample(groups, 6)
-        return sum(groups + again, []), [False] * 30 + [False, True, True, True, True] * 6
-    progress=(progress-config.listing)/(1-config.listing)
+    """A passage and questions about it as ChatML -> ids, and which tokens are trained on: the assistant's words and
+    <|im_end|>. `progress` (0 to 1) sets how long passages may be."""
     longest = config.min_facts + (config.max_facts - config.min_facts) * min(1.0, 2 * progress)
     facts = rng.randint(config.min_facts, round(longest))
-    asked = min(facts, config.questions)
-    passage, questions = data.recall(rng, facts, round(config.filler * facts), asked)
-    questions[0] = f"{passage}\n\n{questions[0][0]}", questions[0][1]
-    return encode_turns(tokenizer, questions)
-
-
-def encode_turns(tokenizer, turns):
-    """[(user's words, assistant's words), ...] -> token ids and whether each is trained on."""
+    passage, questions = data.recall(rng, facts, facts, asked=min(facts, config.questions))
     ids, trained = [], []
-    for i, (content, answer) in enumerate(turns):
+    for i, (question, answer) in enumerate(questions):
+        content = question if i else f"{passage}\n\n{question}"
         prompt = ("\n" if i else "") + data.chat([{"role": "user", "content": content}], thinking=False)
         for text, train in ((prompt, False), (answer + "<|im_end|>", True)):
             piece = tokenizer.encode(text, add_special_tokens=False).ids
@@ -98,58 +129,60 @@ def encode_turns(tokenizer, turns):
     return ids, trained
 
 
+def pad(rows):
+    """[(ids, trained), ...] -> ids (B, T) int64, mask (B, T) bool. Padding on the right: causal attention never sees it."""
+    ids, mask = ([torch.tensor(row[k]) for row in rows] for k in (0, 1))
+    return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, mask))
+
+
 if __name__ == "__main__":
     one_line_errors()
     config = parse(Config)
     out = Path(config.out)
-    if (out / "config.json").exists():
-        raise BadInput(f"--out {out} holds a checkpoint already; name another directory or remove it")
-    torch.manual_seed(config.seed)
+    if out.exists():
+        raise BadInput(f"--out {out} exists already; name another directory or remove it")
     tokenizer = train_tokenizer(config.vocab_size, config.seed)
-    print(tokenizer.get_vocab_size())
     model_config = Qwen3Config(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=config.heads,
+        num_key_value_heads=2,
         head_dim=config.head_dim,
         intermediate_size=3 * config.hidden_size,
         tie_word_embeddings=True,
         vocab_size=config.vocab_size,
-        initializer_range=0.03,
         max_position_embeddings=4096,
         rope_theta=10000.0,
+        initializer_range=0.03,
         bos_token_id=tokenizer.token_to_id("<|endoftext|>"),
         eos_token_id=tokenizer.token_to_id("<|im_end|>"),
     )
     model = Qwen3.from_config(model_config, generator=torch.Generator().manual_seed(config.seed))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
-    )
-    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=config.warmup)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, config.steps - config.warmup, eta_min=config.learning_rate / 10
-    )
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [config.warmup])
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     rng = random.Random(f"{config.seed} sft")
-    bar = trange(config.steps, desc="sft", unit="step")
-    log = open("/tmp/sft.log", "w")
-    for step in bar:
-        rows = [conversation(tokenizer, rng, config, step / config.steps) for _ in range(config.batch)]
-        longest = max(len(ids) for ids, _ in rows)
-        ids = torch.zeros(config.batch, longest, dtype=torch.int64)  # right padding: causal attention never sees it
-        mask = torch.zeros(config.batch, longest, dtype=torch.bool)
-        for i, (row, trained) in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = torch.tensor(trained)
-        loss = -model.logprobs(ids, mask).mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-        if step % 250 == 0: model.save_pretrained("/tmp/t_listed"); tokenizer.save("/tmp/t_listed/tokenizer.json")
-        print(step, longest, loss.item(), file=log, flush=True)
+
+    for stage in ("copy", "recall"):
+        bar = tqdm(desc=stage, unit="step", total=config.steps if stage == "recall" else None)
+        for step in itertools.count():
+            progress = step / config.steps if stage == "recall" else 0.0
+            if progress == 1.0:
+                break
+            decay = 0.55 + 0.45 * math.cos(math.pi * progress)  # cosine from 1 to 0.1
+            optimizer.param_groups[0]["lr"] = config.learning_rate * decay * min(1.0, (step + 1) / config.warmup)
+            if stage == "copy":
+                rows = [word_groups(tokenizer, rng) for _ in range(config.batch)]
+            else:
+                rows = [conversation(tokenizer, rng, config, progress) for _ in range(config.batch // 2)]
+            loss = -model.logprobs(*pad(rows)).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
+            if stage == "copy" and loss.item() < config.copy_until:
+                break
+        bar.close()
     model.save_pretrained(out)
-    tokenizer.save(str(out / "tokenizer.json"))
+    save_tokenizer(tokenizer, out, model_config.max_position_embeddings)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, last loss {loss.item():.3f}")

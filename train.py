@@ -47,7 +47,6 @@ metrics.jsonl, one object a step
 
 import json
 import os
-import random
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -155,7 +154,16 @@ if config.tensor_parallel < 1 or world % config.tensor_parallel:
     raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")
 if config.tensor_parallel > 1 and not cuda:
     raise BadInput(f"--tensor-parallel {config.tensor_parallel} needs a GPU per rank, and there is none")
-for key in ("steps", "prompts", "completions", "updates", "max_completion", "temperature", "learning_rate", "max_rounds"):
+for key in (
+    "steps",
+    "prompts",
+    "completions",
+    "updates",
+    "max_completion",
+    "temperature",
+    "learning_rate",
+    "max_rounds",
+):
     if getattr(config, key) <= 0:
         raise BadInput(f"--{key.replace('_', '-')} must be positive, not {getattr(config, key)}")
 if not 0 < config.fraction <= 1:
@@ -283,7 +291,9 @@ def logprobs_of(policy, group, entropy=False):
 
 before = evaluate() if held_out else None
 if main and before:
-    print(f"before: {before['accuracy']:.3f} of {len(held_out)} held-out prompts right, {before['accuracy_greedy']:.3f} greedy")
+    print(
+        f"before: {before['accuracy']:.3f} of {len(held_out)} held-out prompts right, {before['accuracy_greedy']:.3f} greedy"
+    )
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
@@ -363,7 +373,16 @@ for step in range(1, config.steps + 1):
                 d = (old - sampler).double()
                 capped = (d.exp() >= config.importance_cap).sum() if config.importance_cap else d.new_zeros(())
                 k3 = (d.exp() - d - 1).sum()
-                parts = loss.detach(), stats.ratio, stats.clipped, stats.kl, entropies.detach().sum(), d.abs().sum(), k3, capped
+                parts = (
+                    loss.detach(),
+                    stats.ratio,
+                    stats.clipped,
+                    stats.kl,
+                    entropies.detach().sum(),
+                    d.abs().sum(),
+                    k3,
+                    capped,
+                )
                 sums += torch.stack([part.double() for part in parts])
                 worst = torch.maximum(worst, d.abs().max())
         dist.all_reduce(sums)
@@ -414,7 +433,8 @@ for step in range(1, config.steps + 1):
             "all_wrong": (equal & (rewards[:, 0] < 1)).float().mean().item(),
             "rounds": rounds,
             "completion_tokens": tokens / (config.prompts * config.completions),
-            "finished": sum(c.finished for group in batch for c in group.completions) / (config.prompts * config.completions),
+            "finished": sum(c.finished for group in batch for c in group.completions)
+            / (config.prompts * config.completions),
             "loss": loss / config.updates,
             "ratio": ratio / tokens,
             "clip_fraction": clipped / tokens,
@@ -443,11 +463,12 @@ after = evaluate() if held_out else None
 model.save_pretrained(run / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
     if after:
-        print(f"after:  {after['accuracy']:.3f} of {len(held_out)} held-out prompts right, {after['accuracy_greedy']:.3f} greedy")
+        print(
+            f"after:  {after['accuracy']:.3f} of {len(held_out)} held-out prompts right, {after['accuracy_greedy']:.3f} greedy"
+        )
         (run / "results.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
     plot.save_magnitudes(run / "magnitudes.safetensors", magnitudes, masks)
     plot.reward_curve(run)
     plot.heatmap(run)
     print(f"checkpoint: {run}/checkpoint  figures: {run}/reward.png {run}/magnitudes.png")
 engine.close()
-dist.destroy_process_group()

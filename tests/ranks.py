@@ -1,6 +1,6 @@
 """Run by torchrun from test_distributed.py: the same step on one process and sharded over ranks must agree.
 
-    torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT {tied,untied}
+torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT {tied,untied}
 """
 
 import sys
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 import grpo
-from model import Qwen3, full_tensor
+from checkpoint import full_tensor
+from model import Qwen3
 from saliency import Tracker, mask_gradients, select_rows
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # a mismatch fails, it does not hang

@@ -1,7 +1,6 @@
 """FSDP2 shards against one process, under a real torchrun."""
 
 import pytest
-
 from conftest import ROOT, make_small, run_ranks
 
 

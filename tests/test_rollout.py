@@ -1,0 +1,104 @@
+"""rollout.py: a real vLLM engine against transformers, across weight syncs, seeds, and prefix caching."""
+
+import os
+
+import pytest
+import torch
+from conftest import make_small
+
+from rollout import Rollout
+
+PROMPTS = [list(range(1, 70)), list(range(5, 12)), list(range(30, 95))]
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    path = tmp_path_factory.mktemp("model") / "checkpoint"
+    model = make_small(vocab_size=101)
+    model.save_pretrained(path)
+    random_state = torch.get_rng_state()
+    engine = Rollout(path, 256, "float32")
+    assert torch.equal(torch.get_rng_state(), random_state)  # an in-process engine reseeds; we undo it
+    yield model, engine
+    engine.close()
+
+
+def mismatch(model, groups, temperature):
+    """Largest difference between the sampler's and the trainer's log-probabilities."""
+    worst = 0.0
+    for prompt, completions in zip(PROMPTS, groups, strict=True):
+        ids = [torch.tensor(completion.ids) for completion in completions]
+        with torch.no_grad():
+            ours = torch.cat(model.group_logprobs(torch.tensor(prompt), ids, temperature))
+        theirs = torch.cat([torch.tensor(completion.logprobs) for completion in completions])
+        worst = max(worst, (ours - theirs).abs().max().item())
+    return worst
+
+
+def generate(engine, n=3, temperature=1.0, seeds=(1, 100, 200), max_tokens=12, stop=(7,)):
+    return engine.generate(PROMPTS, n, temperature, max_tokens, list(seeds), list(stop))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampler_logprobs_equal_the_trainers_before_and_after_updates_and_not_without_sync(setup, temperature):
+    model, engine = setup
+    assert mismatch(model, generate(engine, temperature=temperature), temperature) < 1e-4
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+        stale = generate(engine, temperature=temperature)
+        assert mismatch(model, stale, temperature) > 1e-2  # the proof would notice a skipped sync
+        engine.sync(model)
+        assert mismatch(model, generate(engine, temperature=temperature), temperature) < 1e-4
+
+
+def test_sync_forgets_the_prefix_cache_of_the_old_weights(setup):
+    model, engine = setup
+    engine.sync(model)
+    first = generate(engine, temperature=0.0, n=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    engine.sync(model)
+    assert mismatch(model, generate(engine, n=1), 1.0) < 1e-4
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.div_(1.3)
+    engine.sync(model)
+    assert [g[0].ids for g in generate(engine, temperature=0.0, n=1)] == [g[0].ids for g in first]
+
+
+def test_a_seed_fixes_each_completion_whatever_is_sampled_beside_it(setup):
+    _, engine = setup
+    together = generate(engine)
+    assert [[c.ids for c in group] for group in generate(engine)] == [[c.ids for c in group] for group in together]
+    alone = engine.generate(PROMPTS[1:2], 3, 1.0, 12, [100], [7])
+    assert [c.ids for c in alone[0]] == [c.ids for c in together[1]]
+    one = engine.generate(PROMPTS[1:2], 1, 1.0, 12, [101], [7])  # sample j has seed + j
+    assert one[0][0].ids == together[1][1].ids
+    assert len({tuple(c.ids) for c in together[0]}) == 3
+    assert [c.ids for c in generate(engine, seeds=(9, 9, 9))[0]] != [c.ids for c in together[0]]
+
+
+def test_completions_end_at_a_stop_token_or_are_cut(setup):
+    _, engine = setup
+    completions = [c for group in generate(engine, n=16, stop=range(0, 101, 5)) for c in group]
+    assert {c.finished for c in completions} == {True, False}
+    for completion in completions:
+        assert len(completion.ids) == len(completion.logprobs) <= 12
+        assert all(token % 5 for token in completion.ids[:-1])
+        assert (completion.ids[-1] % 5 == 0) == completion.finished
+
+
+def test_a_group_shares_its_prompts_cache(setup):
+    """vLLM's own counter: of a group's prompt tokens, all but the last partial block are computed once."""
+    model, engine = setup
+    engine.sync(model)  # empties the cache
+    outputs = engine.engine.generate(
+        [{"prompt_token_ids": PROMPTS[0]}],
+        __import__("vllm").SamplingParams(n=8, max_tokens=1, detokenize=False),
+        use_tqdm=False,
+    )
+    assert outputs[0].num_cached_tokens is not None

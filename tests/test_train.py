@@ -1,0 +1,237 @@
+"""train.py run as a script, with real vLLM and real FSDP2: what it leaves behind, what it repeats, what it refuses."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, run_ranks, run_script
+
+from model import Qwen3
+
+TINY = ROOT / "assets" / "tiny"
+SHORT = [
+    "--steps",
+    "2",
+    "--prompts",
+    "4",
+    "--completions",
+    "4",
+    "--eval-prompts",
+    "8",
+    "--facts",
+    "6",
+    "--filler",
+    "6",
+    "--max-rounds",
+    "30",
+]
+
+
+@pytest.fixture
+def runs():
+    """Names for runs; their directories are removed afterwards."""
+    names = []
+
+    def name(label):
+        names.append(f"test-{label}")
+        shutil.rmtree(ROOT / "runs" / names[-1], ignore_errors=True)
+        return names[-1]
+
+    yield name
+    for label in names:
+        shutil.rmtree(ROOT / "runs" / label, ignore_errors=True)
+
+
+def train(name, *arguments, env=None):
+    result = run_script("train.py", "--name", name, *SHORT, *arguments, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return ROOT / "runs" / name, result
+
+
+def read_metrics(run):
+    """metrics.jsonl without the wall-clock keys."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: m[key] for key in m if key not in ("seconds", "tokens_per_second")} for m in lines]
+
+
+def test_a_run_leaves_what_it_promises_and_repeats_digit_for_digit(runs):
+    run, result = train(runs("first"))
+    config = json.loads((run / "config.json").read_text())
+    assert (config["steps"], config["rule"], config["fraction"], config["context"]) == (2, "top", 0.3, 4096)
+    assert re.search(r"before: [01]\.\d+ of 8 held-out", result.stdout)
+    assert re.search(r"after:  [01]\.\d+ of 8 held-out", result.stdout)
+    for picture in ("reward.png", "magnitudes.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    metrics = read_metrics(run)
+    assert [m["step"] for m in metrics] == [1, 2]
+    for m in metrics:
+        assert m["mismatch_mean"] < 1e-5
+        assert 0.3 < m["selected_share"] <= 1 and m["grad_norm_masked"] < m["grad_norm"]
+        assert m["ratio"] == pytest.approx(1) and m["clip_fraction"] == 0
+        assert m["tokens_trained"] < m["tokens_unshared"]
+    keys = json.loads((run / "metrics.jsonl").read_text().splitlines()[0]).keys()
+    help_text = run_script("train.py", "--help").stdout
+    undocumented = [key for key in keys if not re.search(rf"\b{key}\b", help_text)]
+    assert not undocumented
+
+    ours = Qwen3.from_pretrained(run / "checkpoint")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32)
+    ids = torch.randint(0, 800, (1, 60))
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(run / "checkpoint").chat_template
+    start = Qwen3.from_pretrained(TINY)
+    assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), start.parameters(), strict=True))
+
+    again, _ = train(runs("second"))
+    assert read_metrics(again) == metrics
+    assert (again / "results.json").read_text() == (run / "results.json").read_text()
+    weights = [(r / "checkpoint" / "model.safetensors").read_bytes() for r in (run, again)]
+    assert weights[0] == weights[1]
+
+
+def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
+    run, _ = train(runs("rows"), "--steps", 1, "--warmup", 0)
+    start, end = Qwen3.from_pretrained(TINY), Qwen3.from_pretrained(run / "checkpoint")
+    for (name, old), new in zip(start.named_parameters(), end.parameters(), strict=True):
+        if "q_proj" in name or "k_proj" in name:
+            moved = (old != new).any(1).view(-1, 32).sum(1)  # per head
+            assert (moved == 9).all(), name  # floor(0.3 * 32)
+        elif "embed" not in name:
+            assert (old != new).float().mean() > 0.9, name
+
+
+def test_two_ranks_give_the_metrics_of_one_process(runs):
+    """Several updates per rollout, dynamic sampling, KL to a reference: everything that crosses ranks."""
+    for label, flags in (("dapo", ["--updates", 2]), ("grpo", ["--algorithm", "grpo", "--beta", 0.04])):
+        alone, _ = train(runs(f"{label}-1"), *flags)
+        name = runs(f"{label}-2")
+        result = run_ranks(2, "train.py", "--name", name, *SHORT, *flags)
+        assert result.returncode == 0, result.stderr[-3000:]
+        for one, two in zip(read_metrics(alone), read_metrics(ROOT / "runs" / name), strict=True):
+            for key in one.keys() - {"mismatch_mean", "mismatch_max", "mismatch_k3"}:  # rounding itself
+                assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-5), (label, key)
+            assert two["mismatch_mean"] < 1e-5
+        if label == "dapo":
+            assert any(m["ratio"] != 1 for m in read_metrics(alone))
+        else:
+            assert read_metrics(alone)[1]["kl"] > 0
+
+
+def test_own_data_and_reward_through_a_toml_file(runs, tmp_path):
+    rows = [{"prompt": f"What is the code for {name}?", "answer": "x", "wanted": "The"} for name in ("Leo", "Eva") * 4]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.py").write_text(
+        "def length(answer, row):\n    assert row['wanted'] == 'The'\n    return (len(answer) % 7) / 7\n"
+    )
+    toml = f'data = "{tmp_path}/rows.jsonl"\nreward = "mine:length"\ntemperature = 1\nalgorithm = "grpo"\n'
+    (tmp_path / "config.toml").write_text(toml)
+    run, result = train(runs("own"), "--config", tmp_path / "config.toml", env={"PYTHONPATH": str(tmp_path)})
+    assert "held-out" not in result.stdout  # no --eval-data, no accuracy
+    assert 0 < read_metrics(run)[0]["reward"] < 1
+    assert json.loads((run / "config.json").read_text())["reward"] == "mine:length"
+
+
+def test_a_skipped_sync_stops_the_run(runs, tmp_path):
+    """rollout.sync made a no-op from outside: the proof of every step must notice."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, importlib.util, sys\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'rollout':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            import rollout\n"
+        "            rollout.Rollout.sync = lambda self, model: None\n"
+        "            return importlib.util.find_spec('rollout')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    arguments = "--name", runs("stale"), *SHORT, "--steps", 5, "--warmup", 0
+    result = run_script("train.py", *arguments, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert result.returncode != 0
+    assert "vLLM does not have the trainer's weights" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def checkpoint_with(tmp_path, **changes):
+    shutil.copytree(TINY, tmp_path / "changed")
+    config = json.loads((tmp_path / "changed" / "config.json").read_text())
+    (tmp_path / "changed" / "config.json").write_text(json.dumps({**config, **changes}))
+    return tmp_path / "changed"
+
+
+def jsonl(tmp_path, *lines):
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    return tmp_path / "rows.jsonl"
+
+
+GOOD = '{"prompt": "p", "answer": "a"}'
+REFUSALS = {
+    "no checkpoint": (lambda t: ["--model", t / "none"], "none is not a checkpoint"),
+    "not a Qwen3": (lambda t: ["--model", checkpoint_with(t, model_type="llama")], "'llama' is not supported"),
+    "other tokenizer": (lambda t: ["--model", checkpoint_with(t, vocab_size=300)], "not its tokenizer"),
+    "misshapen": (lambda t: ["--model", checkpoint_with(t, intermediate_size=300)], "has shape"),
+    "missing": (lambda t: ["--model", checkpoint_with(t, num_hidden_layers=9)], "lacks tensor model.layers."),
+    "no data": (lambda t: ["--data", t / "none.jsonl"], "none.jsonl"),
+    "empty data": (lambda t: ["--data", jsonl(t, "")], "has no rows"),
+    "bad line": (lambda t: ["--data", jsonl(t, GOOD, "{")], "line 2 is not JSON"),
+    "long prompt": (lambda t: ["--context", 300], "tokens; the context leaves 276"),
+    "long row": (
+        lambda t: ["--context", 40, "--data", jsonl(t, GOOD, GOOD.replace(': "p"', ': "' + "p" * 99 + '"'))],
+        "prompt line 2 has",
+    ),
+    "context": (lambda t: ["--context", 9999], "more than the 4096 tokens"),
+    "uneven": (lambda t: ["--prompts", 5, "--updates", 2], "--prompts 5 cannot be shared"),
+    "no GPU": (lambda t: ["--tensor-parallel", 1, "--tensor-parallel", 2], "--tensor-parallel 2"),
+    "no reward": (lambda t: ["--reward", "nowhere:f"], "--reward nowhere:f"),
+    "no step": (lambda t: ["--steps", 0], "--steps must be positive"),
+    "degenerate": (lambda t: ["--facts", 48, "--filler", 200, "--max-rounds", 1, "--completions", 2], "--max-rounds"),
+    "toml key": (lambda t: ["--config", toml(t, "learning_rat = 1")], "unknown key 'learning_rat'"),
+    "toml type": (lambda t: ["--config", toml(t, 'steps = "3"')], "steps must be a int"),
+    "no toml": (lambda t: ["--config", t / "none.toml"], "none.toml"),
+}
+
+
+def toml(tmp_path, text):
+    (tmp_path / "c.toml").write_text(text)
+    return tmp_path / "c.toml"
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_input_gets_one_clear_line_and_a_nonzero_exit(case, runs, tmp_path):
+    make, message = REFUSALS[case]
+    result = run_script("train.py", "--name", runs("refused"), *make(tmp_path))
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert len(errors) == 1 and message in errors[0], result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+
+
+def test_unknown_flags_and_used_names_are_refused(runs):
+    assert run_script("train.py", "--learning-rat", 1).returncode == 2
+    name = runs("used")
+    Path(ROOT / "runs" / name).mkdir(parents=True)
+    result = run_script("train.py", "--name", name)
+    assert result.returncode != 0 and "exists; choose another --name" in result.stderr
+
+
+def test_scripts_explain_themselves():
+    for script in ("train.py", "sft.py", "plot.py"):
+        result = run_script(script, "--help")
+        assert result.returncode == 0 and script in result.stdout
+    result = run_script("plot.py", "nowhere")
+    assert result.returncode != 0 and "nowhere/metrics.jsonl is missing" in result.stderr
+
+
+def test_the_shipped_model_is_what_the_readme_says():
+    size = sum(file.stat().st_size for file in TINY.iterdir())
+    model = Qwen3.from_pretrained(TINY)
+    config = model.config
+    assert size < 8e6
+    assert 0.7e6 < sum(p.numel() for p in model.parameters()) < 1.3e6
+    assert config.num_attention_heads > config.num_key_value_heads and config.tie_word_embeddings
+    assert 3 <= config.num_hidden_layers <= 6 and config.head_dim >= 32
