@@ -159,7 +159,7 @@ def load_weights(model, directory):
         raise BadInput(f"{directory}: the checkpoint {what} tensor {names[0]}{more}; is it the model of config.json?")
     for file in sorted(set(files.values())):
         with open_safetensors(file) as tensors:
-            for name in tensors.keys():
+            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
                 if files.get(name) != file:
                     continue
                 stored, parameter = tensors.get_slice(name), parameters[name]

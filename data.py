@@ -6,7 +6,7 @@ A row is a dictionary. Training reads rows from a JSONL file (--data), one objec
     any other key is passed to the reward function untouched.
 Without --data the rows are made on the fly: the recall task below, long-context in kind and small enough for a laptop.
 
-A reward function takes (answer text, row) and returns a float; 1.0 means correct. Use your own with --reward module:function.
+A reward function takes (answer text, row) and returns a float; 1.0 means correct. Use yours by --reward module:function.
 """
 
 import importlib

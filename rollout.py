@@ -21,12 +21,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op` is deprecated")  # vLLM's, on import
 
-import numpy
-import torch
-import torch.distributed as dist
-from vllm import LLM, SamplingParams
+import numpy  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
 
-from checkpoint import full_tensor
+from checkpoint import full_tensor  # noqa: E402
 
 
 @dataclass

@@ -109,7 +109,7 @@ def word_groups(tokenizer, rng, size=5, count=6):
     words = data.NAMES + data.WORDS
     groups = [tokenizer.encode(" " + " ".join(rng.choices(words, k=size))).ids for _ in range(count)]
     again = rng.sample(groups, count) + rng.sample(groups, count)
-    return sum(groups + again, []), [False] * size * count + ([False] + [True] * (size - 1)) * 2 * count
+    return list(itertools.chain(*groups, *again)), [False] * size * count + ([False] + [True] * (size - 1)) * 2 * count
 
 
 def conversation(tokenizer, rng, config, progress):

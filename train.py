@@ -31,7 +31,7 @@ metrics.jsonl, one object a step
                                reward. Its gradient is not 0.
   ratio, clip_fraction         mean pi / pi_old; share of tokens whose gradient clipping removed
   entropy, kl                  mean entropy of the policy per token, nats; mean k3 to the reference model (0 if --beta 0)
-  mismatch_mean, mismatch_max  |trainer - sampler| log-probability of sampled tokens, nats: the proof that vLLM has our weights
+  mismatch_mean, mismatch_max  |trainer - sampler| log-probability of sampled tokens, nats: proves vLLM has our weights
   mismatch_k3                  k3 estimate of KL(sampler || trainer) per token
   importance_capped            share of tokens whose importance weight reached the cap
   grad_norm, grad_norm_masked  gradient norm before and after masking (before clipping)
@@ -275,6 +275,11 @@ def evaluate():
     return result
 
 
+def accuracy_line(when, result):
+    sampled, greedy, n = result["accuracy"], result["accuracy_greedy"], result["prompts"]
+    return f"{when} {sampled:.3f} of {n} held-out prompts right at temperature 1, {greedy:.3f} greedy"
+
+
 def my_share(groups):
     """Deal groups to ranks, the longest first, back and forth, so that tokens are even; this rank's, longest first."""
     by_tokens = sorted(groups, key=lambda group: (-group.tokens, group.index))
@@ -291,9 +296,7 @@ def logprobs_of(policy, group, entropy=False):
 
 before = evaluate() if held_out else None
 if main and before:
-    print(
-        f"before: {before['accuracy']:.3f} of {len(held_out)} held-out prompts right, {before['accuracy_greedy']:.3f} greedy"
-    )
+    print(accuracy_line("before:", before))
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
@@ -463,9 +466,7 @@ after = evaluate() if held_out else None
 model.save_pretrained(run / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
     if after:
-        print(
-            f"after:  {after['accuracy']:.3f} of {len(held_out)} held-out prompts right, {after['accuracy_greedy']:.3f} greedy"
-        )
+        print(accuracy_line("after: ", after))
         (run / "results.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
     plot.save_magnitudes(run / "magnitudes.safetensors", magnitudes, masks)
     plot.reward_curve(run)
