@@ -71,7 +71,7 @@ class Rollout:
             use_tqdm_on_load=False,
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
+            disable_log_stats=False,  # counters only, read by LLM.get_metrics()
             **device_options,
         )
         torch.set_num_threads(threads)
@@ -79,9 +79,9 @@ class Rollout:
         numpy.random.set_state(random_states[1])
         torch.set_rng_state(random_states[2])
 
-    def generate(self, prompts, n, temperature, max_tokens, seeds, stop_ids):
+    def generate(self, prompts, n, temperature, max_tokens, seeds, stop_ids, progress=False):
         """prompts: lists of token ids; seeds: one int per prompt (sample j of a prompt uses seed + j); temperature 0 is
-        greedy -> for each prompt a list of n Completions."""
+        greedy; progress: show a bar -> for each prompt a list of n Completions."""
         params = [
             SamplingParams(
                 n=n,
@@ -97,7 +97,7 @@ class Rollout:
             )
             for seed in seeds
         ]
-        outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress)
         return [[self._completion(sample) for sample in output.outputs] for output in outputs]
 
     @staticmethod

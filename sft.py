@@ -2,8 +2,8 @@
 
     python sft.py --out assets/tiny
 
-First a small network has to learn to look things up at all: it reads groups of words and then the same groups in another
-order, and is trained on the words that follow a group's first, until it copies them (attention heads that do this are
+First a small network has to learn to look things up at all: it reads groups of tokens and then the same groups in another
+order, and is trained on the tokens that follow a group's first, until it copies them (attention heads that do this are
 called induction heads). Then it sees conversations: a passage of the recall task and questions about it, trained on every
 answer. Passages are short here and longer in train.py: what is learned here is the skill, RL carries it to length.
 """
@@ -49,10 +49,10 @@ CHAT_TEMPLATE = r"""{%- for message in messages %}
 @dataclass
 class Config:
     out: str = option("runs/sft", "directory to write the checkpoint to")
-    copy_until: float = option(1.0, "first stage: copy groups of words until a step's loss is below this, nats")
+    copy_until: float = option(0.5, "first stage: copy groups of tokens until a step's loss is below this, nats")
     steps: int = option(1200, "second stage: steps on conversations")
-    batch: int = option(32, "sequences a step; conversations are longer, so half as many in the second stage")
-    min_facts: int = option(4, "fewest facts in a passage; as many filler sentences stand between them")
+    batch: int = option(32, "groups of tokens a step; conversations, which are longer, half as many")
+    min_facts: int = option(2, "fewest facts in a passage; as many filler sentences stand between them")
     max_facts: int = option(16, "most facts in a passage, reached after half of the second stage")
     questions: int = option(12, "most questions about one passage")
     learning_rate: float = option(3e-3, "AdamW's peak learning rate; cosine down to a tenth in the second stage")
@@ -104,12 +104,14 @@ def save_tokenizer(tokenizer, out, context):
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def word_groups(tokenizer, rng, size=5, count=6):
-    """Random groups of words, then twice the same groups in other orders -> ids, and which tokens are trained on."""
-    words = data.NAMES + data.WORDS
-    groups = [tokenizer.encode(" " + " ".join(rng.choices(words, k=size))).ids for _ in range(count)]
+def token_groups(rng, vocabulary, size=5, count=6):
+    """Random groups of tokens, then twice the same groups in other orders -> ids, and which tokens are trained on: all
+    but a group's first. Tokens are drawn from the whole vocabulary: rows of the tied embedding that never occur would be
+    pushed out of the softmax by a direction common to all others, and matching tokens by content gets much harder."""
+    groups = [rng.choices(range(vocabulary), k=size) for _ in range(count)]
     again = rng.sample(groups, count) + rng.sample(groups, count)
-    return list(itertools.chain(*groups, *again)), [False] * size * count + ([False] + [True] * (size - 1)) * 2 * count
+    ids = list(itertools.chain(*groups, *again))
+    return ids, [False] * size * count + ([False] + [True] * (size - 1)) * 2 * count
 
 
 def conversation(tokenizer, rng, config, progress):
@@ -169,12 +171,14 @@ if __name__ == "__main__":
                 break
             decay = 0.55 + 0.45 * math.cos(math.pi * progress)  # cosine from 1 to 0.1
             optimizer.param_groups[0]["lr"] = config.learning_rate * decay * min(1.0, (step + 1) / config.warmup)
-            if stage == "copy":
-                rows = [word_groups(tokenizer, rng) for _ in range(config.batch)]
-            else:
-                rows = [conversation(tokenizer, rng, config, progress) for _ in range(config.batch // 2)]
-            loss = -model.logprobs(*pad(rows)).mean()
+            # Copying goes on in the second stage, which would unlearn it before it finds a use for it.
+            copied = [token_groups(rng, tokenizer.get_vocab_size()) for _ in range(config.batch)]
+            loss = -model.logprobs(*pad(copied)).mean()
             loss.backward()
+            if stage == "recall":
+                asked = [conversation(tokenizer, rng, config, progress) for _ in range(config.batch // 2)]
+                loss = -model.logprobs(*pad(asked)).mean()
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -242,7 +242,7 @@ def stage(name):
     seconds[name] += time.perf_counter() - started
 
 
-def sample(rows, indices, n, temperature):
+def sample(rows, indices, n, temperature, progress=False):
     """rows and their indices -> Groups with rewards, on every rank the same list in the same order.
 
     Each engine samples its share; the seed of a completion depends on its prompt's index and its place only.
@@ -252,7 +252,8 @@ def sample(rows, indices, n, temperature):
     with stage("rollout"):
         prompts = [data.encode_prompt(tokenizer, row, config.thinking, prompt_limit) for row in rows]
         seeds = [config.seed * 2**32 + index * config.completions for index in indices]
-        sampled = engine.generate(prompts, n, temperature, config.max_completion, seeds, stop_ids) if prompts else []
+        limits = temperature, config.max_completion, seeds, stop_ids, progress and main
+        sampled = engine.generate(prompts, n, *limits) if prompts else []
     with stage("reward"):
         groups = []
         for row, index, prompt, completions in zip(rows, indices, prompts, sampled, strict=True):
@@ -270,7 +271,7 @@ def evaluate():
     """Accuracy on the held-out prompts, one completion each: at temperature 1, as the paper evaluates, and greedily."""
     result = {"prompts": len(held_out)}
     for key, temperature in (("accuracy", 1.0), ("accuracy_greedy", 0.0)):
-        groups = sample(held_out, [2**24 + i for i in range(len(held_out))], 1, temperature)
+        groups = sample(held_out, [2**24 + i for i in range(len(held_out))], 1, temperature, progress=True)
         result[key] = sum(group.rewards.item() >= 1 for group in groups) / len(groups)
     return result
 

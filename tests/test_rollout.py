@@ -92,13 +92,15 @@ def test_completions_end_at_a_stop_token_or_are_cut(setup):
         assert (completion.ids[-1] % 5 == 0) == completion.finished
 
 
-def test_a_group_shares_its_prompts_cache(setup):
-    """vLLM's own counter: of a group's prompt tokens, all but the last partial block are computed once."""
+def test_a_groups_prompt_is_prefilled_once(setup):
+    """vLLM's own counters: of 8 x 69 prompt tokens, 7 x 64 (full blocks of 32) come from the cache."""
     model, engine = setup
     engine.sync(model)  # empties the cache
-    outputs = engine.engine.generate(
-        [{"prompt_token_ids": PROMPTS[0]}],
-        __import__("vllm").SamplingParams(n=8, max_tokens=1, detokenize=False),
-        use_tqdm=False,
-    )
-    assert outputs[0].num_cached_tokens is not None
+
+    def counters():
+        wanted = ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
+        return [metric.value for name in wanted for metric in engine.engine.get_metrics() if metric.name == name]
+
+    before = counters()
+    engine.generate(PROMPTS[:1], 8, 1.0, 4, [0], [7])
+    assert [after - earlier for after, earlier in zip(counters(), before, strict=True)] == [8 * 69, 7 * 64]
