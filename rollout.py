@@ -29,6 +29,14 @@ from vllm import LLM, SamplingParams  # noqa: E402
 from checkpoint import full_tensor  # noqa: E402
 
 
+def repack_tied_head(vllm_model):
+    """On a CPU vLLM multiplies by a packed copy of the head; reload_weights renews it only for tensors it is given, and a
+    tied head's is the embedding, so the copy would stay the old one."""
+    head = vllm_model.lm_head
+    head.weight = vllm_model.model.embed_tokens.weight
+    head.quant_method.process_weights_after_loading(head)
+
+
 @dataclass
 class Completion:
     """ids: token ids with the stop token if there was one; logprobs: the sampler's, same length, nats, after temperature;
@@ -115,6 +123,8 @@ class Rollout:
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.cuda:
             self.engine.wake_up(tags=["kv_cache"])
+        if model.config.tie_word_embeddings:
+            self.engine.apply_model(repack_tied_head)
         self.engine.reset_prefix_cache()
 
     def sleep(self):

@@ -50,7 +50,8 @@ CHAT_TEMPLATE = r"""{%- for message in messages %}
 class Config:
     out: str = option("runs/sft", "directory to write the checkpoint to")
     copy_until: float = option(0.5, "first stage: copy groups of tokens until a step's loss is below this, nats")
-    steps: int = option(1200, "second stage: steps on conversations")
+    steps: int = option(1200, "second stage: steps that its schedules of length and learning rate are made for")
+    stop: int = option(401, "second stage: stop after this many steps, while RL has plenty left to teach (0: run to the end)")
     batch: int = option(32, "groups of tokens a step; conversations, which are longer, half as many")
     min_facts: int = option(2, "fewest facts in a passage; as many filler sentences stand between them")
     max_facts: int = option(16, "most facts in a passage, reached after half of the second stage")
@@ -167,7 +168,7 @@ if __name__ == "__main__":
         bar = tqdm(desc=stage, unit="step", total=config.steps if stage == "recall" else None)
         for step in itertools.count():
             progress = step / config.steps if stage == "recall" else 0.0
-            if progress == 1.0:
+            if stage == "recall" and step in (config.steps, config.stop):
                 break
             decay = 0.55 + 0.45 * math.cos(math.pi * progress)  # cosine from 1 to 0.1
             optimizer.param_groups[0]["lr"] = config.learning_rate * decay * min(1.0, (step + 1) / config.warmup)

@@ -75,8 +75,8 @@ class Config:
     eval_data: str = option("", "JSONL of held-out prompts, evaluated before and after (needed only with --data)")
     reward: str = option("data:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
     thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
-    facts: int = option(24, "recall task: facts in a passage")
-    filler: int = option(24, "recall task: filler sentences in a passage")
+    facts: int = option(20, "recall task: facts in a passage")
+    filler: int = option(20, "recall task: filler sentences in a passage")
     seed: int = option(0, "seed of prompts, sampling and random rows")
     # how much
     steps: int = option(100, "training steps, each one rollout")

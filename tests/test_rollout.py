@@ -15,7 +15,7 @@ PROMPTS = [list(range(1, 70)), list(range(5, 12)), list(range(30, 95))]
 def setup(tmp_path_factory):
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     path = tmp_path_factory.mktemp("model") / "checkpoint"
-    model = make_small(vocab_size=101)
+    model = make_small(head_dim=32)  # the smallest that vLLM has on a CPU
     model.save_pretrained(path)
     random_state = torch.get_rng_state()
     engine = Rollout(path, 256, "float32")
