@@ -84,10 +84,10 @@ def test_a_seed_fixes_each_completion_whatever_is_sampled_beside_it(setup):
 
 def test_completions_end_at_a_stop_token_or_are_cut(setup):
     _, engine = setup
-    completions = [c for group in generate(engine, n=16, stop=range(0, 101, 5)) for c in group]
+    completions = [c for group in generate(engine, n=16, max_tokens=4, stop=range(0, 101, 5)) for c in group]
     assert {c.finished for c in completions} == {True, False}
     for completion in completions:
-        assert len(completion.ids) == len(completion.logprobs) <= 12
+        assert len(completion.ids) == len(completion.logprobs) <= 4
         assert all(token % 5 for token in completion.ids[:-1])
         assert (completion.ids[-1] % 5 == 0) == completion.finished
 
