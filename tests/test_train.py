@@ -113,7 +113,8 @@ def test_two_ranks_give_the_metrics_of_one_process(runs):
         assert result.returncode == 0, result.stderr[-3000:]
         for one, two in zip(read_metrics(alone), read_metrics(ROOT / "runs" / name), strict=True):
             for key in one.keys() - {"mismatch_mean", "mismatch_max", "mismatch_k3"}:  # rounding itself
-                assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-5), (label, key)
+                expected = one[key] if one[key] is None else pytest.approx(one[key], rel=2e-3, abs=2e-5)
+                assert two[key] == expected, (label, key)
             assert two["mismatch_mean"] < 1e-5
         if label == "dapo":
             assert any(m["ratio"] != 1 for m in read_metrics(alone))
@@ -136,20 +137,12 @@ def test_own_data_and_reward_through_a_toml_file(runs, tmp_path):
 
 
 def test_a_skipped_sync_stops_the_run(runs, tmp_path):
-    """rollout.sync made a no-op from outside: the proof of every step must notice."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.abc, importlib.util, sys\n"
-        "class Finder(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'rollout':\n"
-        "            sys.meta_path.remove(self)\n"
-        "            import rollout\n"
-        "            rollout.Rollout.sync = lambda self, model: None\n"
-        "            return importlib.util.find_spec('rollout')\n"
-        "sys.meta_path.insert(0, Finder())\n"
+    """The reward module makes sync a no-op: the proof of the next step must notice."""
+    (tmp_path / "sabotage.py").write_text(
+        "import data, rollout\nrollout.Rollout.sync = lambda self, model: None\nscore = data.exact\n"
     )
-    arguments = "--name", runs("stale"), *SHORT, "--steps", 5, "--warmup", 0
-    result = run_script("train.py", *arguments, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    arguments = "--name", runs("stale"), *SHORT, "--steps", 5, "--warmup", 0, "--reward", "sabotage:score"
+    result = run_script("train.py", *arguments, env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode != 0
     assert "vLLM does not have the trainer's weights" in result.stderr
 
