@@ -141,14 +141,10 @@ class Qwen3Config:
         return max(int(yarn["factor"] * yarn["original_max_position_embeddings"]), self.max_position_embeddings)
 
 
-@torch.no_grad()
-def load_weights(model, directory):
-    """Fill `model` from safetensors, one tensor at a time; of a sharded parameter each rank reads only its own rows.
-
-    Raises BadInput for unreadable files and for missing, misshapen or unexpected tensors.
-    """
-    directory = Path(directory)
-    files = weight_files(directory)  # tensor name -> file
+def check_weights(model, directory):
+    """That the tensors of `directory` are the parameters of `model` (which may be on the meta device), by reading headers
+    only -> {tensor name: file}. Raises BadInput for unreadable files and for missing, misshapen or unexpected tensors."""
+    files = weight_files(Path(directory))
     parameters = dict(model.named_parameters())
     if model.config.tie_word_embeddings:
         files.pop("lm_head.weight", None)  # some exports write the tied head a second time
@@ -157,17 +153,32 @@ def load_weights(model, directory):
         what, names = ("lacks", missing) if missing else ("has unexpected", unexpected)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise BadInput(f"{directory}: the checkpoint {what} tensor {names[0]}{more}; is it the model of config.json?")
+    for name, stored in stored_tensors(files):
+        wanted, found = list(parameters[name].shape), stored.get_shape()
+        if wanted != found:
+            raise BadInput(f"{files[name]}: {name} has shape {found}, config.json makes it {wanted}")
+    return files
+
+
+@torch.no_grad()
+def load_weights(model, directory):
+    """Fill `model` from safetensors, one tensor at a time; of a sharded parameter each rank reads only its own rows."""
+    parameters = dict(model.named_parameters())
+    for name, stored in stored_tensors(check_weights(model, directory)):
+        local, first = local_rows(parameters[name])
+        local.copy_(stored[first : first + len(local)])
+
+
+def stored_tensors(files):
+    """{tensor name: file} -> (name, safetensors slice) one after the other, each file opened once."""
     for file in sorted(set(files.values())):
         with open_safetensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                if files.get(name) != file:
-                    continue
-                stored, parameter = tensors.get_slice(name), parameters[name]
-                if list(parameter.shape) != stored.get_shape():
-                    wanted, found = list(parameter.shape), stored.get_shape()
-                    raise BadInput(f"{file}: {name} has shape {found}, config.json makes it {wanted}")
-                local, first = local_rows(parameter)
-                local.copy_(stored[first : first + len(local)])
+            for name in sorted(name for name in files if files[name] == file):
+                try:
+                    stored = tensors.get_slice(name)
+                except SafetensorError as error:
+                    raise BadInput(f"{file} does not hold {name}, which the index says it does") from error
+                yield name, stored
 
 
 def save_checkpoint(model, directory, dtype=None, companions_from=None):

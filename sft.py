@@ -51,7 +51,9 @@ class Config:
     out: str = option("runs/sft", "directory to write the checkpoint to")
     copy_until: float = option(0.5, "first stage: copy groups of tokens until a step's loss is below this, nats")
     steps: int = option(1200, "second stage: steps that its schedules of length and learning rate are made for")
-    stop: int = option(401, "second stage: stop after this many steps, while RL has plenty left to teach (0: run to the end)")
+    stop: int = option(
+        401, "second stage: stop after so many steps, while RL has plenty left to teach (0: do not)"
+    )
     batch: int = option(32, "groups of tokens a step; conversations, which are longer, half as many")
     min_facts: int = option(2, "fewest facts in a passage; as many filler sentences stand between them")
     max_facts: int = option(16, "most facts in a passage, reached after half of the second stage")

@@ -62,6 +62,7 @@ import data
 import grpo
 import plot
 import saliency
+from checkpoint import check_weights
 from cli import BadInput, one_line_errors, option, parse
 from model import Qwen3, Qwen3Config
 
@@ -75,11 +76,11 @@ class Config:
     eval_data: str = option("", "JSONL of held-out prompts, evaluated before and after (needed only with --data)")
     reward: str = option("data:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
     thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
-    facts: int = option(20, "recall task: facts in a passage")
-    filler: int = option(20, "recall task: filler sentences in a passage")
+    facts: int = option(16, "recall task: facts in a passage")
+    filler: int = option(16, "recall task: filler sentences in a passage")
     seed: int = option(0, "seed of prompts, sampling and random rows")
     # how much
-    steps: int = option(100, "training steps, each one rollout")
+    steps: int = option(60, "training steps, each one rollout")
     prompts: int = option(16, "groups (prompts) a step trains on, over all ranks")
     completions: int = option(16, "G, completions per prompt")
     updates: int = option(1, "optimizer updates per rollout; each takes prompts / updates groups")
@@ -104,7 +105,7 @@ class Config:
     site: str = option("proj", "magnitudes of the projections' outputs, or after q_norm and k_norm", ["proj", "norm"])
     # the optimizer
     learning_rate: float = option(3e-4, "AdamW's learning rate, constant after warm-up (8B: 1e-6)")
-    warmup: int = option(5, "steps of linear warm-up")
+    warmup: int = option(10, "steps of linear warm-up")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay; it would move masked rows too")
     adam_beta2: float = option(0.999, "AdamW's second-moment decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at, after masking")
@@ -181,6 +182,8 @@ if config.context > model_config.context_length:
     raise BadInput(f"--context {config.context} is more than the {model_config.context_length} tokens of {config.model}")
 if config.max_completion >= config.context:
     raise BadInput(f"--max-completion {config.max_completion} leaves no room for a prompt in {config.context} tokens")
+with torch.device("meta"):
+    check_weights(Qwen3(model_config), config.model)  # names and shapes, before anything takes time
 tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
 stop_ids = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
 reward = data.load_reward(config.reward)

@@ -174,12 +174,12 @@ REFUSALS = {
     "bad line": (lambda t: ["--data", jsonl(t, GOOD, "{")], "line 2 is not JSON"),
     "long prompt": (lambda t: ["--context", 300], "tokens; the context leaves 276"),
     "long row": (
-        lambda t: ["--context", 40, "--data", jsonl(t, GOOD, GOOD.replace(': "p"', ': "' + "p" * 99 + '"'))],
+        lambda t: ["--context", 60, "--data", jsonl(t, GOOD, GOOD.replace(': "p"', ': "' + "p" * 99 + '"'))],
         "prompt line 2 has",
     ),
     "context": (lambda t: ["--context", 9999], "more than the 4096 tokens"),
     "uneven": (lambda t: ["--prompts", 5, "--updates", 2], "--prompts 5 cannot be shared"),
-    "no GPU": (lambda t: ["--tensor-parallel", 1, "--tensor-parallel", 2], "--tensor-parallel 2"),
+    "no GPU": (lambda t: ["--tensor-parallel", 2], "--tensor-parallel 2"),
     "no reward": (lambda t: ["--reward", "nowhere:f"], "--reward nowhere:f"),
     "no step": (lambda t: ["--steps", 0], "--steps must be positive"),
     "degenerate": (lambda t: ["--facts", 48, "--filler", 200, "--max-rounds", 1, "--completions", 2], "--max-rounds"),
@@ -197,9 +197,9 @@ def toml(tmp_path, text):
 @pytest.mark.parametrize("case", REFUSALS)
 def test_bad_input_gets_one_clear_line_and_a_nonzero_exit(case, runs, tmp_path):
     make, message = REFUSALS[case]
-    result = run_script("train.py", "--name", runs("refused"), *make(tmp_path))
+    result = run_script("train.py", "--name", runs("refused"), "--eval-prompts", 4, *make(tmp_path))
     assert result.returncode != 0
-    errors = [line for line in result.stderr.splitlines() if line.startswith("train.py: error: ")]
+    errors = [line for line in result.stderr.splitlines() if "train.py: error: " in line]
     assert len(errors) == 1 and message in errors[0], result.stderr[-2000:]
     assert "Traceback" not in result.stderr
 
