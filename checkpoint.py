@@ -83,6 +83,8 @@ class Qwen3Config:
             ) from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BadInput(f"{path} cannot be read: {error}") from error
+        if not isinstance(raw, dict):
+            raise BadInput(f"{path} is not an object of settings")
         return cls.from_dict(raw, path)
 
     @classmethod
@@ -112,9 +114,12 @@ class Qwen3Config:
         if kind == "yarn" and "factor" not in rope:
             raise BadInput(f"{path}: YaRN needs a factor")
         if kind == "yarn":
-            rope.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+            rope.setdefault(
+                "original_max_position_embeddings", raw.get("max_position_embeddings", cls.max_position_embeddings)
+            )
         names = [name for name in cls.__dataclass_fields__ if name not in ("rope_theta", "rope_scaling")]
-        required = {name for name in names if name not in cls.__dict__}
+        # Sizes must be said: a default that differs from transformers' would be another model.
+        required = {name for name in names if name not in cls.__dict__} | {"num_key_value_heads", "vocab_size"}
         missing = sorted(required - raw.keys())
         if missing:
             raise BadInput(f"{path}: {', '.join(missing)} missing")
@@ -252,7 +257,7 @@ def weight_files(directory):
     if index.exists():
         try:
             names = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{index} is not an index of safetensors: {error!r}") from error
         for file in sorted(set(names.values())):
             if not (directory / file).exists():

@@ -37,13 +37,18 @@ def parse(config_class, argv=None):
             "--" + field.name.replace("_", "-"),
             default=argparse.SUPPRESS,
             choices=field.metadata["choices"],
-            help=f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%"),
+            help=_help(field),
             **({"action": argparse.BooleanOptionalAction} if boolean else {"type": types[field.name]}),
         )
     given = vars(parser.parse_args(argv))
     path = given.pop("config")
     values = _read_toml(Path(path), config_class, types) if path else {}
     return config_class(**{**values, **given})
+
+
+def _help(field):
+    text = field.metadata["help"]
+    return (text if "(default" in text else f"{text} (default: {field.default!r})").replace("%", "%%")
 
 
 def _read_toml(path, config_class, types):

@@ -15,6 +15,7 @@ import math
 import random
 import re
 import string
+import traceback
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -93,7 +94,7 @@ def load_reward(spec):
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise BadInput(f"--reward {spec}: {error}; write module:function, the module on PYTHONPATH") from error
     if not callable(function):
         raise BadInput(f"--reward {spec}: {name} is not a function")
@@ -102,7 +103,11 @@ def load_reward(spec):
 
 def score(reward, answer, row):
     """The reward as a finite float; anything else the user's function returns is an error that names the row."""
-    value = reward(answer, row)
+    try:
+        value = reward(answer, row)
+    except Exception as error:  # the user's code: show where it failed, then say for which row
+        traceback.print_exc()
+        raise BadInput(f"the reward function failed on row {row['id']}: {error!r}") from error
     try:
         value = float(value)
     except (TypeError, ValueError):
@@ -147,9 +152,9 @@ class RecallSource:
 def read_jsonl(path):
     """All rows of `path`, each with an id ("line 3" unless it has one). Raises BadInput with the line's number."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--data {path}: {error}") from error
+        raise BadInput(f"{path} cannot be read: {error}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -159,6 +164,10 @@ def read_jsonl(path):
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise BadInput(f"{where} is not JSON: {error}") from error
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(f"{where} is not valid text: {error}") from error
         if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
             raise BadInput(f'{where} must be an object with "prompt" and "answer"')
         check_prompt(row["prompt"], where)
@@ -167,7 +176,7 @@ def read_jsonl(path):
             raise BadInput(f'{where}: "answer" must be a string or a list of strings')
         rows.append({"id": f"line {number}", **row})
     if not rows:
-        raise BadInput(f"--data {path} has no rows")
+        raise BadInput(f"{path} has no rows")
     return rows
 
 

@@ -27,7 +27,8 @@ def reward_curve(run):
         results = json.loads((run / "results.json").read_text())
         for x, when in ((0, "before"), (steps[-1], "after")):
             axes.plot(x, results[when]["accuracy"], "o", color="tab:red", label="held-out accuracy" if x == 0 else None)
-    axes.set(xlabel="training step", ylabel="reward", ylim=(0, 1), title=run.name)
+    axes.set(xlabel="training step", ylabel="reward")
+    axes.set_title(run.name, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(run / "reward.png", dpi=120)

@@ -1,6 +1,6 @@
 """Supervised warm start: cross entropy on the assistant's turns. It made assets/tiny, from random weights, with
 
-    python sft.py --out assets/tiny
+    python sft.py --out runs/tiny          # about 5 minutes on 2 CPU cores
 
 First a small network has to learn to look things up at all: it reads groups of tokens and then the same groups in another
 order, and is trained on the tokens that follow a group's first, until it copies them (attention heads that do this are
@@ -51,9 +51,7 @@ class Config:
     out: str = option("runs/sft", "directory to write the checkpoint to")
     copy_until: float = option(0.5, "first stage: copy groups of tokens until a step's loss is below this, nats")
     steps: int = option(1200, "second stage: steps that its schedules of length and learning rate are made for")
-    stop: int = option(
-        401, "second stage: stop after so many steps, while RL has plenty left to teach (0: do not)"
-    )
+    stop: int = option(401, "second stage: stop after so many steps, while RL has plenty left to teach (0: do not)")
     batch: int = option(32, "groups of tokens a step; conversations, which are longer, half as many")
     min_facts: int = option(2, "fewest facts in a passage; as many filler sentences stand between them")
     max_facts: int = option(16, "most facts in a passage, reached after half of the second stage")
@@ -143,6 +141,10 @@ def pad(rows):
 if __name__ == "__main__":
     one_line_errors()
     config = parse(Config)
+    if not 1 <= config.min_facts <= config.max_facts <= len(data.NAMES):
+        raise BadInput(f"--min-facts and --max-facts must be ordered and in 1 to {len(data.NAMES)}")
+    if min(config.steps, config.batch // 2, config.questions, config.warmup) < 1 or config.heads % 2:
+        raise BadInput("--steps, --questions and --warmup must be positive, --batch at least 2, --heads even")
     out = Path(config.out)
     if out.exists():
         raise BadInput(f"--out {out} exists already; name another directory or remove it")
@@ -170,7 +172,7 @@ if __name__ == "__main__":
         bar = tqdm(desc=stage, unit="step", total=config.steps if stage == "recall" else None)
         for step in itertools.count():
             progress = step / config.steps if stage == "recall" else 0.0
-            if stage == "recall" and step in (config.steps, config.stop):
+            if stage == "recall" and (step == config.steps or step == config.stop > 0):
                 break
             decay = 0.55 + 0.45 * math.cos(math.pi * progress)  # cosine from 1 to 0.1
             optimizer.param_groups[0]["lr"] = config.learning_rate * decay * min(1.0, (step + 1) / config.warmup)

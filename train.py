@@ -2,8 +2,8 @@
 
     torchrun train.py                                       # assets/tiny on the recall task: minutes on a laptop
     torchrun --nproc-per-node 2 train.py                    # the same on two processes
-    torchrun --nproc-per-node 8 train.py --model Qwen/Qwen3-8B --data rl.jsonl --context 32768 --max-completion 4096 \\
-        --learning-rate 1e-6 --warmup 20 --completions 16   # the paper's setting; Qwen/Qwen3-8B is a local directory
+    torchrun --nproc-per-node 8 train.py --model Qwen3-8B --data rl.jsonl --thinking --prompts 8 --context 32768 \\
+        --max-completion 4096 --overlong-cache 819 --learning-rate 1e-6 --warmup 20      # the paper's setting
 
 It reads top to bottom, one step of training as the data flows: prompts -> groups of completions (rollout.py) -> rewards
 (data.py) -> advantages (grpo.py) -> log-probabilities of the group in one forward (model.py) -> loss (dapo.py, grpo.py) ->
@@ -46,6 +46,7 @@ metrics.jsonl, one object a step
 """
 
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -76,8 +77,8 @@ class Config:
     eval_data: str = option("", "JSONL of held-out prompts, evaluated before and after (needed only with --data)")
     reward: str = option("data:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
     thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
-    facts: int = option(16, "recall task: facts in a passage")
-    filler: int = option(16, "recall task: filler sentences in a passage")
+    facts: int = option(17, "recall task: facts in a passage")
+    filler: int = option(17, "recall task: filler sentences in a passage")
     seed: int = option(0, "seed of prompts, sampling and random rows")
     # how much
     steps: int = option(60, "training steps, each one rollout")
@@ -145,32 +146,44 @@ device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.
 compute_dtype = torch.bfloat16 if cuda else torch.float32
 main = rank == 0
 
+POSITIVE = (
+    "steps prompts updates max_completion temperature learning_rate max_rounds dual_clip max_grad_norm tensor_parallel"
+)
+for key in POSITIVE.split():
+    if not 0 < getattr(config, key) < math.inf:
+        raise BadInput(f"--{key.replace('_', '-')} must be positive, not {getattr(config, key)}")
+for key in [
+    "seed",
+    "context",
+    "warmup",
+    "eval_prompts",
+    "filler",
+    "beta",
+    "epsilon_low",
+    "epsilon_high",
+    "importance_cap",
+    "overlong_cache",
+]:
+    if not 0 <= getattr(config, key) < math.inf:
+        raise BadInput(f"--{key.replace('_', '-')} must not be negative: {getattr(config, key)}")
+if not 0 < config.fraction <= 1:
+    raise BadInput(f"--fraction must be in (0, 1], not {config.fraction}")
+if not 0 <= config.adam_beta2 < 1:
+    raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
+if config.completions < 2:
+    raise BadInput(f"--completions {config.completions} gives every group an advantage of 0; it takes at least 2")
 groups_per_update, uneven = divmod(config.prompts, config.updates)
 if uneven or groups_per_update % world:
     raise BadInput(
         f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {world} ranks need a multiple of "
         f"{config.updates * world}"
     )
-if config.tensor_parallel < 1 or world % config.tensor_parallel:
+if world % config.tensor_parallel:
     raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")
 if config.tensor_parallel > 1 and not cuda:
     raise BadInput(f"--tensor-parallel {config.tensor_parallel} needs a GPU per rank, and there is none")
-for key in (
-    "steps",
-    "prompts",
-    "completions",
-    "updates",
-    "max_completion",
-    "temperature",
-    "learning_rate",
-    "max_rounds",
-):
-    if getattr(config, key) <= 0:
-        raise BadInput(f"--{key.replace('_', '-')} must be positive, not {getattr(config, key)}")
-if not 0 < config.fraction <= 1:
-    raise BadInput(f"--fraction must be in (0, 1], not {config.fraction}")
-if config.algorithm == "dapo" and config.completions < 2:
-    raise BadInput("--completions 1 gives every group an advantage of 0; dapo needs at least 2")
+if config.eval_data and not config.data:
+    raise BadInput("--eval-data needs --data; the recall task makes its own held-out prompts")
 if config.beta and config.algorithm == "dapo":
     raise BadInput("--beta needs --algorithm grpo: DAPO has no KL term")
 
@@ -192,12 +205,14 @@ prompt_limit = config.context - config.max_completion
 if config.data:
     source = data.JsonlSource(config.data, config.seed)
     held_out = data.read_jsonl(config.eval_data) if config.eval_data else []
-    for row in [*source.rows, *held_out]:  # a prompt that is too long shows now, not in hours
-        data.encode_prompt(tokenizer, row, config.thinking, prompt_limit)
+    rows = [*source.rows, *held_out]
 else:
     source = data.RecallSource(f"train {config.seed}", config.facts, config.filler)
     held_out_source = data.RecallSource("held out", config.facts, config.filler)
     held_out = [held_out_source[i] for i in range(config.eval_prompts)]
+    rows = [source[0], *held_out]
+for row in rows:  # a prompt that is too long shows now, not in hours
+    data.encode_prompt(tokenizer, row, config.thinking, prompt_limit)
 
 # ----------------------------------------------------------------------------------------------- engine, then model
 
@@ -205,13 +220,10 @@ dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 if cuda:
     torch.cuda.set_device(device)
 torch.manual_seed(config.seed)
-run = Path("runs") / (config.name or time.strftime("%Y-%m-%d-%H%M%S"))
-if main:
-    if run.exists():
-        raise BadInput(f"{run} exists; choose another --name or remove it")
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({**asdict(config), "ranks": world, "device": str(device)}, indent=2) + "\n")
-    print(f"run directory: {run}", flush=True)
+config.name = config.name or time.strftime("%Y-%m-%d-%H%M%S")
+run = Path("runs") / config.name
+if main and run.exists():
+    raise BadInput(f"{run} exists; choose another --name or remove it")
 
 from rollout import Rollout  # noqa: E402  (after the checks above: importing vLLM takes seconds)
 
@@ -231,7 +243,7 @@ optimizer = torch.optim.AdamW(
     model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
 )
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup)))
-mismatch_limit = config.mismatch_limit or (0.1 if compute_dtype == torch.bfloat16 else 1e-3)
+config.mismatch_limit = config.mismatch_limit or (0.1 if compute_dtype == torch.bfloat16 else 1e-3)
 random_rows = torch.Generator().manual_seed(config.seed)
 seconds = defaultdict(float)
 
@@ -298,6 +310,11 @@ def logprobs_of(policy, group, entropy=False):
     return tuple(map(torch.cat, result)) if entropy else torch.cat(result)
 
 
+if main:
+    run.mkdir(parents=True)
+    settings = {**asdict(config), "ranks": world, "device": str(device)}
+    (run / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    print(f"run directory: {run}", flush=True)
 before = evaluate() if held_out else None
 if main and before:
     print(accuracy_line("before:", before))
@@ -317,8 +334,8 @@ for step in range(1, config.steps + 1):
     while len(batch) < config.prompts:
         if rounds == config.max_rounds:
             raise BadInput(
-                f"step {step}: {rounds} rounds of {config.prompts} prompts gave {len(batch)} groups with both right and "
-                f"wrong answers, {config.prompts} are needed; the task is too hard or too easy for this model, or raise "
+                f"step {step}: {rounds} rounds of {config.prompts} prompts gave {len(batch)} groups whose rewards differ, "
+                f"{config.prompts} are needed; the task is too hard or too easy for this model, or raise "
                 f"--max-rounds or --completions"
             )
         indices = list(range(drawn, drawn + config.prompts))
@@ -395,10 +412,10 @@ for step in range(1, config.steps + 1):
         dist.all_reduce(sums)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         mismatch = sums[5].item() / tokens
-        if not mismatch <= mismatch_limit:
+        if not mismatch <= config.mismatch_limit:
             raise BadInput(
                 f"step {step}: the sampler's log-probabilities differ from the trainer's by {mismatch:.2g} nats on average "
-                f"(limit {mismatch_limit:g}): vLLM does not have the trainer's weights, or computes in another precision"
+                f"(limit {config.mismatch_limit:g}): vLLM does not have the trainer's weights or rounds otherwise"
             )
 
         # LongAct: masks from this update's activations, before clipping.
