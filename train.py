@@ -195,9 +195,9 @@ if config.context > model_config.context_length:
     raise BadInput(f"--context {config.context} is more than the {model_config.context_length} tokens of {config.model}")
 if config.max_completion >= config.context:
     raise BadInput(f"--max-completion {config.max_completion} leaves no room for a prompt in {config.context} tokens")
+tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
 with torch.device("meta"):
     check_weights(Qwen3(model_config), config.model)  # names and shapes, before anything takes time
-tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
 stop_ids = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
 reward = data.load_reward(config.reward)
 prompt_limit = config.context - config.max_completion
