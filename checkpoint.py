@@ -20,16 +20,10 @@ from cli import BadInput
 
 SHARD_BYTES = 5 * 10**9  # size of one safetensors file, Hugging Face's default
 # Files beside the weights that make a directory usable by transformers and vLLM; they go with the model unchanged.
-COMPANIONS = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-]
+COMPANIONS = (
+    "tokenizer.json tokenizer_config.json generation_config.json chat_template.jinja vocab.json merges.txt "
+    "added_tokens.json special_tokens_map.json"
+).split()
 
 # hidden, layers, query heads, intermediate, tied embeddings (Qwen3 technical report, Table 1)
 SIZES = {

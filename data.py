@@ -90,7 +90,7 @@ def normalize(text):
 
 
 def load_reward(spec):
-    """ "module:function" -> the function. Raises BadInput when there is no such module or function."""
+    """The function that "module:function" names. Raises BadInput when there is no such module or function."""
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
@@ -193,179 +193,24 @@ def check_prompt(prompt, where):
 
 # ------------------------------------------------------------------------------------------------------- recall task
 
-NAMES = [
-    "Maria",
-    "Peter",
-    "Anna",
-    "Victor",
-    "Clara",
-    "Simon",
-    "Laura",
-    "Oscar",
-    "Helen",
-    "Bruno",
-    "Nadia",
-    "Felix",
-    "Irene",
-    "Louis",
-    "Paula",
-    "Roman",
-    "Sofia",
-    "Frank",
-    "Julia",
-    "Marco",
-    "Diana",
-    "Edgar",
-    "Greta",
-    "Henry",
-    "Elena",
-    "Jonas",
-    "Marta",
-    "Klaus",
-    "Ellen",
-    "Tomas",
-    "Alice",
-    "David",
-    "Carla",
-    "Leo",
-    "Emma",
-    "Paul",
-    "Rosa",
-    "Max",
-    "Eva",
-    "Karl",
-    "Lena",
-    "Otto",
-    "Nora",
-    "Hugo",
-    "Vera",
-    "Ivan",
-    "Lucy",
-    "Sven",
-]
-WORDS = [
-    "lamp",
-    "river",
-    "stone",
-    "cloud",
-    "wheel",
-    "apple",
-    "sword",
-    "tiger",
-    "candle",
-    "mirror",
-    "bridge",
-    "ladder",
-    "basket",
-    "feather",
-    "hammer",
-    "island",
-    "jacket",
-    "kettle",
-    "lemon",
-    "magnet",
-    "needle",
-    "orange",
-    "pencil",
-    "rabbit",
-    "saddle",
-    "tunnel",
-    "violin",
-    "wallet",
-    "anchor",
-    "button",
-    "carpet",
-    "dragon",
-    "engine",
-    "falcon",
-    "garden",
-    "helmet",
-    "insect",
-    "jungle",
-    "kitten",
-    "lizard",
-    "marble",
-    "napkin",
-    "oyster",
-    "parrot",
-    "quartz",
-    "ribbon",
-    "shadow",
-    "temple",
-    "umbrella",
-    "valley",
-    "window",
-    "yellow",
-    "zebra",
-    "arrow",
-    "bottle",
-    "copper",
-    "desert",
-    "eagle",
-    "forest",
-    "guitar",
-    "harbor",
-    "iron",
-    "jewel",
-    "knight",
-    "leather",
-    "monkey",
-    "nectar",
-    "onion",
-    "pepper",
-    "rocket",
-    "silver",
-    "thunder",
-    "uncle",
-    "velvet",
-    "winter",
-    "bamboo",
-    "cactus",
-    "donkey",
-    "elbow",
-    "fabric",
-    "ginger",
-    "honey",
-    "ivory",
-    "jelly",
-    "kiwi",
-    "lantern",
-    "meadow",
-    "nickel",
-    "ocean",
-    "planet",
-    "rubber",
-    "salmon",
-    "tomato",
-    "urchin",
-    "vapor",
-    "walnut",
-    "acorn",
-    "badger",
-    "cherry",
-    "dolphin",
-    "ember",
-    "flute",
-    "granite",
-    "hazel",
-    "igloo",
-    "juniper",
-    "koala",
-    "lotus",
-    "mango",
-    "nutmeg",
-    "olive",
-    "pebble",
-    "quill",
-    "raven",
-    "spider",
-    "turtle",
-    "vessel",
-    "willow",
-]
-PEOPLE = ["baker", "sailor", "teacher", "farmer", "doctor", "painter", "soldier", "singer", "driver", "writer"]
-VERBS = ["walked", "slept", "waited", "worked", "rested", "talked"]
-PLACES = ["market", "station", "church", "library", "theatre", "museum", "castle", "office", "school", "kitchen"]
+NAMES = (
+    "Maria Peter Anna Victor Clara Simon Laura Oscar Helen Bruno Nadia Felix Irene Louis Paula Roman Sofia Frank "
+    "Julia Marco Diana Edgar Greta Henry Elena Jonas Marta Klaus Ellen Tomas Alice David Carla Leo Emma Paul Rosa Max "
+    "Eva Karl Lena Otto Nora Hugo Vera Ivan Lucy Sven"
+).split()
+WORDS = (
+    "lamp river stone cloud wheel apple sword tiger candle mirror bridge ladder basket feather hammer island jacket "
+    "kettle lemon magnet needle orange pencil rabbit saddle tunnel violin wallet anchor button carpet dragon engine "
+    "falcon garden helmet insect jungle kitten lizard marble napkin oyster parrot quartz ribbon shadow temple "
+    "umbrella valley window yellow zebra arrow bottle copper desert eagle forest guitar harbor iron jewel knight "
+    "leather monkey nectar onion pepper rocket silver thunder uncle velvet winter bamboo cactus donkey elbow fabric "
+    "ginger honey ivory jelly kiwi lantern meadow nickel ocean planet rubber salmon tomato urchin vapor walnut acorn "
+    "badger cherry dolphin ember flute granite hazel igloo juniper koala lotus mango nutmeg olive pebble quill raven "
+    "spider turtle vessel willow"
+).split()
+PEOPLE = "baker sailor teacher farmer doctor painter soldier singer driver writer".split()
+VERBS = "walked slept waited worked rested talked".split()
+PLACES = "market station church library theatre museum castle office school kitchen".split()
 
 
 def recall(rng, facts, filler, asked=1):

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import Qwen3Config, load_weights, save_checkpoint
 
 HEAD_CHUNK_ELEMENTS = 2**27  # logits that exist at a time: 512 MiB in fp32, 883 tokens of Qwen3's vocabulary
+
 # ---------------------------------------------------------------------------------------------------- rotary positions
 
 

@@ -67,7 +67,6 @@ class Rollout:
                 "max_num_batched_tokens": max(8192, context_length),
             }
         random_states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-        threads = torch.get_num_threads()
         self.engine = LLM(
             model=str(checkpoint),
             dtype=dtype,
@@ -82,7 +81,6 @@ class Rollout:
             disable_log_stats=False,  # counters only, read by LLM.get_metrics()
             **device_options,
         )
-        torch.set_num_threads(threads)
         random.setstate(random_states[0])  # an in-process engine reseeds the caller's generators
         numpy.random.set_state(random_states[1])
         torch.set_rng_state(random_states[2])

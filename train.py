@@ -129,8 +129,12 @@ class Group:
     old_logprobs: torch.Tensor = None  # (N,) on the rank that trains it
 
     @property
+    def lengths(self):  # R_i of each completion
+        return [len(completion.ids) for completion in self.completions]
+
+    @property
     def tokens(self):  # what a training forward costs
-        return len(self.prompt) + sum(len(completion.ids) for completion in self.completions)
+        return len(self.prompt) + sum(self.lengths)
 
 
 one_line_errors()
@@ -149,21 +153,11 @@ main = rank == 0
 POSITIVE = (
     "steps prompts updates max_completion temperature learning_rate max_rounds dual_clip max_grad_norm tensor_parallel"
 )
+NOT_NEGATIVE = "seed context warmup eval_prompts filler beta epsilon_low epsilon_high importance_cap overlong_cache"
 for key in POSITIVE.split():
     if not 0 < getattr(config, key) < math.inf:
         raise BadInput(f"--{key.replace('_', '-')} must be positive, not {getattr(config, key)}")
-for key in [
-    "seed",
-    "context",
-    "warmup",
-    "eval_prompts",
-    "filler",
-    "beta",
-    "epsilon_low",
-    "epsilon_high",
-    "importance_cap",
-    "overlong_cache",
-]:
+for key in NOT_NEGATIVE.split():
     if not 0 <= getattr(config, key) < math.inf:
         raise BadInput(f"--{key.replace('_', '-')} must not be negative: {getattr(config, key)}")
 if not 0 < config.fraction <= 1:
@@ -351,8 +345,8 @@ for step in range(1, config.steps + 1):
     for group in batch:
         rewards = group.rewards
         if config.algorithm == "dapo":
-            lengths = [len(completion.ids) for completion in group.completions]
-            penalties = [dapo.overlong_penalty(n, config.max_completion, config.overlong_cache) for n in lengths]
+            limits = config.max_completion, config.overlong_cache
+            penalties = [dapo.overlong_penalty(length, *limits) for length in group.lengths]
             rewards = 2 * rewards - 1 + torch.tensor(penalties)
         group.advantages = grpo.advantages(rewards, config.normalize_std)
 
@@ -367,7 +361,7 @@ for step in range(1, config.steps + 1):
     step_sums, update_means = torch.zeros(8, dtype=torch.float64), defaultdict(float)
     worst_mismatch = torch.zeros(1, dtype=torch.float64)
     for minibatch in minibatches:
-        tokens = sum(group.tokens - len(group.prompt) for group in minibatch)  # completion tokens over all ranks
+        tokens = sum(sum(group.lengths) for group in minibatch)  # completion tokens over all ranks
         sequences = len(minibatch) * config.completions
         sums = torch.zeros(8, dtype=torch.float64, device=device)  # of loss, ratio, clipped, kl, entropy, |d|, k3, capped
         worst = torch.zeros(1, dtype=torch.float64, device=device)
@@ -377,8 +371,7 @@ for step in range(1, config.steps + 1):
                     logprobs, entropies = logprobs_of(model, group, entropy=True)
                     old = group.old_logprobs if group.old_logprobs is not None else logprobs.detach()
                     sampler = torch.cat([torch.tensor(completion.logprobs) for completion in group.completions]).to(device)
-                    lengths = [len(completion.ids) for completion in group.completions]
-                    advantages = group.advantages.repeat_interleave(torch.tensor(lengths)).to(device)
+                    advantages = group.advantages.repeat_interleave(torch.tensor(group.lengths)).to(device)
                     terms = {"dual_clip": config.dual_clip}
                     if config.importance_cap:
                         terms["importance"] = grpo.importance_weights(old, sampler, config.importance_cap)
@@ -389,7 +382,7 @@ for step in range(1, config.steps + 1):
                     if config.algorithm == "dapo":
                         loss, stats = dapo.loss(logprobs, old, advantages, tokens, *epsilons, **terms)
                     else:
-                        how = lengths, config.aggregation, sequences, tokens, config.max_completion
+                        how = group.lengths, config.aggregation, sequences, tokens, config.max_completion
                         weights = grpo.token_weights(*how).to(device)
                         loss, stats = grpo.loss(logprobs, old, advantages, weights, *epsilons, **terms)
                 with stage("backward"):
@@ -443,7 +436,7 @@ for step in range(1, config.steps + 1):
 
     # What happened.
     if main:
-        tokens = sum(group.tokens - len(group.prompt) for group in batch)
+        tokens = sum(sum(group.lengths) for group in batch)
         rewards = torch.stack([group.rewards for group in sampled])  # (groups, G)
         equal = (rewards == rewards[:, :1]).all(1)
         elapsed = time.perf_counter() - started
