@@ -70,15 +70,19 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, site, prompt, layout):
         heads = (*x.shape[:2], -1, self.D)
-        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
+        q, k, values = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x)  # (B, T, heads, D)
         q_normed, k_normed = self.q_norm(q), self.k_norm(k)
         squares = None
         if site is not None:
             lengths = layout.lengths if layout else None
             squares = [sums_of_squares(y, lengths) for y in ((q, k) if site == "proj" else (q_normed, k_normed))]
         q, k = rotate(q_normed, cos, sin), rotate(k_normed, cos, sin)
-        y = GroupAttention.apply(q, k, v, *prompt, layout) if prompt else causal_attention(q, k, v)
-        return self.o_proj(y.flatten(2)), k, v, squares
+        v = values.view(heads)
+        if prompt is None:
+            y = causal_attention(q, k, v)
+        else:
+            y = GroupAttention.apply(q, k, v, prompt[0], prompt[1].unflatten(-1, (-1, self.D)), layout)
+        return self.o_proj(y.flatten(2)), k, values, squares  # not v: FSDP2 warns of outputs that are views
 
 
 class MLP(nn.Module):
@@ -93,9 +97,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys and values (B, T, Hk, D), and sums of squares.
-
-    With `prompt`, this layer's keys and values of a prompt (1, P, Hk, D), and a Layout, x holds completions of that prompt.
+    """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys (B, T, Hk, D), values (B, T, Hk * D) and sums of
+    squares. With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt.
     site: where to take the sums of squares (q and k, see sums_of_squares), or None. They are an output, not a hook's side
     effect: what activation checkpointing recomputes in backward is dropped.
     """
@@ -178,8 +181,8 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 class Prompt(NamedTuple):
-    """What completions need of the prompt they follow: its last token's hidden state (1, C); of each layer the keys and
-    values (1, P, Hk, D); and the sums of squares (q (1, H, D), k (1, Hk, D)), or None where no Tracker is active."""
+    """What completions need of the prompt they follow: its last token's hidden state (1, C); of each layer the keys
+    (1, P, Hk, D), the values (1, P, Hk * D) and, if a Tracker is active, the sums of squares (q (1, H, D), k (1, Hk, D))."""
 
     length: int
     last: torch.Tensor
@@ -234,7 +237,8 @@ class Qwen3(nn.Module):
         entropy=True also a list of (R_i,) fp32 entropies. temperature divides the logits, as in the sampler.
         Raises ValueError for an empty prompt or completion.
         """
-        logprobs, entropies = self.completion_logprobs(self.read(prompt_ids), completions, temperature)
+        results = self.completion_logprobs(self.read(prompt_ids), completions, temperature)
+        logprobs, entropies = (list(result.split([len(c) for c in completions])) for result in results)
         return (logprobs, entropies) if entropy else logprobs
 
     def read(self, prompt_ids):
@@ -244,12 +248,13 @@ class Qwen3(nn.Module):
         positions = torch.arange(len(prompt_ids), device=prompt_ids.device)
         cache = []
         x, squares = self._blocks(prompt_ids[None], positions, cache=cache)
-        return Prompt(len(prompt_ids), x[0, -1:], *map(list, zip(*cache)), squares)
+        return Prompt(len(prompt_ids), x[0, -1:].clone(), *map(list, zip(*cache)), squares)
 
     def completion_logprobs(self, prompt, completions, temperature=1.0):
-        """The second stage: Prompt, list of (R_i,) int64 -> log-probabilities, entropies: lists of (R_i,) fp32.
+        """The second stage: Prompt, list of (R_i,) int64 -> log-probabilities (N,) and entropies (N,) fp32, one completion
+        after the other. Any of a prompt's completions may go in any call; a Tracker must see both stages.
 
-        Of a prompt's completions any may go in any call. Raises ValueError for an empty completion, or none.
+        Raises ValueError for an empty completion, or none.
         """
         lengths = [len(completion) for completion in completions]
         if not lengths or not min(lengths):
@@ -262,8 +267,7 @@ class Qwen3(nn.Module):
                 [[(p + c).sqrt().sum(0) for p, c in zip(*layer)] for layer in zip(prompt.squares, squares)], len(lengths)
             )
         hidden = self.model.norm(torch.cat((prompt.last, x[0]))[layout.predictors])  # (N, C)
-        results = self.lm_head(hidden, targets, temperature, self.model.embed_tokens.weight)
-        return tuple(list(result.split(lengths)) for result in results)
+        return self.lm_head(hidden, targets, temperature, self.model.embed_tokens.weight)
 
     def _rows(self, input_ids):
         """input_ids (B, T), each row a sequence of its own -> hidden states (B, T, C) before the final norm."""

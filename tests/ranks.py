@@ -28,7 +28,6 @@ tokens = sum(len(c) for _, completions in groups for c in completions)
 
 def loss(i, part, logprobs, scale):
     """The loss of some completions of group i, given the log-probabilities of their tokens."""
-    logprobs = torch.cat(logprobs)
     lengths = torch.tensor([len(groups[i][1][j]) for j in part])
     weights = grpo.token_weights(lengths, "token", 18, tokens, 8)
     return grpo.loss(logprobs, logprobs.detach(), advantages[i][part].repeat_interleave(lengths), weights)[0] * scale
@@ -41,7 +40,7 @@ def step(model, indices, scale, checkpointing, two_stage):
         for i in indices:
             prompt, completions = groups[i]
             if not two_stage:
-                loss(i, [0, 1, 2], model.group_logprobs(prompt, completions, 1.3), scale).backward()
+                loss(i, [0, 1, 2], torch.cat(model.group_logprobs(prompt, completions, 1.3)), scale).backward()
                 continue
             read = model.read(prompt)
             leaves = read.detach()
@@ -75,6 +74,7 @@ for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
     torch.testing.assert_close(norm.full_tensor(), expected_norm, rtol=1e-5, atol=0)
 empty = any(p.grad.to_local().numel() == 0 for p in sharded.parameters())
 sharded.save_pretrained(export)
+dist.barrier()  # rank 0 writes
 for a, b in zip(Qwen3.from_pretrained(export).parameters(), whole.parameters(), strict=True):
     assert torch.equal(a, b)
 if rank == world - 1:

@@ -283,7 +283,8 @@ def test_two_stage_backward_equals_one_pass(prompt_length, lengths, passes, chec
         read = model.read(prompt)
         leaves = read.detach()
         for part in parts:
-            logprobs, entropies = model.completion_logprobs(leaves, [completions[i] for i in part], 1.3)
+            results = model.completion_logprobs(leaves, [completions[i] for i in part], 1.3)
+            logprobs, entropies = (list(result.split([lengths[i] for i in part])) for result in results)
             torch.testing.assert_close(logprobs, [expected[i] for i in part], atol=1e-5, rtol=1e-5)
             loss(part, logprobs, entropies).backward()
         read.backward(leaves)
