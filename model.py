@@ -33,14 +33,20 @@ from checkpoint import Qwen3Config, load_weights, save_checkpoint
 HEAD_CHUNK_ELEMENTS = 2**27  # logits that exist at a time: 512 MiB in fp32, 883 tokens of Qwen3's vocabulary
 
 
-@torch.no_grad()
-def sums_of_squares(x, lengths=None):
-    """Sum of squares over the tokens of each sequence; x (B, T, heads, D) -> (B, heads, D) fp32, or with `lengths` of G
-    sequences that lie one after the other, B = 1 -> (G, heads, D)."""
-    if lengths is None:
-        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
-    norms = [torch.linalg.vector_norm(part, dim=0, dtype=torch.float32) for part in x[0].split(lengths)]
-    return torch.stack(norms).square()
+class Squares:
+    """One layer's sums of squares over the tokens of each sequence: q (B, H, D) and k (B, Hk, D), fp32; site as in
+    saliency.Tracker. The layer's first forward fills it; when activation checkpointing runs the layer again in backward, it
+    is full, so nothing is counted or computed twice."""
+
+    def __init__(self, site):
+        self.site, self.q, self.k = site, None, None
+
+    @torch.no_grad()
+    def fill(self, q, k, layout):
+        """q (B, T, H, D), k (B, T, Hk, D): a sequence a row; with a Layout, its G completions -> (G, H, D), (G, Hk, D)."""
+        if self.q is None:
+            rows = (layout.pad(x) if layout else x for x in (q, k))
+            self.q, self.k = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square() for x in rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -68,21 +74,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, site, prompt, layout):
+    def forward(self, x, cos, sin, squares, prompt, layout):
         heads = (*x.shape[:2], -1, self.D)
         q, k, values = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x)  # (B, T, heads, D)
         q_normed, k_normed = self.q_norm(q), self.k_norm(k)
-        squares = None
-        if site is not None:
-            lengths = layout.lengths if layout else None
-            squares = [sums_of_squares(y, lengths) for y in ((q, k) if site == "proj" else (q_normed, k_normed))]
+        if squares:
+            squares.fill(*((q, k) if squares.site == "proj" else (q_normed, k_normed)), layout)
         q, k = rotate(q_normed, cos, sin), rotate(k_normed, cos, sin)
         v = values.view(heads)
         if prompt is None:
             y = causal_attention(q, k, v)
         else:
             y = GroupAttention.apply(q, k, v, prompt[0], prompt[1].unflatten(-1, (-1, self.D)), layout)
-        return self.o_proj(y.flatten(2)), k, values, squares  # not v: FSDP2 warns of outputs that are views
+        return self.o_proj(y.flatten(2)), k, values  # not v: FSDP2 warns of outputs that are views
 
 
 class MLP(nn.Module):
@@ -97,10 +101,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys (B, T, Hk, D), values (B, T, Hk * D) and sums of
-    squares. With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt.
-    site: where to take the sums of squares (q and k, see sums_of_squares), or None. They are an output, not a hook's side
-    effect: what activation checkpointing recomputes in backward is dropped.
+    """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys (B, T, Hk, D) and values (B, T, Hk * D).
+
+    With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt.
     """
 
     def __init__(self, config):
@@ -109,10 +112,10 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, site=None, prompt=None, layout=None):
-        attended, k, v, squares = self.self_attn(self.input_layernorm(x), cos, sin, site, prompt, layout)
+    def forward(self, x, cos, sin, squares=None, prompt=None, layout=None):
+        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, squares, prompt, layout)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), k, v, squares
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
 class Head(nn.Module):
@@ -145,7 +148,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         logprobs, entropies, logz = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
-        for rows in map(lambda start: slice(start, start + chunk), range(0, len(hidden), chunk)):
+        for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
             logits = F.linear(hidden[rows], weight).float().div_(temperature)  # (n, V)
             torch.logsumexp(logits, -1, out=logz[rows])
             table = logits.sub_(logz[rows, None])
@@ -162,7 +165,7 @@ class TokenLogprobs(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(logz)
-        for rows in map(lambda start: slice(start, start + ctx.chunk), range(0, len(hidden), ctx.chunk)):
+        for rows in (slice(start, start + ctx.chunk) for start in range(0, len(hidden), ctx.chunk)):
             table = F.linear(hidden[rows], weight).float().div_(ctx.temperature).sub_(logz[rows, None])  # (n, V)
             grad = table.exp().neg_()
             if grad_entropies is None:
@@ -182,7 +185,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 class Prompt(NamedTuple):
     """What completions need of the prompt they follow: its last token's hidden state (1, C); of each layer the keys
-    (1, P, Hk, D), the values (1, P, Hk * D) and, if a Tracker is active, the sums of squares (q (1, H, D), k (1, Hk, D))."""
+    (1, P, Hk, D), the values (1, P, Hk * D) and, if a Tracker is active, the Squares."""
 
     length: int
     last: torch.Tensor
@@ -263,9 +266,9 @@ class Qwen3(nn.Module):
         layout = Layout(prompt.length, lengths, targets.device)
         x, squares = self._blocks(targets[None], layout.positions, prompt, layout)
         if self.tracker:  # sequence i is prompt + completion i: the prompt's sums are shared
-            self.tracker.add(
-                [[(p + c).sqrt().sum(0) for p, c in zip(*layer)] for layer in zip(prompt.squares, squares)], len(lengths)
-            )
+            layers = zip(prompt.squares, squares)
+            norms = [((a.q + b.q).sqrt().sum(0), (a.k + b.k).sqrt().sum(0)) for a, b in layers]
+            self.tracker.add(norms, len(lengths))
         hidden = self.model.norm(torch.cat((prompt.last, x[0]))[layout.predictors])  # (N, C)
         return self.lm_head(hidden, targets, temperature, self.model.embed_tokens.weight)
 
@@ -274,24 +277,22 @@ class Qwen3(nn.Module):
         positions = torch.arange(input_ids.size(1), device=input_ids.device)
         x, squares = self._blocks(input_ids, positions)
         if self.tracker:
-            self.tracker.add([[each.sqrt().sum(0) for each in layer] for layer in squares], len(input_ids))
+            self.tracker.add([(layer.q.sqrt().sum(0), layer.k.sqrt().sum(0)) for layer in squares], len(input_ids))
         return x
 
     def _blocks(self, ids, positions, prompt=None, layout=None, cache=None):
-        """ids (B, T) -> hidden states (B, T, C) and a list of each layer's sums of squares; the list `cache`, if given,
-        receives each layer's keys and values."""
+        """ids (B, T) -> hidden states (B, T, C) and each layer's Squares (or None); the list `cache`, if given, receives
+        each layer's keys and values."""
         x = self.model.embed_tokens(ids)  # (B, T, C)
         cos, sin = rope_tables(self.config, positions, x.dtype)
-        site = self.tracker.site if self.tracker else None
+        squares = [Squares(self.tracker.site) if self.tracker else None for _ in self.model.layers]
         recompute = self.checkpointing and torch.is_grad_enabled()
-        squares = []
         for i, block in enumerate(self.model.layers):
             past = (prompt.keys[i], prompt.values[i]) if prompt else None
             if recompute:
-                x, k, v, sums = checkpoint(block, x, cos, sin, site, past, layout, use_reentrant=False)
+                x, k, v = checkpoint(block, x, cos, sin, squares[i], past, layout, use_reentrant=False)
             else:
-                x, k, v, sums = block(x, cos, sin, site, past, layout)
-            squares.append(sums)
+                x, k, v = block(x, cos, sin, squares[i], past, layout)
             if cache is not None:
                 cache.append((k, v))
         return x, squares

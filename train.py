@@ -3,7 +3,7 @@
     torchrun train.py                                       # assets/tiny on the recall task: minutes on a laptop
     torchrun --nproc-per-node 2 train.py                    # the same on two processes
     torchrun --nproc-per-node 8 train.py --model Qwen3-8B --data rl.jsonl --thinking --prompts 8 --context 32768 \\
-        --max-completion 4096 --overlong-cache 819 --learning-rate 1e-6 --warmup 20      # the paper's setting
+        --max-completion 4096 --overlong-cache 819 --checkpointing --learning-rate 1e-6 --warmup 20   # the paper's setting
 
 It reads top to bottom, one step of training as the data flows: prompts -> groups of completions (rollout.py) -> rewards
 (data.py) -> advantages (grpo.py) -> log-probabilities of the group, its prompt read once (model.py) -> loss (dapo.py, grpo.py) ->
@@ -259,7 +259,7 @@ def explain_out_of_memory(prompt_length):
             raise
         raise BadInput(
             f"out of memory in training on {prompt_length} prompt tokens and up to {config.tokens_per_pass} completion tokens a "
-            f"pass: lower --tokens-per-pass or --context ({config.context}), or use more ranks; --plan shows what takes how much"
+            f"pass: lower --tokens-per-pass or --context ({config.context}), use --checkpointing or more ranks; --plan shows what takes how much"
         ) from error
 
 

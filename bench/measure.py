@@ -48,3 +48,13 @@ def peak_bytes(function):
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+def attention_share(function):
+    """Share of function()'s time that attention kernels take, by the profiler."""
+    cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
+        function()
+        synchronize()
+    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in record.key_averages()}
+    return sum(time for key, time in times.items() if "flash" in key) / sum(times.values())

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import checkpoint
 import attention
-import model as model_file
+import checkpoint
 from cli import BadInput
 from model import Head, Qwen3, Qwen3Config
 from saliency import Tracker
