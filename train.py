@@ -6,10 +6,10 @@
         --max-completion 4096 --overlong-cache 819 --checkpointing --learning-rate 1e-6 --warmup 20   # the paper's setting
 
 It reads top to bottom, one step of training as the data flows: prompts -> groups of completions (rollout.py) -> rewards
-(data.py) -> advantages (grpo.py) -> log-probabilities of the group, its prompt read once (model.py) -> loss (dapo.py, grpo.py) ->
-backward -> masks from this step's activations (saliency.py) -> masked gradients -> clip -> AdamW -> weights to vLLM.
-A group's prompt is read once; its completions follow in passes of --tokens-per-pass, each with its own backward, and the prompt's
-backward comes last: memory depends on the prompt and on a pass, not on how many completions there are (schedule.py).
+(data.py) -> advantages (grpo.py) -> who trains what, in which passes (schedule.py) -> log-probabilities (model.py) -> loss
+(dapo.py, grpo.py) -> backward -> masks from this step's activations (saliency.py) -> masked gradients -> clip -> AdamW ->
+weights to vLLM. A group's prompt is read once; its completions follow in passes of --tokens-per-pass, each with its own
+backward, and the prompt's backward comes last: memory depends on the prompt and a pass, not on the number of completions.
 
 Where we depart from the papers, or had to choose
 - LongAct does not say which tokens count: every real token of prompt and completions does, once per sequence. It rounds
