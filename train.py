@@ -258,8 +258,9 @@ def explain_out_of_memory(prompt_length):
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise BadInput(
-            f"out of memory in training on {prompt_length} prompt tokens and up to {config.tokens_per_pass} completion tokens a "
-            f"pass: lower --tokens-per-pass or --context ({config.context}), use --checkpointing or more ranks; --plan shows what takes how much"
+            f"out of memory in training on {prompt_length} prompt tokens and up to {config.tokens_per_pass} completion "
+            f"tokens a pass: lower --tokens-per-pass or --context ({config.context}), or use --checkpointing or more ranks; "
+            "--plan shows what takes how much"
         ) from error
 
 

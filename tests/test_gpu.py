@@ -74,9 +74,10 @@ def test_group_logprobs_in_bf16_are_near_the_dense_layout_in_fp32():
 
 
 def test_the_plan_predicts_the_peak_in_bf16():
-    import plan
     from measure import peak_bytes
     from shapes import draw_group, train_on
+
+    import plan
 
     model = Qwen3.from_config(Qwen3Config(**BIG, tie_word_embeddings=True), torch.bfloat16, "cuda")
     model.checkpointing = True
