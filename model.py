@@ -46,7 +46,7 @@ class Squares:
         """q (B, T, H, D), k (B, T, Hk, D): a sequence a row; with a Layout, its G completions -> (G, H, D), (G, Hk, D)."""
         if self.q is None:
             rows = (layout.pad(x) if layout else x for x in (q, k))
-            self.q, self.k = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square() for x in rows)
+            self.q, self.k = (x.float().square().sum(1) for x in rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -275,10 +275,8 @@ class Qwen3(nn.Module):
         targets = torch.cat(list(completions))  # (N,)
         layout = Layout(prompt.length, lengths, targets.device)
         x, squares = self._blocks(targets[None], layout.positions, prompt, layout)
-        if self.tracker:  # sequence i is prompt + completion i: the prompt's sums are shared
-            layers = zip(prompt.squares, squares)
-            norms = [((a.q + b.q).sqrt().sum(0), (a.k + b.k).sqrt().sum(0)) for a, b in layers]
-            self.tracker.add(norms, len(lengths))
+        if self.tracker:
+            self.tracker.add(squares, prompt.squares)
         hidden = self.model.norm(torch.cat((prompt.last, x[0]))[layout.predictors])  # (N, C)
         return self.lm_head(hidden, targets, temperature, self.model.embed_tokens.weight)
 
@@ -287,7 +285,7 @@ class Qwen3(nn.Module):
         positions = torch.arange(input_ids.size(1), device=input_ids.device)
         x, squares = self._blocks(input_ids, positions)
         if self.tracker:
-            self.tracker.add([(layer.q.sqrt().sum(0), layer.k.sqrt().sum(0)) for layer in squares], len(input_ids))
+            self.tracker.add(squares)
         return x
 
     def _blocks(self, ids, positions, prompt=None, layout=None, cache=None):
