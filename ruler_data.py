@@ -43,6 +43,124 @@ FILES = {
 }
 ENGLISH_WORDS_FROM = 131072  # up to here cwe's window is full before wonderwords' list ends; a few probes are longer
 
+# ----------------------------------------------------------------------------------------------------------- prompts
+
+TEMPLATES = {
+    "base": "{task_template}",
+    "qwen3": "<|im_start|>user\n{task_template}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "qwen3-thinking": "<|im_start|>user\n{task_template}<|im_end|>\n<|im_start|>assistant\n",
+}
+# kind -> (task template, answer prefix), RULER's scripts/data/synthetic/constants.py
+PROMPTS = {
+    "niah": (
+        "Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. I will quiz "
+        "you about the {type_needle_v} afterwards.\n{context}\nWhat are all the special magic {type_needle_v} for {query} "
+        "mentioned in the provided text?",
+        " The special magic {type_needle_v} for {query} mentioned in the provided text are",
+    ),
+    "vt": (
+        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: "
+        "Find all variables that are assigned the value {query} in the text above.",
+        " Answer: According to the chain(s) of variable assignment in the text above, {num_v} variables are assigned the "
+        "value {query}, they are: ",
+    ),
+    "cwe": (
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+        "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
+        " Answer: The top 10 words that appear most often in the list are:",
+    ),
+    "fwe": (
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+        "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What "
+        "are the three most frequently appeared words in the above coded text?",
+        " Answer: According to the coded text above, the three most frequently appeared words are:",
+    ),
+    "qa": (
+        "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+        "The following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give "
+        "me the answer and do not output any other words.\n\nQuestion: {query}",
+        " Answer:",
+    ),
+}
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+# ----------------------------------------------------------------------------------------------------- counting tokens
+
+# Qwen's pre-tokenizer. A token never crosses these cuts, so the counts of the parts add up (tests/test_ruler.py):
+# between anything but white space and a space, after a line end that no white space follows, between a letter and "-".
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CACHED_COUNTS = 200_000  # pieces whose counts are kept: some 30 MB
+
+
+def additive(tokenizer):
+    """Whether `tokenizer` (tokenizers.Tokenizer) is a byte-level BPE cut by Qwen's rule: counts of pieces then add up."""
+    if tokenizer.pre_tokenizer is None:
+        return False
+    normalizer = json.loads(tokenizer.normalizer.__getstate__())["type"] if tokenizer.normalizer else None
+    steps = json.loads(tokenizer.pre_tokenizer.__getstate__()).get("pretokenizers", [])
+    split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
+    return (
+        normalizer in (None, "NFC")
+        and steps[:1] == [split]
+        and [(s["type"], s.get("add_prefix_space"), s.get("use_regex")) for s in steps[1:]] == [("ByteLevel", False, False)]
+        and not any(
+            token.lstrip or token.rstrip or re.search(r"\s", token.content)
+            for token in tokenizer.get_added_tokens_decoder().values()
+        )
+    )
+
+
+class Counter:
+    """Tokens of a text given in pieces; no special tokens are added. `fast`: sum up the pieces' remembered counts."""
+
+    def __init__(self, tokenizer, fast):
+        self.tokenizer, self.fast, self.counts = tokenizer, fast, {}
+
+    def full(self, text):
+        return len(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+
+    def __call__(self, pieces):
+        if not self.fast:
+            return self.full("".join(pieces))
+        pieces = _join_unsafe(pieces)
+        counts = self.counts
+        missing = [piece for piece in dict.fromkeys(pieces) if piece not in counts]
+        if missing:
+            if len(counts) + len(missing) > CACHED_COUNTS:
+                counts.clear()
+                missing = list(dict.fromkeys(pieces))
+            encodings = self.tokenizer.encode_batch_fast(missing, add_special_tokens=False)
+            counts.update(zip(missing, map(len, encodings)))
+        return sum(map(counts.__getitem__, pieces))
+
+
+def _join_unsafe(pieces):
+    """The same text in pieces between which no token can lie; pieces are joined where one could."""
+    joined = []
+    before = ""
+    for piece in pieces:
+        if not piece:
+            continue
+        first, last = piece[0], before[-1:]
+        if (
+            (first == " " and not last.isspace())
+            or (last == "\n" and not first.isspace())
+            or (first == "-" and last.isalpha())
+            or not before
+        ):
+            joined.append(piece)
+            before = piece
+        else:
+            before = joined[-1] = before + piece
+    return joined
+
+
+def lines(text):
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
 # ------------------------------------------------------------------------------------------------------------- words
 
 
@@ -55,6 +173,12 @@ def word_lists():
     if [len(words) for words in lists] != [6782, 912, 1042]:
         raise BadInput("wonderwords has other word lists than RULER's samples: pip install wonderwords==3.0.1")
     return lists
+
+
+@functools.cache
+def all_words():
+    """The 8,166 different words of the three lists, sorted: what cwe lists."""
+    return sorted({word for words in word_lists() for word in words})
 
 
 class Keys:
@@ -209,6 +333,11 @@ class Corpora:
             self._need("english_words.json", f"cwe at more than {ENGLISH_WORDS_FROM} tokens")
             self.english_words  # noqa: B018
 
+    def check_words(self, task, size):
+        """Raises BadInput if cwe's window could hold more different words than there are."""
+        if task.kind == "cwe" and not self.english_words and size >= len(all_words()):
+            self._need("english_words.json", "cwe in this window")
+
     def fingerprint(self, task):
         """Text that changes with whatever `task`'s samples are made from: file hashes and the sentence splitter."""
         parts = []
@@ -294,7 +423,11 @@ class Corpora:
             text = path.read_text(encoding="utf-8")
             return path, json.loads(text)
         except (OSError, ValueError) as error:  # ValueError: not UTF-8 or not JSON
-            hint = "a git-LFS pointer, not the file" if isinstance(error, json.JSONDecodeError) and text[:8] == "version " else error
+            hint = (
+                "a git-LFS pointer, not the file"
+                if isinstance(error, json.JSONDecodeError) and text[:8] == "version "
+                else error
+            )
             raise BadInput(f"{path} cannot be read: {hint}; {FILES[name][1]}") from error
 
 
