@@ -116,6 +116,8 @@ class Counter:
     """Tokens of a text given in pieces; no special tokens are added. `fast`: sum up the pieces' remembered counts."""
 
     def __init__(self, tokenizer, fast):
+        if tokenizer.truncation or tokenizer.padding:
+            raise BadInput("the tokenizer truncates or pads, so it cannot count: no_truncation(), no_padding()")
         self.tokenizer, self.fast, self.counts = tokenizer, fast, {}
 
     def full(self, text):
