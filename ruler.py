@@ -79,6 +79,7 @@ TASKS = {
 
 DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int).tolist()  # per cent of the essay's sentences
 FWE_LEAST_WORDS = 74  # from here on floor(n k^-2 / zeta(2)) differs between k = 4 and k = 5: the top three are no tie
+FWE_LEAST_BUDGET = 250  # tokens: five coded words, of which three are the answer
 
 # ----------------------------------------------------------------------------------------------------------- the tasks
 # A kind is a function (job) -> Recipe. recipe.draw(size, index) draws the index-th sample with a haystack of `size`
@@ -406,6 +407,8 @@ def smallest_length(task_name, tokenizer, template, corpora, answer_prefix=True,
         indices = range(min(500, len(corpora.questions(task.needs[0])[0])) if task.kind == "qa" else 500)
         size = max(recipe.step, recipe.least) if task.kind != "fwe" else recipe.least
         longest = max(job.count(recipe.draw(size, index)[0]) for index in indices) + task.tokens_to_generate
+        if task.kind == "fwe":
+            longest = max(longest, FWE_LEAST_BUDGET + task.tokens_to_generate)
         if above < highest and longest <= highest:
             return max(longest, lowest, above + 1)
 
@@ -431,7 +434,7 @@ def _job(task, length, seed, count, template, corpora, answer_prefix):
 
 def _records(job, samples):
     task, budget = job.task, job.length - job.task.tokens_to_generate
-    if budget < 1 or (task.kind == "fwe" and budget < 250):  # fwe: five coded words, of which three are answers
+    if budget < 1 or (task.kind == "fwe" and budget < FWE_LEAST_BUDGET):
         raise _TooSmall(0)
     recipe = KINDS[task.kind](job)
     if task.kind == "fwe":

@@ -218,7 +218,7 @@ def plain(name, length, samples, tokenizer, template, corpora):
 
     if task.kind == "cwe":
         lists = [_get_words_from_text_file(f"{kind}list.txt") for kind in ("noun", "adjective", "verb")]
-        words = fixed(sorted(set(sum(lists, []))))
+        words = fixed(sorted(set(itertools.chain(*lists))))
 
         def listed(size, often, rare):
             drawn = random.sample(words if size <= len(words) else corpora.english_words, size)
@@ -270,7 +270,7 @@ def plain(name, length, samples, tokenizer, template, corpora):
     else:
         groups = [[f"{title}\n{''.join(s)}" for title, s in row["context"]] for row in content]
         asked = [(row["question"], [row["answer"]], group, []) for row, group in zip(content, groups)]
-    documents = sorted(set(sum(groups, [])))
+    documents = sorted(set(itertools.chain(*groups)))
 
     def make(size, i=0):
         query, outputs, gold, more = asked[i]
@@ -339,14 +339,20 @@ def test_no_sample_is_longer_than_its_window(name, tiny, qwen, corpora):
         least = ruler.smallest_length(name, tokenizer, template, corpora)
         above = ruler.smallest_length(name, tokenizer, template, corpora, above=least + 1)
         assert above >= least + 2
-        for length in (least, least + 1, least + 37, max(least, 4095) + 600, above):
+        for length in (
+            least,
+            least + 1,
+            least + 37,
+            ruler.smallest_length(name, tokenizer, template, corpora, above=4095) + 600,
+            above,
+        ):
             rows = ruler.generate(name, length, 6, 7, tokenizer, template, corpora)
             for i, row in enumerate(rows):
                 assert row["index"] == i and row["length"] <= length
                 assert row["length"] == tokens(tokenizer, row) + ruler.TASKS[name].tokens_to_generate
 
 
-FILL = {"fwe": 0.86, "qa_1": 0.9, "qa_2": 0.9, "cwe": 0.93}  # docs/ruler.md says why
+FILL = {"fwe": 0.8, "niah_multikey_3": 0.87, "qa_1": 0.9, "qa_2": 0.9, "cwe": 0.93}  # docs/ruler.md says why
 
 
 @pytest.mark.parametrize("name", ruler.TASKS)
@@ -411,8 +417,9 @@ def test_niah(name, qwen, corpora):
         found = re.search(rf"the special magic {kind} for (.*) mentioned in the provided text\?$", question)
         asked = re.split(r", and |, ", found[1])
         needles = re.findall(rf"One of the special magic {p['value']} for ([^.]+?) is: (\S+)\.", context)
-        assert [v for key in asked for k, v in sorted(needles, key=lambda n: row["outputs"].index(n[1]) if n[1] in row["outputs"]
-                else -1) if k == key] == row["outputs"]  # fmt: skip
+        told = [sorted(value for key, value in needles if key == wanted) for wanted in asked]
+        given = [sorted(row["outputs"][i : i + p["values"]]) for i in range(0, len(row["outputs"]), p["values"])]
+        assert told == given
         assert len(set(asked)) == p["queries"] and len(row["outputs"]) == p["queries"] * p["values"]
         if p["haystack"] != "needle":
             assert len(needles) == p["keys"] * p["values"]
@@ -583,7 +590,7 @@ def test_a_damaged_set_is_made_anew_with_a_warning(damage, tmp_path, corpora):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failed_build_names_the_task_and_leaves_no_pieces(workers, tmp_path, corpora):
-    with pytest.raises(BadInput, match="vt, sample 0: 300 tokens"):
+    with pytest.raises(BadInput, match="(vt|fwe), sample 0: 300 tokens"):
         build(tmp_path, corpora, workers=workers, tasks=["vt", "fwe"], lengths=[300])
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -654,7 +661,8 @@ def test_cwe_reads_english_words_when_the_lists_end(tiny, corpora):
     """A window that holds more than wonderwords' 8,166 words (24,768 entries)."""
     length = 8166 * 3 * 15
     text = ruler.generate("cwe", length, 1, 42, tiny, "{task_template}", corpora)[0]["input"]
-    assert len(set(re.findall(r"\d+\. (\S+ly)\b", text))) > 8166
+    entries = re.findall(r" (\d+)\. (.*?ly)(?= \d|\n)", text.split("in the list are:")[1].split("often.")[-1])
+    assert entries[-1][0] == str(len(entries) + 1) and len(entries) > 24_768
     with pytest.raises(BadInput, match="english_words.json"):
         ruler.generate("cwe", length, 1, 42, tiny, "{task_template}", ruler.Corpora())
 
@@ -668,8 +676,9 @@ def test_essays(tmp_path):
     corpora = ruler.Corpora(tmp_path)
     assert corpora.essay_source == "PaulGrahamEssays.json"
     if corpora.sentence_splitter == "own rule":
-        assert corpora.sentences(20) == [
-            "One is here.", '"Two," said Mr. Smith (of Ohio.)', "Three?", "Yes!", "Is 4 p.m. late?", "A. B. Cee wrote e.g. This."
+        assert corpora.sentences(21) == [
+            "One is here.", '"Two," said Mr. Smith (of Ohio.)', "Three?", "Yes!", "Is 4 p.m. late?",
+            "A. B. Cee wrote e.g. This.",
         ]  # fmt: skip
     for size in (1, 3, 20, 21, 22, 47, 500):
         words = (text.split() * 30)[:size]
