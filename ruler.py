@@ -398,13 +398,14 @@ def generate(task_name, length, samples, seed, tokenizer, template, corpora, ans
 
 
 def smallest_length(task_name, tokenizer, template, corpora, answer_prefix=True, above=0):
-    """The least length in tokens, more than `above`, at which even the smallest haystack of 500 samples always fits."""
+    """The least length in tokens, more than `above`, at which every sample's smallest haystack fits."""
     task = _checked(task_name, 1, 1, template, corpora)
     for lowest, highest in ((1, 4095), (4096, math.inf)):  # RULER's steps and lists are other ones below 4096
         probe = max(lowest, 500 if task.kind == "fwe" else 1)  # fwe: a vocabulary larger than its smallest haystack uses
         job = _job(task, probe, 42, Counter(tokenizer, additive(tokenizer)), template, corpora, answer_prefix)
         recipe = KINDS[task.kind](job)
-        indices = range(min(500, len(corpora.questions(task.needs[0])[0])) if task.kind == "qa" else 500)
+        # A draw that chance made longer than these 100 is drawn again; a question's documents are what they are.
+        indices = range(min(500, len(corpora.questions(task.needs[0])[0])) if task.kind == "qa" else 100)
         size = max(recipe.step, recipe.least) if task.kind != "fwe" else recipe.least
         longest = max(job.count(recipe.draw(size, index)[0]) for index in indices) + task.tokens_to_generate
         if task.kind == "fwe":
