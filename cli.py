@@ -7,6 +7,7 @@ Order of precedence: the flag, then the file, then the default.
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import tomllib
@@ -18,14 +19,15 @@ class BadInput(ValueError):
     """The user's input is wrong; the message is one line that names what, where, and the mend."""
 
 
-def option(default, help, choices=None):
-    """A dataclass field with its line of --help; `choices` lists the allowed values."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help, choices=None, least=None, above=None):
+    """A dataclass field with its line of --help; `choices` lists the allowed values. A number must be at least `least`,
+    or greater than `above`, and finite."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "above": above})
 
 
-def parse(config_class, argv=None):
-    """Command line (default: sys.argv) -> an instance of `config_class`. Raises BadInput for a wrong --config file."""
-    doc = sys.modules[config_class.__module__].__doc__
+def parse(config_class, doc, argv=None):
+    """Command line (default: sys.argv) -> an instance of `config_class`; `doc` opens --help. Raises BadInput for numbers
+    out of range and for a wrong --config file."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -42,8 +44,19 @@ def parse(config_class, argv=None):
         )
     given = vars(parser.parse_args(argv))
     path = given.pop("config")
-    values = _read_toml(Path(path), config_class, types) if path else {}
-    return config_class(**{**values, **given})
+    values = {**(_read_toml(Path(path), config_class, types) if path else {}), **given}
+    for field in dataclasses.fields(config_class):
+        if field.name in values:
+            _check_number(field, values[field.name])
+    return config_class(**values)
+
+
+def _check_number(field, value):
+    flag, least, above = "--" + field.name.replace("_", "-"), field.metadata["least"], field.metadata["above"]
+    if least is not None and not least <= value < math.inf:
+        raise BadInput(f"{flag} must be at least {least}, not {value}")
+    if above is not None and not above < value < math.inf:
+        raise BadInput(f"{flag} must be more than {above}, not {value}")
 
 
 def _help(field):

@@ -1,9 +1,17 @@
-"""Qwen3 by hand: blocks, shared-prefix log-probabilities, activation statistics.
+"""Qwen3 by hand: blocks, log-probabilities of a group that reads its prompt once, activation statistics.
 
     model = Qwen3.from_pretrained("assets/tiny")
     logits = model(input_ids)                                # (B, T) -> (B, T, V), a plain causal language model
-    logprobs = model.group_logprobs(prompt_ids, completions) # what training uses: the prompt passes through once
+    logprobs = model.group_logprobs(prompt_ids, completions) # prompt and completions in one differentiable forward
     model.save_pretrained("runs/mine/checkpoint")
+
+Training takes group_logprobs apart, so that memory does not grow with the group (two-stage backward):
+
+    prompt = model.read(prompt_ids)                          # once: keys and values of every layer
+    cut = prompt.detach()                                    # the same, as the leaves of the passes' graphs
+    for part in parts:                                       # a few completions at a time
+        loss(model.completion_logprobs(cut, part)).backward()   # frees its activations; adds to the gradient of the leaves
+    prompt.backward(cut)                                     # and that gradient once through the prompt
 
 Parameter names are Hugging Face's. All dense Qwen3 sizes are supported; what is not is refused by name.
 
@@ -11,121 +19,34 @@ Shapes: B sequences, T tokens, C hidden size, H query heads, Hk key/value heads,
 G completions of R_i tokens, N = sum(R_i).
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
+from attention import GroupAttention, Layout, causal_attention, rope_tables, rotate
 from checkpoint import Qwen3Config, load_weights, save_checkpoint
 
 HEAD_CHUNK_ELEMENTS = 2**27  # logits that exist at a time: 512 MiB in fp32, 883 tokens of Qwen3's vocabulary
 
-# ---------------------------------------------------------------------------------------------------- rotary positions
 
+class Squares:
+    """One layer's sums of squares over the tokens of each sequence: q (B, H, D) and k (B, Hk, D), fp32; site as in
+    saliency.Tracker. The layer's first forward fills it; when activation checkpointing runs the layer again in backward, it
+    is full, so nothing is counted or computed twice."""
 
-def rope_frequencies(config):
-    """Inverse frequencies (D/2,) fp32 and the factor on cos and sin (1.0 without YaRN; YaRN is arXiv 2309.00071)."""
-    dim, base, yarn = config.head_dim, config.rope_theta, config.rope_scaling
-    wavelengths = base ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
-    if yarn is None:
-        return 1.0 / wavelengths, 1.0
-    factor, original = yarn["factor"], yarn["original_max_position_embeddings"]
+    def __init__(self, site):
+        self.site, self.q, self.k = site, None, None
 
-    def correction_dim(rotations):  # the dimension that turns `rotations` times over the original context
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = correction_dim(yarn.get("beta_fast") or 32), correction_dim(yarn.get("beta_slow") or 1)
-    if yarn.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2, device="cpu").float() - low) / max(high - low, 0.001)).clamp(0, 1)
-    frequencies = (1 - ramp) / wavelengths + ramp / (factor * wavelengths)
-
-    def mscale(weight):
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    attention_factor = yarn.get("attention_factor")
-    if attention_factor is None:
-        m, m_all = yarn.get("mscale"), yarn.get("mscale_all_dim")
-        attention_factor = mscale(m) / mscale(m_all) if m and m_all else mscale(1)
-    return frequencies, attention_factor
-
-
-def rotate(x, cos, sin):
-    """Apply RoPE to x (B, heads, T, D); cos and sin (T, D). Dimension d turns together with d + D/2."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
-
-
-# ----------------------------------------------------------------------------------------------- shared-prefix layout
-
-
-class GroupLayout:
-    """Where things are in [prompt | completion 1 | ... | completion G], T = P + N tokens in one row.
-
-    positions (T,): every completion continues at P. predictors (N,): the token whose hidden state predicts each
-    completion token. pad (G, R) and unpad (N,): between the flat completions and a right-padded (G, R) batch.
-    """
-
-    def __init__(self, prompt_length, lengths, device):
-        self.prompt_length, self.lengths = prompt_length, lengths
-        sizes = torch.tensor(lengths)
-        starts = sizes.cumsum(0) - sizes  # (G,) first token of each completion among the N
-        offsets = torch.arange(int(sizes.sum())) - starts.repeat_interleave(sizes)  # (N,) place within its completion
-        within = torch.arange(int(sizes.max()))  # (R,)
-        pad = (starts[:, None] + within).clamp(max=len(offsets) - 1)  # padding repeats a later token; never attended
-        owner = torch.arange(len(lengths)).repeat_interleave(sizes)  # (N,) which completion
-        flat = torch.arange(len(offsets)) + prompt_length - 1
-        positions = torch.cat((torch.arange(prompt_length), prompt_length + offsets))
-        predictors = torch.where(offsets == 0, prompt_length - 1, flat)
-        unpad = owner * len(within) + offsets
-        self.positions, self.predictors, self.pad, self.unpad = (
-            index.to(device, non_blocking=True) for index in (positions, predictors, pad, unpad)
-        )
-
-
-def attend(q, k, v, layout=None):
-    """Causal attention; q (B, H, T, D), k and v (B, Hk, T, D) -> (B, H, T, D). The only attention call of the project.
-
-    With a GroupLayout (B = 1), prompt tokens attend causally to the prompt; completion i to the whole prompt and
-    causally to itself. Completions become a right-padded batch (G, H, R, D) over keys [prompt | own completion]: padding
-    sits behind every real token, so a causal mask aligned to the lower right already hides it.
-    """
-    gqa = q.size(1) != k.size(1)
-    if layout is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    P, (G, R) = layout.prompt_length, layout.pad.shape
-
-    def group(x):  # (1, heads, T, D) -> (G, heads, R, D)
-        return x[0, :, P:][:, layout.pad].transpose(0, 1)
-
-    def with_prompt(x):  # (1, Hk, T, D) -> (G, Hk, P + R, D)
-        return torch.cat((x[:, :, :P].expand(G, -1, -1, -1), group(x)), dim=2)
-
-    prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True, enable_gqa=gqa)
-    mask = causal_lower_right(R, P + R)
-    own = F.scaled_dot_product_attention(group(q), with_prompt(k), with_prompt(v), attn_mask=mask, enable_gqa=gqa)
-    own = own.transpose(0, 1).flatten(1, 2)[:, layout.unpad]  # (H, N, D)
-    return torch.cat((prompt, own[None]), dim=2)
-
-
-@torch.no_grad()
-def sequence_norms(x, layout):
-    """L2 norm over the tokens of each sequence, summed over sequences; x (B, T, heads, D) -> (heads, D) fp32.
-
-    The inner sum of LongAct's M (paper, section 3). With a GroupLayout, sequence i is prompt + completion i: the
-    prompt's sum of squares is taken once and shared, which gives exactly what one row per completion would.
-    """
-    if layout is None:
-        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).sum(0)
-    P = layout.prompt_length
-    prompt = torch.linalg.vector_norm(x[0, :P], dim=0, dtype=torch.float32).square()  # (heads, D)
-    own = [torch.linalg.vector_norm(c, dim=0, dtype=torch.float32) for c in x[0, P:].split(layout.lengths)]
-    return (prompt + torch.stack(own).square()).sqrt().sum(0)
+    @torch.no_grad()
+    def fill(self, q, k, layout):
+        """q (B, T, H, D), k (B, T, Hk, D): a sequence a row; with a Layout, its G completions -> (G, H, D), (G, Hk, D)."""
+        if self.q is None:
+            rows = (layout.pad(x) if layout else x for x in (q, k))
+            self.q, self.k = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square() for x in rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -153,17 +74,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, layout, site):
+    def forward(self, x, cos, sin, squares, prompt, layout):
         heads = (*x.shape[:2], -1, self.D)
-        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
+        q, k, values = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x)  # (B, T, heads, D)
         q_normed, k_normed = self.q_norm(q), self.k_norm(k)
-        norms = None
-        if site is not None:
-            q_site, k_site = (q, k) if site == "proj" else (q_normed, k_normed)
-            norms = sequence_norms(q_site, layout), sequence_norms(k_site, layout)
-        q, k, v = (y.transpose(1, 2) for y in (q_normed, k_normed, v))  # (B, heads, T, D)
-        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, layout)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), norms
+        if squares:
+            squares.fill(*((q, k) if squares.site == "proj" else (q_normed, k_normed)), layout)
+        q, k = rotate(q_normed, cos, sin), rotate(k_normed, cos, sin)
+        v = values.view(heads)
+        if prompt is None:
+            y = causal_attention(q, k, v)
+        else:
+            y = GroupAttention.apply(q, k, v, prompt[0], prompt[1].unflatten(-1, (-1, self.D)), layout)
+        return self.o_proj(y.flatten(2)), k, values  # not v: FSDP2 warns of outputs that are views
 
 
 class MLP(nn.Module):
@@ -178,9 +101,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, C) -> x (B, T, C) and this layer's activation norms (None unless `site` is given).
+    """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys (B, T, Hk, D) and values (B, T, Hk * D).
 
-    The norms are an output, not a hook's side effect: what activation checkpointing recomputes in backward is dropped.
+    With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt.
     """
 
     def __init__(self, config):
@@ -189,10 +112,10 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, layout, site):
-        attended, norms = self.self_attn(self.input_layernorm(x), cos, sin, layout, site)
+    def forward(self, x, cos, sin, squares=None, prompt=None, layout=None):
+        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, squares, prompt, layout)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), norms
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
 class Head(nn.Module):
@@ -205,27 +128,80 @@ class Head(nn.Module):
         if not config.tie_word_embeddings:
             self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, hidden, targets=None, temperature=1.0, entropy=False, tied=None):
-        """hidden (..., C) -> logits (..., V); or with targets (N,), hidden (N, C) -> log-probabilities (N,) fp32 and
-        entropies (N,) fp32 (or None), a chunk of tokens at a time, recomputed in backward. `tied`: embedding (V, C)."""
+    def forward(self, hidden, targets=None, temperature=1.0, tied=None):
+        """hidden (..., C) -> logits (..., V); or with targets (N,), hidden (N, C) -> log-probabilities (N,) and entropies
+        (N,), see TokenLogprobs. `tied`: the embedding (V, C), used when the head has no weight of its own."""
         weight = tied if self.weight is None else self.weight
         if targets is None:
             return F.linear(hidden, weight)
-        chunks = zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
-        results = [checkpoint(token_logprobs, h, weight, t, temperature, entropy, use_reentrant=False) for h, t in chunks]
-        logprobs, entropies = zip(*results, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+        return TokenLogprobs.apply(hidden, weight, targets, temperature, self.chunk)
 
 
-def token_logprobs(hidden, weight, targets, temperature, entropy):
-    """log softmax(logits / temperature) at the targets, as the sampler computes it, and the entropy of that softmax."""
-    logits = F.linear(hidden, weight).float() / temperature  # (n, V)
-    logz = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - logz
-    return logprobs, logz - ((logits - logz[:, None]).exp() * logits).sum(-1) if entropy else None
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature) at the targets, as the sampler computes it, and the entropy of that softmax.
+
+    hidden (N, C), weight (V, C), targets (N,) int64 -> log-probabilities (N,) fp32, entropies (N,) fp32 in nats. Logits
+    exist for `chunk` tokens at a time, in forward and again in backward: d logprob / d logit_j = [j = target] - p_j and
+    d entropy / d logit_j = -p_j (log p_j + entropy), each over the temperature.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        logprobs, entropies, logz = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
+            logits = F.linear(hidden[rows], weight).float().div_(temperature)  # (n, V)
+            torch.logsumexp(logits, -1, out=logz[rows])
+            table = logits.sub_(logz[rows, None])
+            logprobs[rows] = table.gather(-1, targets[rows, None])[:, 0]
+            entropies[rows] = table.exp().mul_(table).sum(-1).neg_()
+        ctx.save_for_backward(hidden, weight, targets, logz, entropies)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropies):
+        hidden, weight, targets, logz, entropies = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(logz)
+        for rows in (slice(start, start + ctx.chunk) for start in range(0, len(hidden), ctx.chunk)):
+            table = F.linear(hidden[rows], weight).float().div_(ctx.temperature).sub_(logz[rows, None])  # (n, V)
+            grad = table.exp().neg_()
+            if grad_entropies is None:
+                grad.mul_(grad_logprobs[rows, None])
+            else:
+                table.add_(entropies[rows, None]).mul_(grad_entropies[rows, None]).add_(grad_logprobs[rows, None])
+                grad.mul_(table)
+            grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
+            grad = grad.div_(ctx.temperature).to(weight.dtype)
+            torch.mm(grad, weight, out=grad_hidden[rows])
+            grad_weight.addmm_(grad.t(), hidden[rows])
+        return grad_hidden, grad_weight, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
+
+
+class Prompt(NamedTuple):
+    """What completions need of the prompt they follow: its last token's hidden state (1, C); of each layer the keys
+    (1, P, Hk, D), the values (1, P, Hk * D) and, if a Tracker is active, the Squares."""
+
+    length: int
+    last: torch.Tensor
+    keys: list
+    values: list
+    squares: list
+
+    def detach(self):
+        """The same values as leaves of new graphs, in which gradients gather."""
+        leaf = lambda x: x.detach().requires_grad_(x.requires_grad)  # noqa: E731
+        return Prompt(self.length, leaf(self.last), [*map(leaf, self.keys)], [*map(leaf, self.values)], self.squares)
+
+    def backward(self, leaves):
+        """Backpropagate the gradient that gathered in `leaves`, from `detach`, through the prompt's forward."""
+        outputs, ends = [self.last, *self.keys, *self.values], [leaves.last, *leaves.keys, *leaves.values]
+        torch.autograd.backward(outputs, [end.grad for end in ends])
 
 
 class Qwen3(nn.Module):
@@ -245,8 +221,7 @@ class Qwen3(nn.Module):
 
     def forward(self, input_ids):
         """input_ids (B, T) -> logits (B, T, V), each row a sequence of its own."""
-        positions = torch.arange(input_ids.size(1), device=input_ids.device)
-        hidden = self.model.norm(self._blocks(input_ids, positions, None, len(input_ids)))
+        hidden = self.model.norm(self._rows(input_ids))
         return self.lm_head(hidden, tied=self.model.embed_tokens.weight)
 
     def logprobs(self, input_ids, mask):
@@ -254,49 +229,73 @@ class Qwen3(nn.Module):
 
         The dense layout: for SFT, and the oracle of group_logprobs. mask[:, 0] must be False (nothing predicts it).
         """
-        positions = torch.arange(input_ids.size(1), device=input_ids.device)
-        hidden = self._blocks(input_ids, positions, None, len(input_ids))
+        hidden = self._rows(input_ids)
         hidden = self.model.norm(hidden[:, :-1][mask[:, 1:]])  # (N, C)
         return self.lm_head(hidden, input_ids[mask], tied=self.model.embed_tokens.weight)[0]
 
     def group_logprobs(self, prompt_ids, completions, temperature=1.0, entropy=False):
-        """log pi(token | prompt, earlier tokens) of every completion token, in one forward over P + sum(R_i) tokens.
+        """log pi(token | prompt, earlier tokens) of every completion token, from one forward over P + sum(R_i) tokens.
 
         prompt_ids (P,) int64, completions: list of (R_i,) int64 -> list of (R_i,) fp32, differentiable; with
         entropy=True also a list of (R_i,) fp32 entropies. temperature divides the logits, as in the sampler.
         Raises ValueError for an empty prompt or completion.
         """
-        lengths = [len(completion) for completion in completions]
-        if not len(prompt_ids) or not lengths or not min(lengths):
-            raise ValueError(f"group_logprobs needs a prompt and completions with tokens, got lengths {lengths}")
-        layout = GroupLayout(len(prompt_ids), lengths, prompt_ids.device)
-        targets = torch.cat(list(completions))  # (N,)
-        ids = torch.cat((prompt_ids, targets))[None]  # (1, T)
-        hidden = self._blocks(ids, layout.positions, layout, len(lengths))
-        hidden = self.model.norm(hidden[0, layout.predictors])  # (N, C)
-        tied = self.model.embed_tokens.weight
-        logprobs, entropies = self.lm_head(hidden, targets, temperature, entropy, tied)
-        logprobs = list(logprobs.split(lengths))
-        return (logprobs, list(entropies.split(lengths))) if entropy else logprobs
+        results = self.completion_logprobs(self.read(prompt_ids), completions, temperature)
+        logprobs, entropies = (list(result.split([len(c) for c in completions])) for result in results)
+        return (logprobs, entropies) if entropy else logprobs
 
-    def _blocks(self, ids, positions, layout, sequences):
-        x = self.model.embed_tokens(ids)  # (B, T, C)
-        frequencies, factor = rope_frequencies(self.config)
-        angles = positions[:, None].float() * frequencies.to(ids.device, non_blocking=True)  # (T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)  # (T, D)
-        site = self.tracker.site if self.tracker else None
-        recompute = self.checkpointing and torch.is_grad_enabled()
-        norms = []
-        for block in self.model.layers:
-            if recompute:
-                x, layer_norms = checkpoint(block, x, cos, sin, layout, site, use_reentrant=False)
-            else:
-                x, layer_norms = block(x, cos, sin, layout, site)
-            norms.append(layer_norms)
+    def read(self, prompt_ids):
+        """The first stage: prompt_ids (P,) int64 -> Prompt, differentiable. Raises ValueError for an empty prompt."""
+        if not len(prompt_ids):
+            raise ValueError("a prompt needs at least one token: nothing else predicts a completion's first")
+        positions = torch.arange(len(prompt_ids), device=prompt_ids.device)
+        cache = []
+        x, squares = self._blocks(prompt_ids[None], positions, cache=cache)
+        return Prompt(len(prompt_ids), x[0, -1:].clone(), *map(list, zip(*cache)), squares)
+
+    def completion_logprobs(self, prompt, completions, temperature=1.0):
+        """The second stage: Prompt, list of (R_i,) int64 -> log-probabilities (N,) and entropies (N,) fp32, one completion
+        after the other. Any of a prompt's completions may go in any call; a Tracker must see both stages.
+
+        Raises ValueError for an empty completion, or none.
+        """
+        lengths = [len(completion) for completion in completions]
+        if not lengths or not min(lengths):
+            raise ValueError(f"completions need at least one token each, got lengths {lengths}")
+        targets = torch.cat(list(completions))  # (N,)
+        layout = Layout(prompt.length, lengths, targets.device)
+        x, squares = self._blocks(targets[None], layout.positions, prompt, layout)
+        if self.tracker:  # sequence i is prompt + completion i: the prompt's sums are shared
+            layers = zip(prompt.squares, squares)
+            norms = [((a.q + b.q).sqrt().sum(0), (a.k + b.k).sqrt().sum(0)) for a, b in layers]
+            self.tracker.add(norms, len(lengths))
+        hidden = self.model.norm(torch.cat((prompt.last, x[0]))[layout.predictors])  # (N, C)
+        return self.lm_head(hidden, targets, temperature, self.model.embed_tokens.weight)
+
+    def _rows(self, input_ids):
+        """input_ids (B, T), each row a sequence of its own -> hidden states (B, T, C) before the final norm."""
+        positions = torch.arange(input_ids.size(1), device=input_ids.device)
+        x, squares = self._blocks(input_ids, positions)
         if self.tracker:
-            self.tracker.add(norms, sequences)
+            self.tracker.add([(layer.q.sqrt().sum(0), layer.k.sqrt().sum(0)) for layer in squares], len(input_ids))
         return x
+
+    def _blocks(self, ids, positions, prompt=None, layout=None, cache=None):
+        """ids (B, T) -> hidden states (B, T, C) and each layer's Squares (or None); the list `cache`, if given, receives
+        each layer's keys and values."""
+        x = self.model.embed_tokens(ids)  # (B, T, C)
+        cos, sin = rope_tables(self.config, positions, x.dtype)
+        squares = [Squares(self.tracker.site) if self.tracker else None for _ in self.model.layers]
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        for i, block in enumerate(self.model.layers):
+            past = (prompt.keys[i], prompt.values[i]) if prompt else None
+            if recompute:
+                x, k, v = checkpoint(block, x, cos, sin, squares[i], past, layout, use_reentrant=False)
+            else:
+                x, k, v = block(x, cos, sin, squares[i], past, layout)
+            if cache is not None:
+                cache.append((k, v))
+        return x, squares
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -337,7 +336,7 @@ class Qwen3(nn.Module):
             if not config.tie_word_embeddings:
                 fully_shard(model.lm_head, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)
-            for method in ("group_logprobs", "logprobs"):  # FSDP2's hooks otherwise run on forward only
+            for method in ("read", "completion_logprobs", "logprobs"):  # FSDP2's hooks otherwise run on forward only
                 register_fsdp_forward_method(model, method)
         return model.to_empty(device=device)
 

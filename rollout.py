@@ -51,14 +51,14 @@ class Rollout:
     """A vLLM engine over a checkpoint directory.
 
     context_length: most tokens of prompt + completion. dtype: "float32" or "bfloat16". tensor_parallel: ranks that share
-    one engine. gpu_memory: share of the GPU that vLLM may use in all (weights, KV cache; freed by `sleep`).
+    one engine. share: of the GPU's memory that vLLM may use in all (weights, KV cache; freed by `sleep`).
     """
 
-    def __init__(self, checkpoint, context_length, dtype, seed=0, tensor_parallel=1, gpu_memory=0.5):
+    def __init__(self, checkpoint, context_length, dtype, seed=0, tensor_parallel=1, share=0.5):
         self.cuda = torch.cuda.is_available()
         rank = dist.get_rank() if dist.is_initialized() else 0
         if self.cuda:
-            device_options = {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory}
+            device_options = {"enable_sleep_mode": True, "gpu_memory_utilization": share}
         else:
             device_options = {
                 "enforce_eager": True,

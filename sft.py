@@ -140,7 +140,7 @@ def pad(rows):
 
 if __name__ == "__main__":
     one_line_errors()
-    config = parse(Config)
+    config = parse(Config, __doc__)
     if not 1 <= config.min_facts <= config.max_facts <= len(data.NAMES):
         raise BadInput(f"--min-facts and --max-facts must be ordered and in 1 to {len(data.NAMES)}")
     if min(config.steps, config.batch // 2, config.questions, config.warmup) < 1 or config.heads % 2:

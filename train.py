@@ -3,11 +3,13 @@
     torchrun train.py                                       # assets/tiny on the recall task: minutes on a laptop
     torchrun --nproc-per-node 2 train.py                    # the same on two processes
     torchrun --nproc-per-node 8 train.py --model Qwen3-8B --data rl.jsonl --thinking --prompts 8 --context 32768 \\
-        --max-completion 4096 --overlong-cache 819 --learning-rate 1e-6 --warmup 20      # the paper's setting
+        --max-completion 4096 --overlong-cache 819 --checkpointing --learning-rate 1e-6 --warmup 20   # the paper's setting
 
 It reads top to bottom, one step of training as the data flows: prompts -> groups of completions (rollout.py) -> rewards
-(data.py) -> advantages (grpo.py) -> log-probabilities of the group in one forward (model.py) -> loss (dapo.py, grpo.py) ->
+(data.py) -> advantages (grpo.py) -> log-probabilities of the group, its prompt read once (model.py) -> loss (dapo.py, grpo.py) ->
 backward -> masks from this step's activations (saliency.py) -> masked gradients -> clip -> AdamW -> weights to vLLM.
+A group's prompt is read once; its completions follow in passes of --tokens-per-pass, each with its own backward, and the prompt's
+backward comes last: memory depends on the prompt and on a pass, not on how many completions there are (schedule.py).
 
 Where we depart from the papers, or had to choose
 - LongAct does not say which tokens count: every real token of prompt and completions does, once per sequence. It rounds
@@ -40,14 +42,15 @@ metrics.jsonl, one object a step
   learning_rate                of the last update
   tokens_trained               tokens through the network in one training forward: sum over groups of P + sum(R_i)
   tokens_unshared              what it would be with the prompt repeated per completion: sum of G * P + sum(R_i)
-  seconds, tokens_per_second   wall time by stage (rollout, reward, logprobs, backward, mask, step, sync) on rank 0; prompt
-                               and completion tokens trained on per second of the whole step. The only keys that differ
-                               between two runs with the same seed on the same machine.
+  seconds, tokens_per_second   wall time by stage (rollout, reward, logprobs, backward, mask, step, rehearsal of the largest
+                               group in step 1, sync) on rank 0; prompt and completion tokens trained on per second of
+                               the whole step. The only keys that differ between two runs with the same seed on the same
+                               machine.
 """
 
 import json
-import math
 import os
+import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -61,60 +64,14 @@ from tqdm import tqdm
 import dapo
 import data
 import grpo
+import plan
 import plot
 import saliency
+import schedule
 from checkpoint import check_weights
-from cli import BadInput, one_line_errors, option, parse
+from cli import BadInput, one_line_errors, parse
+from config import Config, check
 from model import Qwen3, Qwen3Config
-
-
-@dataclass
-class Config:
-    # what
-    model: str = option("assets/tiny", "checkpoint directory to start from: config.json, safetensors, tokenizer.json")
-    name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
-    data: str = option("", "JSONL of prompts, see data.py (default: the recall task, made on the fly)")
-    eval_data: str = option("", "JSONL of held-out prompts, evaluated before and after (needed only with --data)")
-    reward: str = option("data:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
-    thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
-    facts: int = option(17, "recall task: facts in a passage")
-    filler: int = option(17, "recall task: filler sentences in a passage")
-    seed: int = option(0, "seed of prompts, sampling and random rows")
-    # how much
-    steps: int = option(60, "training steps, each one rollout")
-    prompts: int = option(16, "groups (prompts) a step trains on, over all ranks")
-    completions: int = option(16, "G, completions per prompt")
-    updates: int = option(1, "optimizer updates per rollout; each takes prompts / updates groups")
-    context: int = option(0, "most tokens of prompt + completion (0: what the model's config allows)")
-    max_completion: int = option(24, "most tokens of a completion")
-    eval_prompts: int = option(256, "held-out prompts for the accuracy before and after (recall task)")
-    # the algorithm
-    algorithm: str = option("dapo", "dapo: clip-higher, token mean, dynamic sampling, overlong punishment", ["dapo", "grpo"])
-    temperature: float = option(1.0, "sampling temperature; the trainer's log-probabilities use the same")
-    epsilon_low: float = option(0.2, "ratio clipping below 1")
-    epsilon_high: float = option(0.28, "ratio clipping above 1 (DAPO 0.28; GRPO's paper 0.2)")
-    dual_clip: float = option(10.0, "for negative advantages the loss is capped at this times |advantage|")
-    normalize_std: bool = option(True, "divide advantages by the group's standard deviation (no: Dr. GRPO)")
-    aggregation: str = option("sequence", "grpo only; dapo is always the token mean", list(grpo.AGGREGATIONS))
-    beta: float = option(0.0, "grpo only: weight of the KL term to the starting model (GRPO's paper 0.04)")
-    max_rounds: int = option(10, "dapo: generation rounds after which a batch that does not fill is an error")
-    overlong_cache: int = option(4, "dapo: the last tokens of max_completion over which the punishment grows to -1")
-    importance_cap: float = option(2.0, "cap of the token-level importance weights pi_old / pi_sampler; 0 turns them off")
-    # LongAct
-    rule: str = option("top", "rows of W_Q, W_K that are updated: top is LongAct, all is dense", list(saliency.RULES))
-    fraction: float = option(0.3, "share of each head's dimensions that is selected (paper: 0.3)")
-    site: str = option("proj", "magnitudes of the projections' outputs, or after q_norm and k_norm", ["proj", "norm"])
-    # the optimizer
-    learning_rate: float = option(3e-4, "AdamW's learning rate, constant after warm-up (8B: 1e-6)")
-    warmup: int = option(10, "steps of linear warm-up")
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay; it would move masked rows too")
-    adam_beta2: float = option(0.999, "AdamW's second-moment decay")
-    max_grad_norm: float = option(1.0, "gradient norm to clip at, after masking")
-    # the machine
-    mismatch_limit: float = option(0.0, "stop when mismatch_mean exceeds it (0: 0.001 in fp32, 0.1 in bf16)")
-    tensor_parallel: int = option(1, "ranks that share one vLLM engine")
-    gpu_memory: float = option(0.5, "share of GPU memory for vLLM while it generates; freed while training")
-    checkpointing: bool = option(True, "recompute each block in backward instead of keeping its activations")
 
 
 @dataclass
@@ -126,19 +83,19 @@ class Group:
     completions: list  # G rollout.Completion
     rewards: torch.Tensor  # (G,) as the reward function gave them
     advantages: torch.Tensor = None  # (G,)
-    old_logprobs: torch.Tensor = None  # (N,) on the rank that trains it
+    old_logprobs: list = None  # G times (R_i,), on the rank that trains it
 
     @property
     def lengths(self):  # R_i of each completion
         return [len(completion.ids) for completion in self.completions]
 
     @property
-    def tokens(self):  # what a training forward costs
+    def tokens(self):  # what it costs to train on it
         return len(self.prompt) + sum(self.lengths)
 
 
 one_line_errors()
-config = parse(Config)
+config = parse(Config, __doc__)
 
 # ------------------------------------------------------------------------------------------------- ranks and devices
 
@@ -150,36 +107,10 @@ device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.
 compute_dtype = torch.bfloat16 if cuda else torch.float32
 main = rank == 0
 
-POSITIVE = (
-    "steps prompts updates max_completion temperature learning_rate max_rounds dual_clip max_grad_norm tensor_parallel"
-)
-NOT_NEGATIVE = "seed context warmup eval_prompts filler beta epsilon_low epsilon_high importance_cap overlong_cache"
-for key in POSITIVE.split():
-    if not 0 < getattr(config, key) < math.inf:
-        raise BadInput(f"--{key.replace('_', '-')} must be positive, not {getattr(config, key)}")
-for key in NOT_NEGATIVE.split():
-    if not 0 <= getattr(config, key) < math.inf:
-        raise BadInput(f"--{key.replace('_', '-')} must not be negative: {getattr(config, key)}")
-if not 0 < config.fraction <= 1:
-    raise BadInput(f"--fraction must be in (0, 1], not {config.fraction}")
-if not 0 <= config.adam_beta2 < 1:
-    raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
-if config.completions < 2:
-    raise BadInput(f"--completions {config.completions} gives every group an advantage of 0; it takes at least 2")
-groups_per_update, uneven = divmod(config.prompts, config.updates)
-if uneven or groups_per_update % world:
-    raise BadInput(
-        f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {world} ranks need a multiple of "
-        f"{config.updates * world}"
-    )
-if world % config.tensor_parallel:
-    raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")
-if config.tensor_parallel > 1 and not cuda:
-    raise BadInput(f"--tensor-parallel {config.tensor_parallel} needs a GPU per rank, and there is none")
-if config.eval_data and not config.data:
-    raise BadInput("--eval-data needs --data; the recall task makes its own held-out prompts")
-if config.beta and config.algorithm == "dapo":
-    raise BadInput("--beta needs --algorithm grpo: DAPO has no KL term")
+check(config, config.ranks or world, cuda)
+if config.plan:
+    print(plan.report(config, config.ranks or world), end="")
+    sys.exit()
 
 # ------------------------------------------------------------------------------------------------------------- data
 
@@ -205,8 +136,8 @@ else:
     held_out_source = data.RecallSource("held out", config.facts, config.filler)
     held_out = [held_out_source[i] for i in range(config.eval_prompts)]
     rows = [source[0], *held_out]
-for row in rows:  # a prompt that is too long shows now, not in hours
-    data.encode_prompt(tokenizer, row, config.thinking, prompt_limit)
+# A prompt that is too long shows now, not in hours.
+longest_prompt = max(len(data.encode_prompt(tokenizer, row, config.thinking, prompt_limit)) for row in rows)
 
 # ----------------------------------------------------------------------------------------------- engine, then model
 
@@ -227,7 +158,7 @@ engine = Rollout(
     str(compute_dtype).removeprefix("torch."),
     config.seed,
     config.tensor_parallel,
-    config.gpu_memory,
+    config.vllm_share,
 )
 mesh = dist.init_device_mesh(device.type, (world,)) if cuda or world > 1 else None
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
@@ -236,7 +167,7 @@ reference = Qwen3.from_pretrained(config.model, compute_dtype, device, mesh, com
 optimizer = torch.optim.AdamW(
     model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
 )
-schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup)))
+warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup)))
 config.mismatch_limit = config.mismatch_limit or (0.1 if compute_dtype == torch.bfloat16 else 1e-3)
 random_rows = torch.Generator().manual_seed(config.seed)
 seconds = defaultdict(float)
@@ -290,18 +221,46 @@ def accuracy_line(when, result):
     return f"{when} {sampled:.3f} of {n} held-out prompts right at temperature 1, {greedy:.3f} greedy"
 
 
-def my_share(groups):
-    """Deal groups to ranks, the longest first, back and forth, so that tokens are even; this rank's, longest first."""
-    by_tokens = sorted(groups, key=lambda group: (-group.tokens, group.index))
-    return [group for i, group in enumerate(by_tokens) if rank == min(i % (2 * world), 2 * world - 1 - i % (2 * world))]
+def ids_of(group, part):
+    return [torch.tensor(group.completions[i].ids, device=device) for i in part]
 
 
-def logprobs_of(policy, group, entropy=False):
-    """The group's tokens through the policy in one forward -> (N,) fp32 (and (N,) entropies)."""
-    prompt = torch.tensor(group.prompt, device=device)
-    completions = [torch.tensor(completion.ids, device=device) for completion in group.completions]
-    result = policy.group_logprobs(prompt, completions, config.temperature, entropy)
-    return tuple(map(torch.cat, result)) if entropy else torch.cat(result)
+@torch.no_grad()
+def logprobs_of(policy, group, parts):
+    """The group's completions through a policy without training it, in passes -> list of (R_i,) fp32."""
+    prompt = policy.read(torch.tensor(group.prompt, device=device))
+    result = [None] * len(group.completions)
+    for part in parts:
+        logprobs, _ = policy.completion_logprobs(prompt, ids_of(group, part), config.temperature)
+        for i, own in zip(part, logprobs.split([group.lengths[i] for i in part])):
+            result[i] = own
+    return result
+
+
+def rehearse():
+    """The worst that can come, for nothing but its memory: the longest prompt, a full pass of completions that were cut."""
+    longest, cut = torch.zeros((2, max(longest_prompt, config.max_completion)), dtype=torch.int64, device=device)
+    part = schedule.passes([config.max_completion] * config.completions, config.tokens_per_pass)[0]
+    with explain_out_of_memory(longest_prompt):
+        prompt = model.read(longest[:longest_prompt])
+        leaves = prompt.detach()
+        logprobs, _ = model.completion_logprobs(leaves, [cut[: config.max_completion]] * len(part))
+        (0 * logprobs.sum()).backward()
+        prompt.backward(leaves)
+    optimizer.zero_grad()
+
+
+@contextmanager
+def explain_out_of_memory(prompt_length):
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise BadInput(
+            f"out of memory in training on {prompt_length} prompt tokens and up to {config.tokens_per_pass} completion tokens a "
+            f"pass: lower --tokens-per-pass or --context ({config.context}), use --checkpointing or more ranks; --plan shows what takes how much"
+        ) from error
 
 
 if main:
@@ -353,10 +312,10 @@ for step in range(1, config.steps + 1):
     # Minibatches, one per update. With several, old log-probabilities are computed once, before the first changes them.
     minibatches = [batch[i :: config.updates] for i in range(config.updates)]
     if config.updates > 1:
-        with stage("logprobs"), torch.no_grad():
+        with stage("logprobs"):
             for minibatch in minibatches:
-                for group in my_share(minibatch):
-                    group.old_logprobs = logprobs_of(model, group)
+                for group, parts in schedule.turns(minibatch, rank, world, config.tokens_per_pass):
+                    group.old_logprobs = logprobs_of(model, group, parts)
 
     step_sums, update_means = torch.zeros(8, dtype=torch.float64), defaultdict(float)
     worst_mismatch = torch.zeros(1, dtype=torch.float64)
@@ -366,42 +325,40 @@ for step in range(1, config.steps + 1):
         sums = torch.zeros(8, dtype=torch.float64, device=device)  # of loss, ratio, clipped, kl, entropy, |d|, k3, capped
         worst = torch.zeros(1, dtype=torch.float64, device=device)
         with saliency.Tracker(model, config.site) as tracker:
-            for group in my_share(minibatch):
-                with stage("logprobs"):
-                    logprobs, entropies = logprobs_of(model, group, entropy=True)
-                    old = group.old_logprobs if group.old_logprobs is not None else logprobs.detach()
-                    sampler = torch.cat([torch.tensor(completion.logprobs) for completion in group.completions]).to(device)
-                    advantages = group.advantages.repeat_interleave(torch.tensor(group.lengths)).to(device)
+            for group, parts in schedule.turns(minibatch, rank, world, config.tokens_per_pass):
+                with stage("logprobs"), explain_out_of_memory(len(group.prompt)):
+                    prompt = model.read(torch.tensor(group.prompt, device=device))  # its keys and values, once
+                    leaves = prompt.detach()
+                    ref_logprobs = logprobs_of(reference, group, parts) if reference else None
+                for part in parts:
+                    with stage("logprobs"), explain_out_of_memory(len(group.prompt)):
+                        logprobs, entropies = model.completion_logprobs(leaves, ids_of(group, part), config.temperature)
+                    old = torch.cat([group.old_logprobs[i] for i in part]) if group.old_logprobs else logprobs.detach()
+                    sampler = torch.cat([torch.tensor(group.completions[i].logprobs) for i in part]).to(device)
+                    lengths = [group.lengths[i] for i in part]
+                    advantages = group.advantages[part].repeat_interleave(torch.tensor(lengths)).to(device)
                     terms = {"dual_clip": config.dual_clip}
                     if config.importance_cap:
                         terms["importance"] = grpo.importance_weights(old, sampler, config.importance_cap)
-                    if reference is not None:
-                        with torch.no_grad():
-                            terms |= {"beta": config.beta, "ref_logprobs": logprobs_of(reference, group)}
+                    if reference:
+                        terms |= {"beta": config.beta, "ref_logprobs": torch.cat([ref_logprobs[i] for i in part])}
                     epsilons = config.epsilon_low, config.epsilon_high
                     if config.algorithm == "dapo":
                         loss, stats = dapo.loss(logprobs, old, advantages, tokens, *epsilons, **terms)
                     else:
-                        how = group.lengths, config.aggregation, sequences, tokens, config.max_completion
+                        how = lengths, config.aggregation, sequences, tokens, config.max_completion
                         weights = grpo.token_weights(*how).to(device)
                         loss, stats = grpo.loss(logprobs, old, advantages, weights, *epsilons, **terms)
-                with stage("backward"):
-                    (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
-                d = (old - sampler).double()
-                capped = (d.exp() >= config.importance_cap).sum() if config.importance_cap else d.new_zeros(())
-                k3 = (d.exp() - d - 1).sum()
-                parts = (
-                    loss.detach(),
-                    stats.ratio,
-                    stats.clipped,
-                    stats.kl,
-                    entropies.detach().sum(),
-                    d.abs().sum(),
-                    k3,
-                    capped,
-                )
-                sums += torch.stack([part.double() for part in parts])
-                worst = torch.maximum(worst, d.abs().max())
+                    with stage("backward"), explain_out_of_memory(len(group.prompt)):
+                        (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
+                    d = (old - sampler).double()
+                    k3 = (d.exp() - d - 1).sum()
+                    capped = (d.exp() >= config.importance_cap).sum() if config.importance_cap else d.new_zeros(())
+                    own = loss.detach(), stats.ratio, stats.clipped, stats.kl, entropies.sum(), d.abs().sum(), k3, capped
+                    sums += torch.stack([value.detach().double() for value in own])
+                    worst = torch.maximum(worst, d.abs().max())
+                with stage("backward"), explain_out_of_memory(len(group.prompt)):
+                    prompt.backward(leaves)  # what the passes left at the prompt's keys and values
         dist.all_reduce(sums)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         mismatch = sums[5].item() / tokens
@@ -429,8 +386,11 @@ for step in range(1, config.steps + 1):
         update_means["selected_share"] += saliency.selected_share(magnitudes, masks).item() / config.updates
         mask_overlap = saliency.overlap(masks, previous_masks).item() if previous_masks else None
         previous_masks = masks
-    learning_rate = schedule.get_last_lr()[0]
-    schedule.step()
+    if step == 1:  # the optimizer has its moments now: what does not fit shows in this step, not in hours
+        with stage("rehearsal"):
+            rehearse()
+    learning_rate = warmup.get_last_lr()[0]
+    warmup.step()
     with stage("sync"):
         engine.sync(model)
 

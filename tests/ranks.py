@@ -26,17 +26,28 @@ advantages = torch.randn(6, 3, generator=generator)
 tokens = sum(len(c) for _, completions in groups for c in completions)
 
 
-def step(model, indices, scale, checkpointing):
+def loss(i, part, logprobs, scale):
+    """The loss of some completions of group i, given the log-probabilities of their tokens."""
+    lengths = torch.tensor([len(groups[i][1][j]) for j in part])
+    weights = grpo.token_weights(lengths, "token", 18, tokens, 8)
+    return grpo.loss(logprobs, logprobs.detach(), advantages[i][part].repeat_interleave(lengths), weights)[0] * scale
+
+
+def step(model, indices, scale, checkpointing, two_stage):
     """Masked gradients of `indices` of the groups, and the norm that clipping saw."""
     model.checkpointing = checkpointing
     with Tracker(model) as tracker:
         for i in indices:
             prompt, completions = groups[i]
-            logprobs = torch.cat(model.group_logprobs(prompt, completions, 1.3))
-            lengths = torch.tensor([len(c) for c in completions])
-            weights = grpo.token_weights(lengths, "token", 18, tokens, 8)
-            loss, _ = grpo.loss(logprobs, logprobs.detach(), advantages[i].repeat_interleave(lengths), weights)
-            (loss * scale).backward()
+            if not two_stage:
+                loss(i, [0, 1, 2], torch.cat(model.group_logprobs(prompt, completions, 1.3)), scale).backward()
+                continue
+            read = model.read(prompt)
+            leaves = read.detach()
+            for part in ([2, 0], [1]):
+                logprobs, _ = model.completion_logprobs(leaves, [completions[j] for j in part], 1.3)
+                loss(i, part, logprobs, scale).backward()
+            read.backward(leaves)
     magnitudes = tracker.magnitudes()
     masks = select_rows(magnitudes, 0.3)
     mask_gradients(model, masks)
@@ -44,23 +55,26 @@ def step(model, indices, scale, checkpointing):
     return magnitudes, masks, norm
 
 
+whole = Qwen3.from_pretrained(checkpoint)
+expected_magnitudes, expected_masks, expected_norm = step(whole, range(6), 1.0, checkpointing=False, two_stage=False)
+
 sharded = Qwen3.from_pretrained(checkpoint, mesh=mesh)
-magnitudes, masks, norm = step(sharded, range(rank, 6, world), world, checkpointing=True)
-sharded_gradients = {name: full_tensor(p.grad) for name, p in sharded.named_parameters()}
+for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
+    sharded.zero_grad()
+    magnitudes, masks, norm = step(sharded, range(rank, 6, world), world, checkpointing, two_stage)
+    for name, magnitude in magnitudes.items():  # every rank saw all groups, so both are averages over 18 sequences
+        torch.testing.assert_close(magnitude, expected_magnitudes[name], rtol=1e-5, atol=1e-6)
+    for name, mask in masks.items():
+        assert torch.equal(mask, expected_masks[name]), name
+    gradients = {name: full_tensor(p.grad) for name, p in sharded.named_parameters()}
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+        if name in masks:
+            assert gradients[name][~masks[name]].abs().max() == 0, name
+    torch.testing.assert_close(norm.full_tensor(), expected_norm, rtol=1e-5, atol=0)
 empty = any(p.grad.to_local().numel() == 0 for p in sharded.parameters())
 sharded.save_pretrained(export)
-
-whole = Qwen3.from_pretrained(checkpoint)
-expected_magnitudes, expected_masks, expected_norm = step(whole, range(6), 1.0, checkpointing=False)
-for name, magnitude in magnitudes.items():  # every rank saw all groups, so both are averages over 18 sequences
-    torch.testing.assert_close(magnitude, expected_magnitudes[name], rtol=1e-5, atol=1e-6)
-for name, mask in masks.items():
-    assert torch.equal(mask, expected_masks[name]), name
-for name, parameter in whole.named_parameters():
-    torch.testing.assert_close(sharded_gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
-    if name in masks:
-        assert sharded_gradients[name][~masks[name]].abs().max() == 0, name
-torch.testing.assert_close(norm.full_tensor(), expected_norm, rtol=1e-5, atol=0)
+dist.barrier()  # rank 0 writes
 for a, b in zip(Qwen3.from_pretrained(export).parameters(), whole.parameters(), strict=True):
     assert torch.equal(a, b)
 if rank == world - 1:

@@ -9,11 +9,14 @@ from conftest import SMALL, make_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import attention
 import checkpoint
-import model as model_file
 from cli import BadInput
 from model import Head, Qwen3, Qwen3Config
+from saliency import Tracker
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -53,7 +56,7 @@ def test_logits_and_every_gradient_agree_with_transformers(tied, yarn, tmp_path)
 )
 def test_rope_of_old_and_new_configs_equals_transformers(raw):
     config = {**SMALL, "tie_word_embeddings": True, "model_type": "qwen3", **raw}
-    frequencies, factor = model_file.rope_frequencies(Qwen3Config.from_dict(config))
+    frequencies, factor = attention.rope_frequencies(Qwen3Config.from_dict(config))
     rotary = transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding(transformers.Qwen3Config(**config))
     torch.testing.assert_close(frequencies, rotary.inv_freq, atol=0, rtol=1e-6)
     assert factor == pytest.approx(rotary.attention_scaling)
@@ -62,8 +65,8 @@ def test_rope_of_old_and_new_configs_equals_transformers(raw):
 def test_yarn_of_the_model_card_has_the_published_constants():
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     config = Qwen3Config(*checkpoint.SIZES["8B"], rope_scaling=yarn)
-    plain, _ = model_file.rope_frequencies(Qwen3Config.preset("8B"))
-    frequencies, factor = model_file.rope_frequencies(config)
+    plain, _ = attention.rope_frequencies(Qwen3Config.preset("8B"))
+    frequencies, factor = attention.rope_frequencies(config)
     assert factor == pytest.approx(1.138629, abs=1e-6)
     torch.testing.assert_close(frequencies[:24], plain[:24])
     torch.testing.assert_close(frequencies[40:], plain[40:] / 4)
@@ -239,8 +242,56 @@ def test_the_prompt_passes_through_the_network_once(small):
     heads = []
     small.lm_head.register_forward_hook(lambda module, args, out: heads.append(out[0].shape[0]))
     small.group_logprobs(torch.arange(50), [torch.arange(n) + 1 for n in (3, 7, 5)])
-    assert seen == [50 + 15]
+    assert seen == [50, 15]
     assert heads == [15]  # logits of completion tokens only
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    st.integers(1, 6),
+    st.booleans(),
+    st.sampled_from(["proj", "norm"]),
+    st.randoms(use_true_random=False),
+)
+def test_two_stage_backward_equals_one_pass(prompt_length, lengths, passes, checkpointing, site, rng):
+    """Any split of the completions, in any order: the same log-probabilities, gradients and magnitudes."""
+    model = make_small(tied=rng.random() < 0.5)
+    prompt = torch.randint(0, 101, (prompt_length,))
+    completions = [torch.randint(0, 101, (n,)) for n in lengths]
+    weights = [torch.randn(n) for n in lengths]
+
+    def loss(indices, logprobs, entropies):
+        return sum((weights[i] * (lp + 0.3 * e)).sum() for i, lp, e in zip(indices, logprobs, entropies, strict=True))
+
+    def outcome(tracker):
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        return gradients, tracker.magnitudes()
+
+    with Tracker(model, site) as tracker:
+        expected, entropies = model.group_logprobs(prompt, completions, 1.3, entropy=True)
+        loss(range(len(lengths)), expected, entropies).backward()
+    expected_gradients, expected_magnitudes = outcome(tracker)
+
+    model.checkpointing = checkpointing
+    order = rng.sample(range(len(lengths)), len(lengths))
+    parts = [part for i in range(passes) if (part := order[i::passes])]
+    with Tracker(model, site) as tracker:
+        read = model.read(prompt)
+        leaves = read.detach()
+        for part in parts:
+            results = model.completion_logprobs(leaves, [completions[i] for i in part], 1.3)
+            logprobs, entropies = (list(result.split([lengths[i] for i in part])) for result in results)
+            torch.testing.assert_close(logprobs, [expected[i] for i in part], atol=1e-5, rtol=1e-5)
+            loss(part, logprobs, entropies).backward()
+        read.backward(leaves)
+    gradients, magnitudes = outcome(tracker)
+    torch.testing.assert_close(magnitudes, expected_magnitudes, rtol=1e-5, atol=0)
+    scale = max(g.abs().max() for g in expected_gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_logprobs_of_masked_tokens_equal_full_logits(small):
@@ -253,15 +304,39 @@ def test_logprobs_of_masked_tokens_equal_full_logits(small):
 
 @pytest.mark.parametrize("prompt, completions", [(0, [3]), (3, [2, 0]), (3, [])])
 def test_empty_prompts_and_completions_are_refused(small, prompt, completions):
-    with pytest.raises(ValueError, match="lengths"):
+    with pytest.raises(ValueError, match="at least one token"):
         small.group_logprobs(torch.arange(prompt), [torch.arange(n) for n in completions])
 
 
-def test_the_head_never_holds_more_logits_than_a_chunk(monkeypatch):
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_head_never_holds_more_logits_than_a_chunk(temperature):
+    """7 does not divide 60; the chunked head gives the values and gradients of all logits at once."""
     head = Head(Qwen3Config(**SMALL, tie_word_embeddings=False))
     torch.nn.init.normal_(head.weight)
-    head.chunk, sizes = 7, []
-    original = model_file.token_logprobs
-    monkeypatch.setattr(model_file, "token_logprobs", lambda h, *rest: sizes.append(len(h)) or original(h, *rest))
-    head(torch.randn(30, 48), torch.zeros(30, dtype=torch.int64))[0].sum().backward()
-    assert sizes == [7, 7, 7, 7, 2] + [2, 7, 7, 7, 7]  # forward, then the same chunks again in backward
+    head.chunk = 7
+    hidden, targets = torch.randn(60, 48, requires_grad=True), torch.randint(0, 101, (60,))
+    weights = torch.randn(2, 60)
+    with LargestTensor() as largest:
+        logprobs, entropies = head(hidden, targets, temperature)
+        (weights[0] * logprobs + weights[1] * entropies).sum().backward()
+    assert largest.elements == 48 * 101  # the gradient of the weight; all logits would be 60 * 101
+    gradients = hidden.grad, head.weight.grad
+    hidden.grad = head.weight.grad = None
+    table = (head(hidden) / temperature).log_softmax(-1)
+    expected = table.gather(-1, targets[:, None])[:, 0], -(table.exp() * table).sum(-1)
+    (weights[0] * expected[0] + weights[1] * expected[1]).sum().backward()
+    torch.testing.assert_close((logprobs, entropies), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients, (hidden.grad, head.weight.grad), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,50 @@
+"""Plain forward and backward of model.py beside transformers' Qwen3: same weights, same tokens, in turn.
+
+python bench/dense.py            # the laptop's shape on a CPU, Qwen3-0.6B's on a GPU; fp32 and bf16
+
+transformers runs its "sdpa" attention. A line per shape and dtype: seconds of each and ours / theirs (below 1: ours is
+faster). On a GPU it also says which attention kernel ran and fails if it is not flash.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import transformers
+from measure import seconds
+from shapes import build, card
+from torch.profiler import ProfilerActivity, profile
+
+from model import Qwen3
+
+
+def run(model, ids):
+    result = model(ids)
+    getattr(result, "logits", result).mean().backward()
+    model.zero_grad()
+
+
+torch.manual_seed(0)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+config = build("0.6B" if device.type == "cuda" else "laptop")
+print(card(config))
+for dtype in (torch.float32, torch.bfloat16):
+    ours = Qwen3.from_config(config, dtype, device)
+    with torch.device(device):
+        settings = transformers.Qwen3Config(**{**config.to_dict(dtype), "bos_token_id": None, "eos_token_id": None})
+        theirs = transformers.Qwen3ForCausalLM._from_config(settings, attn_implementation="sdpa", dtype=dtype)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    for rows, length in ((4, 512), (1, 4096)):
+        ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
+        slow = device.type == "cpu" and dtype == torch.bfloat16  # CPUs without bf16 units take half a minute a run
+        mine, other = seconds(partial(run, ours, ids), partial(run, theirs, ids), rounds=2 if slow else 12)
+        print(f"{dtype!s:15} {rows} x {length}: ours {mine:.3f} s, transformers {other:.3f} s, ratio {mine / other:.2f}")
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        with profile(activities=[ProfilerActivity.CUDA]) as record:
+            run(ours, ids)
+        kernels = sorted({event.key for event in record.key_averages() if "flash" in event.key})
+        print("attention kernels:", *kernels or ["none of them flash"], sep="\n  ")
+        sys.exit(not kernels)

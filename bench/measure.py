@@ -1,0 +1,60 @@
+"""What the measurements share: seconds of alternatives run in turn, and the peak of allocated memory."""
+
+import time
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(*functions, rounds=5):
+    """Fastest time of each function, after a warm-up. They run in turn, every second round backwards, so that all see the
+    machine in the same moods and none always comes first."""
+    for function in functions:
+        function()
+    times = {function: [] for function in functions}
+    for i in range(rounds):
+        for function in functions[:: 1 if i % 2 else -1]:
+            synchronize()
+            started = time.perf_counter()
+            function()
+            synchronize()
+            times[function].append(time.perf_counter() - started)
+    return [min(times[function]) for function in functions]
+
+
+def peak_bytes(function):
+    """The most memory that was allocated at once during function(), beyond what was before.
+
+    On a GPU from the allocator's own counter. On a CPU from the profiler's record of every allocation of a tensor, so
+    without what libraries allocate for themselves.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def attention_share(function):
+    """Share of function()'s time that attention kernels take, by the profiler."""
+    cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
+        function()
+        synchronize()
+    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in record.key_averages()}
+    return sum(time for key, time in times.items() if "flash" in key) / sum(times.values())

@@ -1,0 +1,43 @@
+"""What the measurements run: shapes with random weights, and one group forward and backward as train.py does it."""
+
+import platform
+
+import torch
+
+import schedule
+from checkpoint import Qwen3Config
+
+# 4 layers, 256 wide, 8 query and 2 key heads of 32: small enough that one row per completion still fits two cores.
+LAPTOP = Qwen3Config(256, 4, 8, 768, True, vocab_size=8192, num_key_value_heads=2, head_dim=32)
+
+
+def build(name):
+    """ "laptop" or the name of a published size ("0.6B", "4B", ...) -> Qwen3Config."""
+    return LAPTOP if name == "laptop" else Qwen3Config.preset(name)
+
+
+def card(config):
+    """One line that says on what and with what the figures were measured."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    c = config
+    return (
+        f"{device}, torch {torch.__version__}, Python {platform.python_version()}; Qwen3 with {c.num_hidden_layers} layers, "
+        f"{c.hidden_size} wide, {c.num_attention_heads} query and {c.num_key_value_heads} key heads of {c.head_dim}, "
+        f"vocabulary {c.vocab_size:,}"
+    )
+
+
+def draw_group(config, prompt, lengths, device):
+    """prompt ids (P,) and completions [(R_i,)] of random tokens."""
+    draw = lambda n: torch.randint(0, config.vocab_size, (n,), device=device)  # noqa: E731
+    return draw(prompt), [draw(n) for n in lengths]
+
+
+def train_on(model, prompt, completions, weights, tokens_per_pass):
+    """Forward and backward of sum(weights * log-probabilities), weights [(R_i,)]: gradients are left in the model."""
+    read = model.read(prompt)
+    leaves = read.detach()
+    for part in schedule.passes([len(c) for c in completions], tokens_per_pass):
+        logprobs, _ = model.completion_logprobs(leaves, [completions[i] for i in part])
+        (logprobs * torch.cat([weights[i] for i in part])).sum().backward()
+    read.backward(leaves)

@@ -1,0 +1,84 @@
+"""Every setting of a training run, with its default and its line of --help, and which of them do not go together."""
+
+from dataclasses import dataclass
+
+import grpo
+import saliency
+from cli import BadInput, option
+
+
+@dataclass
+class Config:
+    # what
+    model: str = option("assets/tiny", "checkpoint directory to start from: config.json, safetensors, tokenizer.json")
+    name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
+    data: str = option("", "JSONL of prompts, see data.py (default: the recall task, made on the fly)")
+    eval_data: str = option("", "JSONL of held-out prompts, evaluated before and after (needed only with --data)")
+    reward: str = option("data:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
+    thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
+    facts: int = option(17, "recall task: facts in a passage")
+    filler: int = option(17, "recall task: filler sentences in a passage", least=0)
+    seed: int = option(0, "seed of prompts, sampling and random rows", least=0)
+    # how much
+    steps: int = option(60, "training steps, each one rollout", least=1)
+    prompts: int = option(16, "groups (prompts) a step trains on, over all ranks", least=1)
+    completions: int = option(16, "G, completions per prompt", least=2)
+    updates: int = option(1, "optimizer updates per rollout; each takes prompts / updates groups", least=1)
+    context: int = option(0, "most tokens of prompt + completion (0: what the model's config allows)", least=0)
+    max_completion: int = option(24, "most tokens of a completion", least=1)
+    eval_prompts: int = option(256, "held-out prompts for the accuracy before and after (recall task)", least=0)
+    # the algorithm
+    algorithm: str = option("dapo", "dapo: clip-higher, token mean, dynamic sampling, overlong punishment", ["dapo", "grpo"])
+    temperature: float = option(1.0, "sampling temperature; the trainer's log-probabilities use the same", above=0)
+    epsilon_low: float = option(0.2, "ratio clipping below 1", least=0)
+    epsilon_high: float = option(0.28, "ratio clipping above 1 (DAPO 0.28; GRPO's paper 0.2)", least=0)
+    dual_clip: float = option(10.0, "for negative advantages the loss is capped at this times |advantage|", above=0)
+    normalize_std: bool = option(True, "divide advantages by the group's standard deviation (no: Dr. GRPO)")
+    aggregation: str = option("sequence", "grpo only; dapo is always the token mean", list(grpo.AGGREGATIONS))
+    beta: float = option(0.0, "grpo only: weight of the KL term to the starting model (GRPO's paper 0.04)", least=0)
+    max_rounds: int = option(10, "dapo: generation rounds after which a batch that does not fill is an error", least=1)
+    overlong_cache: int = option(4, "dapo: the last tokens of max_completion over which the punishment grows to -1", least=0)
+    importance_cap: float = option(
+        2.0, "cap of the token-level importance weights pi_old / pi_sampler; 0 turns them off", least=0
+    )
+    # LongAct
+    rule: str = option("top", "rows of W_Q, W_K that are updated: top is LongAct, all is dense", list(saliency.RULES))
+    fraction: float = option(0.3, "share of each head's dimensions that is selected (paper: 0.3)")
+    site: str = option("proj", "magnitudes of the projections' outputs, or after q_norm and k_norm", ["proj", "norm"])
+    # the optimizer
+    learning_rate: float = option(3e-4, "AdamW's learning rate, constant after warm-up (8B: 1e-6)", above=0)
+    warmup: int = option(10, "steps of linear warm-up", least=0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay; it would move masked rows too")
+    adam_beta2: float = option(0.999, "AdamW's second-moment decay")
+    max_grad_norm: float = option(1.0, "gradient norm to clip at, after masking", above=0)
+    # the machine
+    mismatch_limit: float = option(0.0, "stop when mismatch_mean exceeds it (0: 0.001 in fp32, 0.1 in bf16)", least=0)
+    tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
+    vllm_share: float = option(0.5, "share of GPU memory for vLLM while it generates; freed while training", above=0)
+    tokens_per_pass: int = option(8192, "completion tokens of a group that train at once; sets the peak of memory", least=1)
+    checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
+    plan: bool = option(False, "print the memory and tokens a step needs on GPUs, from this configuration alone, and stop")
+    ranks: int = option(0, "--plan: for so many GPUs (0: as many as torchrun started)", least=0)
+    gpu_memory: float = option(80.0, "--plan: GiB of a GPU, to say whether it fits", above=0)
+
+
+def check(config, world, cuda):
+    """Raises BadInput for settings that contradict each other or the number of ranks."""
+    if not 0 < config.fraction <= 1:
+        raise BadInput(f"--fraction must be in (0, 1], not {config.fraction}")
+    if not 0 <= config.adam_beta2 < 1:
+        raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
+    groups_per_update, uneven = divmod(config.prompts, config.updates)
+    if uneven or groups_per_update % world:
+        raise BadInput(
+            f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {world} ranks need a multiple of "
+            f"{config.updates * world}"
+        )
+    if world % config.tensor_parallel:
+        raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")
+    if config.tensor_parallel > 1 and not cuda and not config.plan:
+        raise BadInput(f"--tensor-parallel {config.tensor_parallel} needs a GPU per rank, and there is none")
+    if config.eval_data and not config.data:
+        raise BadInput("--eval-data needs --data; the recall task makes its own held-out prompts")
+    if config.beta and config.algorithm == "dapo":
+        raise BadInput("--beta needs --algorithm grpo: DAPO has no KL term")

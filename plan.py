@@ -1,0 +1,166 @@
+"""What a training step takes, from a configuration alone: memory by line, tokens with and without sharing.
+
+    python train.py --plan --model Qwen3-8B --ranks 8 --gpu-memory 80 --context 32768 --max-completion 4096
+
+--model is a checkpoint directory, of which only config.json is read, or the name of a published size. The plan is for the
+worst group that can come: a prompt of --context less --max-completion tokens, all completions of full length.
+
+It counts the tensors that the code holds, at the moments at which memory peaks (tests/test_plan.py holds it against measured
+peaks). It leaves out what CUDA and NCCL take for themselves, about 1 to 2 GiB, and fragmentation.
+"""
+
+from pathlib import Path
+
+import schedule
+from checkpoint import Qwen3Config
+from cli import BadInput
+from model import HEAD_CHUNK_ELEMENTS
+
+GIB = 2**30
+CONTEXTS = (8192, 16384, 32768, 65536, 131072)
+RESERVE = 2 * GIB  # for CUDA, NCCL and fragmentation, when saying whether it fits
+
+
+def parameter_counts(c):
+    """Qwen3Config -> parameters of one block, and of everything outside the blocks (embedding, head, last norm)."""
+    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) + 2 * c.head_dim
+    block = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    return block, c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.hidden_size
+
+
+def block_bytes(c, size):
+    """What one block keeps of a token for its backward, and the most that its backward adds to that; bytes.
+
+    size: bytes of the compute dtype. Each norm keeps what it normalised, in fp32, and its result before the weight.
+    """
+    C, q, k, F = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
+    wide = 4 if size == 2 else 0  # fp32 copies that fp32 compute does not make
+    norms = (size + wide) * (2 * C + q + k)
+    projections = 2 * size * C + (size if size == 4 else 0) * (q + k) + size * (q + k + k)  # inputs of q, k, v and of the
+    # MLP; q and k before their norms (in bf16 the fp32 copy replaces them); rotated q and k, and v
+    attention = size * q + 4 * c.num_attention_heads + size * C  # its output, log-sum-exp; the sum after it
+    mlp = 4 * size * F  # gate, silu(gate), up, product
+    return norms + projections + attention + mlp, size * (C + 2 * F)
+
+
+def activations(c, prompt, pass_tokens, checkpointing, size):
+    """{moment: {line: bytes}}: activations when memory peaks while a pass's head, a pass's block, or the prompt goes back."""
+    L, C, kv = c.num_hidden_layers, c.hidden_size, 2 * c.num_key_value_heads * c.head_dim
+    kept, transient = block_bytes(c, size)
+    per_layer = size * C if checkpointing else kept
+    cache = prompt * size * kv * L
+    prompt_lines = {
+        "prompt, kept for its backward": prompt * (L * per_layer + 2 * size * c.head_dim),
+        "prompt's keys and values": cache if checkpointing else 0,  # without it they are among what blocks keep
+        "their gradients": cache,
+    }
+    pass_kept = {"completions of a pass, kept": pass_tokens * (L * per_layer + 5 * size * C)}
+    chunk = min(pass_tokens, max(1, HEAD_CHUNK_ELEMENTS // c.vocab_size)) * c.vocab_size
+    head = {"head: a chunk of logits and their gradient": chunk * (8 + (2 if size == 2 else 0))}
+    grad_weight = {"gradient of one weight before it is added": size * c.vocab_size * C}
+
+    def working(tokens):
+        return tokens * (transient + (kept if checkpointing else 0))
+
+    far = prompt * size * kv  # a pass's gradient of one layer's keys and values, before it is added
+    largest = size * C * c.intermediate_size
+    block = {
+        "one block, recomputed and going back": max(working(pass_tokens), far),
+        "gradient of one weight before it is added": largest,
+    }
+    back = {"one block, recomputed and going back": working(prompt), "gradient of one weight before it is added": largest}
+    return {
+        "the head of a pass": prompt_lines | pass_kept | head | grad_weight,
+        "a block of a pass": prompt_lines | pass_kept | block,
+        "the prompt's backward": prompt_lines | back,
+    }
+
+
+def training_memory(c, prompt, lengths, tokens_per_pass, checkpointing, ranks, size, sharded=True):
+    """{line: bytes} of one rank at the worst moment of an update, and that moment's name.
+
+    lengths: R_i of the completions; size: bytes of the compute dtype; sharded: by FSDP2 over `ranks` (masters, gradients
+    and moments in fp32), else everything is on one device and computes with the masters themselves.
+    """
+    block, rest = parameter_counts(c)
+    total = block * c.num_hidden_layers + rest
+    ranks = ranks if sharded else 1
+    lines = {
+        "parameters (fp32)": 4 * total / ranks,
+        "gradients (fp32)": 4 * total / ranks,
+        "optimizer (fp32 moments)": 8 * total / ranks,
+    }
+    if sharded:  # embedding, head and two blocks gathered; one block's gradient, as computed and in fp32 for the reduction
+        lines["gathered weights and a block's gradient"] = size * (rest + 2 * block) + (size + 4) * block
+    part = max(sum(lengths[i] for i in part) for part in schedule.passes(lengths, tokens_per_pass))
+    moments = activations(c, prompt, part, checkpointing, size)
+    worst = max(moments, key=lambda moment: sum(moments[moment].values()))
+    return lines | moments[worst], worst
+
+
+def rollout_memory(c, prompt, completion, completions, tensor_parallel):
+    """Bytes on a rank: vLLM's bf16 weights, the KV cache of one completion with its prompt, and that of a whole group."""
+    block, rest = parameter_counts(c)
+    weights = 2 * (block * c.num_hidden_layers + rest) / tensor_parallel
+    token = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim / tensor_parallel
+    return weights, token * (prompt + completion), token * (prompt + completions * completion)
+
+
+def report(config, ranks):
+    """The text of --plan. Raises BadInput for a --model that is neither a directory nor a published size."""
+    if Path(config.model).exists():
+        c = Qwen3Config.from_pretrained(config.model)
+    else:
+        try:
+            c = Qwen3Config.preset(Path(config.model).name.removeprefix("Qwen3-"))
+        except BadInput as error:
+            raise BadInput(f"--model {config.model} is no directory, and {error}") from error
+    context = config.context or c.context_length
+    if config.max_completion >= context:
+        raise BadInput(f"--max-completion {config.max_completion} leaves no room for a prompt in {context} tokens")
+    capacity = config.gpu_memory * GIB
+
+    def at(context):
+        prompt, R, G = context - config.max_completion, config.max_completion, config.completions
+        lines, moment = training_memory(c, prompt, [R] * G, config.tokens_per_pass, config.checkpointing, ranks, 2)
+        weights, one, group = rollout_memory(c, prompt, R, G, config.tensor_parallel)
+        asleep = lines["parameters (fp32)"] + lines["optimizer (fp32 moments)"]  # held while vLLM generates
+        room = config.vllm_share * capacity - weights
+        fits = (
+            sum(lines.values()) + RESERVE <= capacity
+            and asleep + config.vllm_share * capacity + RESERVE <= capacity
+            and room >= one
+        )
+        return prompt, lines, moment, asleep, weights, group, room, fits
+
+    prompt, lines, moment, asleep, weights, group, room, fits = at(context)
+    G, R = config.completions, config.max_completion
+    shared, unshared = config.prompts * (prompt + G * R), config.prompts * G * (prompt + R)
+    gib = lambda value: f"{value / GIB:9.2f} GiB"  # noqa: E731
+    text = [
+        f"{config.model} on {ranks} GPU{'s' if ranks > 1 else ''}: {config.prompts} prompts of {prompt:,} tokens x {G} "
+        f"completions of {R:,}, {config.tokens_per_pass:,} completion tokens a pass",
+        "",
+        f"training, one rank, at its worst moment ({moment}):",
+        *(f"  {line:48}{gib(value)}" for line, value in lines.items() if value),
+        f"  {'total':48}{gib(sum(lines.values()))}",
+        "rollout, one rank:",
+        f"  {'parameters and optimizer, as above':48}{gib(asleep)}",
+        f"  {'vLLM weights (bf16)':48}{gib(weights)}",
+        f"  {'vLLM KV cache (what --vllm-share leaves)':48}{gib(room)}   a group takes {group / GIB:.2f} GiB",
+        f"  {'total':48}{gib(asleep + config.vllm_share * capacity)}",
+        f"tokens through the network a step: {shared:,}; with the prompt once per completion {unshared:,} "
+        f"({unshared / shared:.1f} times as many)",
+        f"fits {config.gpu_memory:g} GiB (less {RESERVE // GIB} for CUDA): {'yes' if fits else 'NO'}",
+        "",
+        "   context   training   rollout   KV of a group   tokens saved   fits",
+    ]
+    for context in CONTEXTS:
+        if context > R:
+            prompt, lines, _, asleep, weights, group, room, fits = at(context)
+            saved = G * (prompt + R) / (prompt + G * R)
+            text.append(
+                f"{context:10,} {sum(lines.values()) / GIB:6.1f} GiB {(asleep + config.vllm_share * capacity) / GIB:5.1f} GiB"
+                f"{group / GIB:12.2f} GiB {saved:11.1f} x   {'yes' if fits else 'NO'}"
+            )
+    return "\n".join(text) + "\n"

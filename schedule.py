@@ -1,0 +1,57 @@
+"""Which rank trains which group, and which completions go through the network together.
+
+Everything here is arithmetic on lengths that every rank knows, so ranks agree without a word. FSDP2 gathers weights by
+collectives, hence all ranks must call the model equally often: they hold equally many groups, and train the k-th of each in
+equally many passes.
+"""
+
+
+def deal(tokens, ranks):
+    """Deal groups of `tokens[i]` tokens to ranks, equally many to each -> for each rank its indices, the longest first.
+
+    The next longest group goes to the rank with the fewest tokens that still has room. len(tokens) must be a multiple of
+    ranks.
+    """
+    room = len(tokens) // ranks
+    hands = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for i in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
+        rank = min((r for r in range(ranks) if len(hands[r]) < room), key=lambda r: (loads[r], r))
+        hands[rank].append(i)
+        loads[rank] += tokens[i]
+    return hands
+
+
+def passes(lengths, budget, at_least=1):
+    """Cut completions into passes of at most `budget` tokens -> lists of indices, the longest completions first.
+
+    Equal lengths come together, since a pass is padded to its longest for attention to itself. A completion longer than
+    the budget gets a pass of its own. at_least: how many passes there must be; the largest are halved until there are.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    parts, room = [], 0
+    for i in order:
+        if lengths[i] > room or not parts:
+            parts.append([])
+            room = budget
+        parts[-1].append(i)
+        room -= lengths[i]
+    while len(parts) < min(at_least, len(lengths)):
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        part = parts[largest]
+        parts[largest : largest + 1] = [part[: len(part) // 2], part[len(part) // 2 :]]
+    return parts
+
+
+def turns(groups, rank, ranks, budget):
+    """What `rank` trains, in order: [(group, passes over its completions), ...], the longest group first.
+
+    groups: all of an update, each with .tokens (prompt and completions) and .lengths (of G completions each).
+    """
+    hands = deal([group.tokens for group in groups], ranks)
+    result = []
+    for indices in zip(*hands):  # what the ranks train at the same time
+        most = max(len(passes(groups[i].lengths, budget)) for i in indices)
+        group = groups[indices[rank]]
+        result.append((group, passes(group.lengths, budget, most)))
+    return result
