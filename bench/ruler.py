@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tokenizers import Tokenizer
 
 import ruler
+import ruler_data
 from cli import one_line_errors, option, parse
 
 
@@ -37,7 +38,7 @@ if __name__ == "__main__":
     lengths = [int(length) for length in config.lengths.split(",")]
     blocked = corpora.blocked(ruler.TASKS.values(), lengths)
     corpora.sentences(1)  # essays and words are loaded once a process, not once a task
-    ruler.ruler_data.keys()
+    ruler_data.keys()
     print(f"{config.samples} samples, tokenizer {config.tokenizer}, essays: {corpora.essay_source}")
     print(f"{'task':16}" + "".join(f"{length:>9} tokens/s, filled least mean" for length in lengths))
     totals = {length: [] for length in lengths}
