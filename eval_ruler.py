@@ -137,7 +137,7 @@ paths = evaluation.on_rank_0(make_samples)
 settings = {
     "benchmark": "RULER",
     "checkpoint": str(Path(config.checkpoint)),
-    "weights": evaluation.weights_fingerprint(config.checkpoint),
+    "weights": evaluation.on_rank_0(lambda: evaluation.weights_fingerprint(config.checkpoint)),
     "rope_scaling": model_config.rope_scaling,
     "dtype": evaluation.dtype(),
     "mode": config.mode,
