@@ -35,7 +35,9 @@ GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 THINKING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
 NON_THINKING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
 
-IN_FLIGHT = 512  # requests in the engine at once: more than it runs together, few enough that their prompts fit in memory
+# Requests in the engine at once: more than a GPU runs together, few enough that their prompts fit in memory. A CPU reads all
+# prompts it is given before it answers the first, so there fewer means results sooner, at the same speed.
+IN_FLIGHT = 512 if torch.cuda.is_available() else 32
 
 # -------------------------------------------------------------------------------------------------------------- ranks
 
