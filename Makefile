@@ -1,14 +1,21 @@
 # make train   a whole LongAct run on the tiny model       make test   tests and lint
-# Both set up .venv first. With an NVIDIA GPU it gets requirements.txt, without one requirements-cpu.txt.
+# make eval    RULER of the tiny model, or of yours: make eval CHECKPOINT=runs/NAME/checkpoint ARGS="--lengths 4096 --out ..."
+# They set up .venv first. With an NVIDIA GPU it gets requirements.txt, without one requirements-cpu.txt.
 PYTHON ?= python3
 ARGS ?=
+CHECKPOINT ?= assets/tiny
 BIN := .venv/bin
 TORCH := torch==2.13.0+cpu
 GPU := $(shell command -v nvidia-smi)
 
-.PHONY: train test lint format setup clean
+.PHONY: train eval test lint format setup clean
 train: .venv/ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/torchrun --standalone train.py $(ARGS)
+
+# Lengths that all tasks which need no files fit with the tiny tokenizer; cwe at 4096, where its lists are longer, needs 5433.
+eval: .venv/ready
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/python eval_ruler.py $(CHECKPOINT) \
+		$(or $(ARGS),--lengths 2304 3584 --samples 10)
 
 test: lint
 	$(BIN)/python -m pytest

