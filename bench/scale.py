@@ -1,7 +1,7 @@
 """A group forward and backward at real size: seconds, tokens/s, model FLOPs utilisation, peak memory. Needs no vLLM.
 
-    python bench/scale.py --shape 0.6B --prompts "8192 16384 32768"      # random weights, bf16, one GPU
-    python bench/scale.py --shape laptop --prompts "512 1024" --completion 64
+    python bench/scale.py --shape 0.6B --prompts 8192 16384 32768        # random weights, bf16, one GPU
+    python bench/scale.py --shape laptop --prompts 512 1024 --completion 64
 
 Weights and gradients are in bf16 and there is no optimizer: one GPU cannot hold a 4B model's masters and moments, which
 FSDP2 shards. FLOPs are the model's: 6 per weight and token (head: completion tokens only) and 12 per head size, head and
@@ -30,7 +30,7 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bf16, from NVIDIA
 @dataclass
 class Config:
     shape: str = option("0.6B", "laptop, or the name of a published size")
-    prompts: str = option("8192 16384 32768", "prompt lengths, separated by spaces")
+    prompts: list[int] = option([8192, 16384, 32768], "prompt lengths", least=1)
     completions: int = option(16, "completions of the prompt", least=1)
     completion: int = option(512, "tokens of each", least=1)
     tokens_per_pass: int = option(8192, "completion tokens that train at once", least=1)
@@ -52,7 +52,7 @@ name = torch.cuda.get_device_name() if device.type == "cuda" else ""
 peak_flops = next((1e12 * tflops for card_name, tflops in PEAK_TFLOPS.items() if card_name in name), None)
 G, R = config.completions, config.completion
 print(card(shape), dtype, "recomputing blocks" if config.checkpointing else "")
-bar = tqdm([int(length) for length in config.prompts.split()], unit="length")
+bar = tqdm(config.prompts, unit="length")
 for P in bar:
     prompt, completions = draw_group(shape, P, [R] * G, device)
     weights = [torch.full((R,), 1e-3, device=device) for _ in range(G)]
