@@ -120,7 +120,7 @@ for name in config.tasks:
     if name in blocked:
         raise BadInput(f"--tasks {name}: {blocked[name]}")
 tasks = [name for name in ruler.TASKS if name in (config.tasks or ruler.TASKS) and name not in blocked]
-left_out = {name: blocked.get(name, "not asked for") for name in ruler.TASKS if name not in tasks}
+left_out = {name: "not asked for" if config.tasks else blocked[name] for name in ruler.TASKS if name not in tasks}
 
 # ------------------------------------------------------------------------------------------------------------ samples
 
@@ -249,8 +249,7 @@ print(f"{finished:.1%} of the completions ended by themselves; {completion_token
 if not complete:
     print(f"Not RULER's average: {len(tasks)} of 13 tasks, {len(set(lengths) & set(LENGTHS))} of its 6 lengths.")
 for task, reason in left_out.items():
-    if reason != "not asked for":
-        print(f"left out: {task}: {reason}")
+    print(f"left out: {task}: {reason}")
 
 evaluation.write_json(
     results.out / "results.json",

@@ -46,7 +46,7 @@ class Squares:
         """q (B, T, H, D), k (B, T, Hk, D): a sequence a row; with a Layout, its G completions -> (G, H, D), (G, Hk, D)."""
         if self.q is None:
             rows = (layout.pad(x) if layout else x for x in (q, k))
-            self.q, self.k = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square() for x in rows)
+            self.q, self.k = (x.float().square().sum(1) for x in rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -141,43 +141,53 @@ class TokenLogprobs(torch.autograd.Function):
     """log softmax(logits / temperature) at the targets, as the sampler computes it, and the entropy of that softmax.
 
     hidden (N, C), weight (V, C), targets (N,) int64 -> log-probabilities (N,) fp32, entropies (N,) fp32 in nats. Logits
-    exist for `chunk` tokens at a time, in forward and again in backward: d logprob / d logit_j = [j = target] - p_j and
-    d entropy / d logit_j = -p_j (log p_j + entropy), each over the temperature.
+    exist for `chunk` tokens at a time, in forward and again in backward, which needs the last chunk first and so finds it
+    still there: d logprob / d logit_j = [j = target] - p_j and d entropy / d logit_j = -p_j (log p_j + entropy), each over
+    the temperature.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         logprobs, entropies, logz = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
-        for rows in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
-            logits = F.linear(hidden[rows], weight).float().div_(temperature)  # (n, V)
-            torch.logsumexp(logits, -1, out=logz[rows])
-            table = logits.sub_(logz[rows, None])
+        for rows in TokenLogprobs.chunks(len(hidden), chunk):
+            table = F.linear(hidden[rows], weight).float().div_(temperature)  # (n, V), logits
+            torch.logsumexp(table, -1, out=logz[rows])
+            table.sub_(logz[rows, None])  # log p
             logprobs[rows] = table.gather(-1, targets[rows, None])[:, 0]
             entropies[rows] = table.exp().mul_(table).sum(-1).neg_()
         ctx.save_for_backward(hidden, weight, targets, logz, entropies)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.last = temperature, chunk, table
         ctx.set_materialize_grads(False)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropies):
         hidden, weight, targets, logz, entropies = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        table, ctx.last = ctx.last, None
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(logz)
-        for rows in (slice(start, start + ctx.chunk) for start in range(0, len(hidden), ctx.chunk)):
-            table = F.linear(hidden[rows], weight).float().div_(ctx.temperature).sub_(logz[rows, None])  # (n, V)
-            grad = table.exp().neg_()
+        for rows in reversed(TokenLogprobs.chunks(len(hidden), ctx.chunk)):
+            if table is None:
+                table = F.linear(hidden[rows], weight).float().div_(ctx.temperature).sub_(logz[rows, None])
+            grad = table.exp().neg_()  # (n, V)
             if grad_entropies is None:
                 grad.mul_(grad_logprobs[rows, None])
             else:
                 table.add_(entropies[rows, None]).mul_(grad_entropies[rows, None]).add_(grad_logprobs[rows, None])
                 grad.mul_(table)
             grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
-            grad = grad.div_(ctx.temperature).to(weight.dtype)
+            grad, table = grad.div_(ctx.temperature).to(weight.dtype), None
             torch.mm(grad, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(grad.t(), hidden[rows])
+            if grad_weight is None:
+                grad_weight = grad.t() @ hidden[rows]
+            else:
+                grad_weight.addmm_(grad.t(), hidden[rows])
         return grad_hidden, grad_weight, None, None, None
+
+    @staticmethod
+    def chunks(tokens, chunk):
+        return [slice(start, start + chunk) for start in range(0, tokens, chunk)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -265,10 +275,8 @@ class Qwen3(nn.Module):
         targets = torch.cat(list(completions))  # (N,)
         layout = Layout(prompt.length, lengths, targets.device)
         x, squares = self._blocks(targets[None], layout.positions, prompt, layout)
-        if self.tracker:  # sequence i is prompt + completion i: the prompt's sums are shared
-            layers = zip(prompt.squares, squares)
-            norms = [((a.q + b.q).sqrt().sum(0), (a.k + b.k).sqrt().sum(0)) for a, b in layers]
-            self.tracker.add(norms, len(lengths))
+        if self.tracker:
+            self.tracker.add(squares, prompt.squares)
         hidden = self.model.norm(torch.cat((prompt.last, x[0]))[layout.predictors])  # (N, C)
         return self.lm_head(hidden, targets, temperature, self.model.embed_tokens.weight)
 
@@ -277,7 +285,7 @@ class Qwen3(nn.Module):
         positions = torch.arange(input_ids.size(1), device=input_ids.device)
         x, squares = self._blocks(input_ids, positions)
         if self.tracker:
-            self.tracker.add([(layer.q.sqrt().sum(0), layer.k.sqrt().sum(0)) for layer in squares], len(input_ids))
+            self.tracker.add(squares)
         return x
 
     def _blocks(self, ids, positions, prompt=None, layout=None, cache=None):

@@ -44,7 +44,7 @@ def block_bytes(c, size):
 
 
 def activations(c, prompt, pass_tokens, checkpointing, size):
-    """{moment: {line: bytes}}: activations when memory peaks while a pass's head, a pass's block, or the prompt goes back."""
+    """{moment: {line: bytes}}: what there is while a pass's head, a block of a pass, or the prompt goes back."""
     L, C, kv = c.num_hidden_layers, c.hidden_size, 2 * c.num_key_value_heads * c.head_dim
     kept, transient = block_bytes(c, size)
     per_layer = size * C if checkpointing else kept
@@ -153,14 +153,15 @@ def report(config, ranks):
         f"({unshared / shared:.1f} times as many)",
         f"fits {config.gpu_memory:g} GiB (less {RESERVE // GIB} for CUDA): {'yes' if fits else 'NO'}",
         "",
-        "   context   training   rollout   KV of a group   tokens saved   fits",
+        "   context   training   rollout   KV of a group   fewer tokens   fits",
     ]
     for context in CONTEXTS:
         if context > R:
             prompt, lines, _, asleep, weights, group, room, fits = at(context)
-            saved = G * (prompt + R) / (prompt + G * R)
+            training, rollout = sum(lines.values()) / GIB, (asleep + config.vllm_share * capacity) / GIB
+            times = G * (prompt + R) / (prompt + G * R)
             text.append(
-                f"{context:10,} {sum(lines.values()) / GIB:6.1f} GiB {(asleep + config.vllm_share * capacity) / GIB:5.1f} GiB"
-                f"{group / GIB:12.2f} GiB {saved:11.1f} x   {'yes' if fits else 'NO'}"
+                f"{context:10,} {training:6.1f} GiB {rollout:5.1f} GiB{group / GIB:12.2f} GiB{times:12.1f} x   "
+                f"{'yes' if fits else 'NO'}"
             )
     return "\n".join(text) + "\n"

@@ -40,12 +40,15 @@ class Tracker:
     def __exit__(self, *exc):
         self.model.tracker = None
 
-    def add(self, norms, sequences):
-        """Called by the model once per forward. norms: per layer (q (H, D), k (Hk, D)), each the sum over `sequences`
-        sequences of the L2 norm over its tokens."""
-        norms = [norm for layer in norms for norm in layer]
+    def add(self, squares, prompt=None):
+        """Called by the model once per forward. squares: per layer .q (S, H, D) and .k (S, Hk, D) fp32, sums of squares over
+        the tokens of S sequences; prompt: the same of the one prompt (S = 1) that all of them share."""
+        sums = [each for layer in squares for each in (layer.q, layer.k)]
+        if prompt:
+            sums = [own + shared for own, shared in zip(sums, (each for layer in prompt for each in (layer.q, layer.k)))]
+        norms = [each.sqrt().sum(0) for each in sums]  # of each sequence, added up
         self.sums = norms if self.sums is None else [total + norm for total, norm in zip(self.sums, norms, strict=True)]
-        self.sequences += sequences
+        self.sequences += len(sums[0])
 
     def magnitudes(self):
         """M[h, d] = (1/B) sum_i sqrt(sum_s x_i[s, h, d]^2) over all B sequences of all ranks (paper, section 3).

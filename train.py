@@ -6,10 +6,10 @@
         --max-completion 4096 --overlong-cache 819 --checkpointing --learning-rate 1e-6 --warmup 20   # the paper's setting
 
 It reads top to bottom, one step of training as the data flows: prompts -> groups of completions (rollout.py) -> rewards
-(data.py) -> advantages (grpo.py) -> log-probabilities of the group, its prompt read once (model.py) -> loss (dapo.py, grpo.py) ->
-backward -> masks from this step's activations (saliency.py) -> masked gradients -> clip -> AdamW -> weights to vLLM.
-A group's prompt is read once; its completions follow in passes of --tokens-per-pass, each with its own backward, and the prompt's
-backward comes last: memory depends on the prompt and on a pass, not on how many completions there are (schedule.py).
+(data.py) -> advantages (grpo.py) -> who trains what, in which passes (schedule.py) -> log-probabilities (model.py) -> loss
+(dapo.py, grpo.py) -> backward -> masks from this step's activations (saliency.py) -> masked gradients -> clip -> AdamW ->
+weights to vLLM. A group's prompt is read once; its completions follow in passes of --tokens-per-pass, each with its own
+backward, and the prompt's backward comes last: memory depends on the prompt and a pass, not on the number of completions.
 
 Where we depart from the papers, or had to choose
 - LongAct does not say which tokens count: every real token of prompt and completions does, once per sequence. It rounds
@@ -258,8 +258,9 @@ def explain_out_of_memory(prompt_length):
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise BadInput(
-            f"out of memory in training on {prompt_length} prompt tokens and up to {config.tokens_per_pass} completion tokens a "
-            f"pass: lower --tokens-per-pass or --context ({config.context}), use --checkpointing or more ranks; --plan shows what takes how much"
+            f"out of memory in training on {prompt_length} prompt tokens and up to {config.tokens_per_pass} completion "
+            f"tokens a pass: lower --tokens-per-pass or --context ({config.context}), or use --checkpointing or more ranks; "
+            "--plan shows what takes how much"
         ) from error
 
 

@@ -40,7 +40,7 @@ for dtype in (torch.float32, torch.bfloat16):
     for rows, length in ((4, 512), (1, 4096)):
         ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
         slow = device.type == "cpu" and dtype == torch.bfloat16  # CPUs without bf16 units take half a minute a run
-        mine, other = seconds(partial(run, ours, ids), partial(run, theirs, ids), rounds=2 if slow else 12)
+        mine, other = seconds(partial(run, ours, ids), partial(run, theirs, ids), rounds=1 if slow else 12)
         print(f"{dtype!s:15} {rows} x {length}: ours {mine:.3f} s, transformers {other:.3f} s, ratio {mine / other:.2f}")
     if device.type == "cuda" and dtype == torch.bfloat16:
         with profile(activities=[ProfilerActivity.CUDA]) as record:

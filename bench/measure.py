@@ -11,19 +11,21 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def seconds(*functions, rounds=5):
-    """Fastest time of each function, after a warm-up. They run in turn, every second round backwards, so that all see the
-    machine in the same moods and none always comes first."""
+def seconds(*functions, rounds=5, least=4.0):
+    """Fastest time of each function, after a warm-up; `rounds` of them, more until `least` seconds have gone by. They run in
+    turn, every second round backwards, so that all see the machine in the same moods and none always comes first."""
     for function in functions:
         function()
     times = {function: [] for function in functions}
-    for i in range(rounds):
+    begun, i = time.perf_counter(), 0
+    while i < rounds or time.perf_counter() - begun < least:
         for function in functions[:: 1 if i % 2 else -1]:
             synchronize()
             started = time.perf_counter()
             function()
             synchronize()
             times[function].append(time.perf_counter() - started)
+        i += 1
     return [min(times[function]) for function in functions]
 
 

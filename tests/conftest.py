@@ -10,9 +10,13 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")  # the same on every machine; GPU tests are marked
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # two tests run at a time
+if "GPU_TESTS" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on every machine
 
 from model import Qwen3, Qwen3Config  # noqa: E402
+
+torch.set_num_threads(1)
 
 SMALL = dict(
     hidden_size=48,
@@ -52,5 +56,6 @@ def run_script(*arguments, timeout=600, env=None):
 def run_ranks(ranks, code, *arguments, timeout=300):
     """Run a Python file under torchrun with `ranks` gloo processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {"PYTHONPATH": path}
     return run_script(*torchrun, code, *arguments, timeout=timeout, env=env)

@@ -8,6 +8,8 @@ from conftest import make_small
 
 from rollout import Rollout
 
+pytestmark = pytest.mark.xdist_group("engine")  # one engine for all
+
 PROMPTS = [list(range(1, 70)), list(range(5, 12)), list(range(30, 95))]
 
 

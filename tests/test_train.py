@@ -147,6 +147,27 @@ def test_a_skipped_sync_stops_the_run(runs, tmp_path):
     assert "vLLM does not have the trainer's weights" in result.stderr
 
 
+def test_running_out_of_memory_in_the_first_step_says_what_to_lower(runs, tmp_path):
+    """The reward module makes the model's first stage ask the real allocator for more than there is."""
+    (tmp_path / "greedy.py").write_text(
+        "import data, model, torch\nmodel.Qwen3.read = lambda self, ids: torch.empty(2**50)\nscore = data.exact\n"
+    )
+    arguments = "--name", runs("memory"), *SHORT, "--tokens-per-pass", 77, "--reward", "greedy:score"
+    result = run_script("train.py", *arguments, env={"PYTHONPATH": str(tmp_path)})
+    (line,) = [line for line in result.stderr.splitlines() if "train.py: error: " in line]
+    assert result.returncode != 0 and re.search(r"out of memory in training on \d+ prompt tokens and up to 77", line)
+    assert "lower --tokens-per-pass or --context" in line and "Traceback" not in result.stderr
+
+
+def test_small_passes_give_the_metrics_of_one(runs):
+    whole, _ = train(runs("whole"))
+    parts, _ = train(runs("parts"), "--tokens-per-pass", 20, "--checkpointing")
+    for one, two in zip(read_metrics(whole), read_metrics(parts), strict=True):
+        for key in one.keys() - {"mismatch_mean", "mismatch_max", "mismatch_k3"}:
+            assert two[key] == (one[key] if one[key] is None else pytest.approx(one[key], rel=2e-3, abs=2e-5)), key
+    assert json.loads((parts / "metrics.jsonl").read_text().splitlines()[0])["seconds"]["rehearsal"] > 0
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -181,7 +202,7 @@ REFUSALS = {
     "uneven": (lambda t: ["--prompts", 5, "--updates", 2], "--prompts 5 cannot be shared"),
     "no GPU": (lambda t: ["--tensor-parallel", 2], "--tensor-parallel 2"),
     "no reward": (lambda t: ["--reward", "nowhere:f"], "--reward nowhere:f"),
-    "no step": (lambda t: ["--steps", 0], "--steps must be positive"),
+    "no step": (lambda t: ["--steps", 0], "--steps must be at least 1, not 0"),
     "degenerate": (lambda t: ["--facts", 48, "--filler", 200, "--max-rounds", 1, "--completions", 2], "--max-rounds"),
     "toml key": (lambda t: ["--config", toml(t, "learning_rat = 1")], "unknown key 'learning_rat'"),
     "toml type": (lambda t: ["--config", toml(t, 'steps = "3"')], "steps must be a int"),

@@ -1,0 +1,154 @@
+"""Shares of a training step with the real engine: saliency, weight sync, prefill.
+
+    python bench/engine.py                        # assets/tiny, 16 prompts x 16 completions of the recall task
+    python bench/engine.py --model path/to/Qwen3  # needs vLLM
+
+Saliency is the time inside its own functions (sums of squares, magnitudes, rows, masks). The sync's memory is the peak of
+what is allocated during it. Prefill is what vLLM's own counters say.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.distributed as dist
+from measure import peak_bytes, seconds, synchronize
+from shapes import card, train_on
+
+import data
+import saliency
+from cli import one_line_errors, option, parse
+from model import Qwen3, Squares
+
+
+@dataclass
+class Config:
+    model: str = option("assets/tiny", "checkpoint directory")
+    prompts: int = option(16, "groups of the step", least=1)
+    completions: int = option(16, "completions of a prompt", least=2)
+    max_completion: int = option(24, "most tokens of a completion", least=1)
+    context: int = option(512, "vLLM's most tokens of a sequence", least=2)
+    checkpointing: bool = option(False, "recompute blocks in backward")
+    rounds: int = option(5, "timed rounds", least=1)
+
+
+one_line_errors()
+config = parse(Config, __doc__)
+cuda = torch.cuda.is_available()
+device = torch.device("cuda" if cuda else "cpu")
+dtype = torch.bfloat16 if cuda else torch.float32
+
+from rollout import Rollout  # noqa: E402
+
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+engine = Rollout(config.model, config.context, str(dtype).removeprefix("torch."))
+model = Qwen3.from_pretrained(config.model, dtype, device)
+model.checkpointing = config.checkpointing
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+tokenizer = data.load_tokenizer(config.model, model.config.vocab_size)
+rows = data.RecallSource("bench", 17, 17)
+prompts = [data.encode_prompt(tokenizer, rows[i], False, config.context) for i in range(config.prompts)]
+stop = [tokenizer.token_to_id("<|im_end|>")]
+
+
+def counters():
+    return {metric.name: metric.value for metric in engine.engine.get_metrics() if hasattr(metric, "value")}
+
+
+def rollout():
+    seeds = [i * 2**20 for i in range(len(prompts))]
+    return engine.generate(prompts, config.completions, 1.0, config.max_completion, seeds, stop)
+
+
+before = counters()
+groups = rollout()
+after = counters()
+queried, cached = (after[f"vllm:prefix_cache_{what}"] - before[f"vllm:prefix_cache_{what}"] for what in ("queries", "hits"))
+
+
+def train():
+    for prompt, group in zip(prompts, groups):
+        completions = [torch.tensor(completion.ids, device=device) for completion in group]
+        weights = [torch.full((len(c),), 1e-3, device=device) for c in completions]
+        train_on(model, torch.tensor(prompt, device=device), completions, weights, 8192)
+
+
+def track():
+    with saliency.Tracker(model) as tracker:
+        train()
+    masks = saliency.select_rows(tracker.magnitudes())
+    saliency.mask_gradients(model, masks)
+    optimizer.zero_grad()
+
+
+spent = 0.0
+
+
+def timed(function):
+    """function, whose time is added to `spent`; on a GPU with the wait for it, which is more than it costs there."""
+
+    def run(*args):
+        global spent
+        synchronize()
+        started = time.perf_counter()
+        result = function(*args)
+        synchronize()
+        spent += time.perf_counter() - started
+        return result
+
+    return run
+
+
+def step_optimizer():
+    for parameter in model.parameters():
+        parameter.grad = gradients[parameter]
+    optimizer.step()
+
+
+def generate():
+    engine.engine.reset_prefix_cache()
+    rollout()
+
+
+def sync():
+    engine.sync(model)
+
+
+train()
+gradients = {parameter: parameter.grad for parameter in model.parameters()}
+rollout_seconds, tracked_seconds, step_seconds, sync_seconds = seconds(
+    generate, track, step_optimizer, sync, rounds=config.rounds
+)
+Squares.fill, saliency.Tracker.add = timed(Squares.fill), timed(saliency.Tracker.add)
+saliency.Tracker.magnitudes = timed(saliency.Tracker.magnitudes)
+saliency.select_rows, saliency.mask_gradients = timed(saliency.select_rows), timed(saliency.mask_gradients)
+shares = []
+for _ in range(config.rounds):
+    spent, started = 0.0, time.perf_counter()
+    track()
+    synchronize()
+    shares.append(spent / (time.perf_counter() - started))
+saliency_seconds = min(shares) * tracked_seconds
+step = rollout_seconds + tracked_seconds + step_seconds + sync_seconds
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+block = engine.engine.llm_engine.vllm_config.cache_config.block_size
+whole = sum(len(prompt) // block * block for prompt in prompts)  # a completion computes an incomplete last block itself
+rest = config.completions * sum(len(prompt) % block for prompt in prompts)
+print(card(model.config), dtype)
+print(
+    f"step {step:.3f} s: rollout {rollout_seconds:.3f}, forward and backward {tracked_seconds:.3f}, AdamW {step_seconds:.4f}"
+)
+print(f"saliency (tracking, selecting, masking): {saliency_seconds:.4f} s, {saliency_seconds / step:.1%} of the step")
+memory = peak_bytes(sync) / size
+print(f"weight sync: {sync_seconds:.4f} s, {sync_seconds / step:.1%} of the step; its memory {memory:.2f} x the model")
+print(
+    f"prefill: {queried:,.0f} prompt tokens asked for, {queried - cached:,.0f} computed, {rest:,} in incomplete last blocks "
+    f"of {block}, the others {(queried - cached - rest) / whole:.2f} x the prompts (each prompt once: 1.00)"
+)
+engine.close()

@@ -1,0 +1,41 @@
+"""Run by torchrun from test_plan.py: every rank's measured peak of an FSDP2 update beside what plan.py predicts.
+
+torchrun --nproc-per-node 2 tests/ranks_memory.py CHECKPOINT
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+from measure import peak_bytes
+from shapes import draw_group, train_on
+
+import plan
+from model import Qwen3
+
+dist.init_process_group("gloo")
+mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+model = Qwen3.from_pretrained(sys.argv[1], mesh=mesh)
+model.checkpointing = True
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+lengths = [64] * 8
+prompt, completions = draw_group(model.config, 1024, lengths, "cpu")
+weights = [torch.ones(n) for n in lengths]
+
+
+def update():
+    for _ in range(2):
+        train_on(model, prompt, completions, weights, 256)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+update()
+held = sum(p.to_local().numel() * 4 * 3 for p in model.parameters())
+measured = peak_bytes(update) + held
+lines, _ = plan.training_memory(model.config, 1024, lengths, 256, True, dist.get_world_size(), 4)
+print(f"rank {dist.get_rank()}: predicted / measured {sum(lines.values()) / measured:.3f}", flush=True)
+dist.destroy_process_group()

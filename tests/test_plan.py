@@ -1,0 +1,132 @@
+"""plan.py against measured peaks: the same step run for real, on one process and sharded over two."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_small, run_ranks, run_script
+
+import plan
+from model import Qwen3, Qwen3Config
+
+sys.path.insert(0, str(ROOT / "bench"))
+from measure import peak_bytes
+from shapes import draw_group, train_on
+
+WIDE = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=32)
+WIDE |= dict(intermediate_size=384, vocab_size=896, tie_word_embeddings=True)
+DEEP = dict(hidden_size=64, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
+DEEP |= dict(intermediate_size=160, vocab_size=3000, tie_word_embeddings=False)
+
+
+def measured(model, optimizer, prompt, lengths, tokens_per_pass):
+    """Bytes at the peak of an update of two equal groups, with what is held all the time (parameters and moments)."""
+    prompt, completions = draw_group(model.config, prompt, lengths, "cpu")
+    weights = [torch.ones(n) for n in lengths]
+
+    def update():
+        for _ in range(2):
+            train_on(model, prompt, completions, weights, tokens_per_pass)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    update()  # the optimizer has its moments
+    held = sum(p.numel() * 4 * 3 for p in model.parameters())
+    return peak_bytes(update) + held
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    "shape, prompt, lengths, tokens_per_pass",
+    [
+        (WIDE, 1024, [64] * 8, 8192),  # everything in one pass
+        (WIDE, 1024, [64] * 16, 128),  # a long prompt: its backward is the peak
+        (WIDE, 64, [40, 200, 90, 130, 250, 10], 500),  # a short one: a pass is
+        (DEEP, 300, [100] * 4, 100),
+        (DEEP, 32, [500] * 4, 1000),
+    ],
+)
+def test_predicted_memory_is_within_15_percent_of_the_measured_peak(shape, prompt, lengths, tokens_per_pass, checkpointing):
+    model = Qwen3.from_config(Qwen3Config(**shape))
+    model.checkpointing = checkpointing
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    peak = measured(model, optimizer, prompt, lengths, tokens_per_pass)
+    lines, _ = plan.training_memory(model.config, prompt, lengths, tokens_per_pass, checkpointing, 1, 4, sharded=False)
+    assert sum(lines.values()) == pytest.approx(peak, rel=0.15), lines
+
+
+def test_memory_does_not_grow_with_the_group_at_a_fixed_budget():
+    model = Qwen3.from_config(Qwen3Config(**WIDE))
+    model.checkpointing = True
+    weights = {}
+
+    def peak(completions):
+        group = draw_group(model.config, 512, [32] * completions, "cpu")
+        weights[completions] = [torch.ones(32)] * completions
+        train_on(model, *group, weights[completions], 64)
+        model.zero_grad()
+        return peak_bytes(lambda: train_on(model, *group, weights[completions], 64))
+
+    assert peak(32) < 1.02 * peak(4)
+
+
+def test_the_whole_is_the_sum_of_parts_sharded_over_ranks():
+    c = Qwen3Config.preset("8B")
+    block, rest = plan.parameter_counts(c)
+    with torch.device("meta"):
+        assert block * c.num_hidden_layers + rest == sum(p.numel() for p in Qwen3(c).parameters())
+    one, _ = plan.training_memory(c, 28672, [4096] * 16, 8192, True, 1, 2)
+    eight, _ = plan.training_memory(c, 28672, [4096] * 16, 8192, True, 8, 2)
+    for line in ("parameters (fp32)", "gradients (fp32)", "optimizer (fp32 moments)"):
+        assert one[line] == 8 * eight[line]
+    assert one["parameters (fp32)"] == 4 * (block * c.num_hidden_layers + rest)
+
+
+def test_predicted_memory_of_two_ranks(tmp_path):
+    make_small(True, **{**WIDE, "tie_word_embeddings": True}).save_pretrained(tmp_path / "checkpoint")
+    result = run_ranks(2, ROOT / "tests" / "ranks_memory.py", tmp_path / "checkpoint")
+    assert result.returncode == 0, result.stderr[-3000:]
+    ratios = [float(x) for x in re.findall(r"predicted / measured ([\d.]+)", result.stdout)]
+    assert len(ratios) == 2 and all(0.85 <= ratio <= 1.15 for ratio in ratios), result.stdout
+
+
+def test_the_plan_of_a_preset_needs_no_files():
+    flags = ["--model", "Qwen3-8B", "--ranks", 8, "--context", 32768, "--max-completion", 4096, "--checkpointing"]
+    result = run_script("train.py", "--plan", *flags, "--prompts", 8)
+    assert result.returncode == 0, result.stderr
+    text = result.stdout
+    for line in (
+        "parameters (fp32)",
+        "optimizer",
+        "prompt's keys and values",
+        "vLLM weights",
+        "vLLM KV cache",
+        "a step: 753,664",
+    ):
+        assert line in text, text
+    assert "fits 80 GiB (less 2 for CUDA): yes" in text
+    for context in ("8,192", "16,384", "32,768", "65,536", "131,072"):
+        assert re.search(rf"^ +{context} ", text, re.M)
+    small = run_script("train.py", "--plan", *flags, "--prompts", 8, "--gpu-memory", 40).stdout
+    assert "fits 40 GiB (less 2 for CUDA): NO" in small
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model", "Qwen3-9B"], "no Qwen3 preset '9B'"),
+        (["--model", "Qwen3-8B", "--context", 1000, "--max-completion", 1000], "leaves no room for a prompt"),
+        (["--gpu-memory", 0], "--gpu-memory must be more than 0"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why(flags, message):
+    result = run_script("train.py", "--plan", *flags)
+    assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_plan_reads_only_config_json(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(Qwen3Config(**DEEP).to_dict()))
+    result = run_script("train.py", "--plan", "--model", tmp_path)
+    assert result.returncode == 0 and "fits 80 GiB" in result.stdout
