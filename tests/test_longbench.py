@@ -1,6 +1,7 @@
 """longbench.py against the specification written out again; eval_longbench.py as a script with real vLLM on assets/tiny."""
 
 import hashlib
+import itertools
 import json
 import signal
 import subprocess
@@ -128,7 +129,7 @@ def test_items_of_a_document_follow_each_other_on_each_engine():
         neighbours = 0
         for engine in range(engines):
             documents = [entry.document for entry in order[engine::engines]]
-            neighbours += sum(a == b for a, b in zip(documents, documents[1:]))
+            neighbours += sum(a == b for a, b in itertools.pairwise(documents))
         assert neighbours >= 24 - (engines - 1)  # a border between engines parts one document at most
     assert longbench.dealt([], 3) == []
 
