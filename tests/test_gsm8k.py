@@ -121,7 +121,6 @@ def test_the_script_and_its_report(tmp_path):
 
 
 REFUSALS = {
-    "no checkpoint": (["--data", "x"], "no checkpoint is given"),
     "no data": ([TINY], "no --data is given"),
     "seeds": ([TINY, "--data", "x", "--seeds", 2], "--seeds 2 needs --mode thinking or --sampling paper"),
     "thinking": ([TINY, "--data", "DATA", "--mode", "thinking"], "context of 4096: lower --thinking-budget"),

@@ -395,13 +395,10 @@ REFUSALS = {
     "missing": (lambda t: [TINY, "--max-input", 500, "--data", t / "no.json"], "no.json cannot be read: No such file"),
     "context": (lambda t: [TINY, "--data", SAMPLE], "context of 4096; give --yarn 30, or --max-input 3904"),
     "budget": (lambda t: [TINY, "--data", SAMPLE, "--max-input", 500, "--thinking"], "context of 4096; give --yarn 3"),
-    "yarn": (lambda t: [TINY, "--data", SAMPLE, "--yarn", 1], "--yarn must be more than 1"),
-    "input": (lambda t: [TINY, "--data", SAMPLE, "--max-input", 1], "--max-input must be at least 2"),
     "item": (
         lambda t: [TINY, "--max-input", 500, "--data", written(t, [item(0, answer="")])],
         "item 1 (_id x0): 'answer' is ''",
     ),
-    "tensor parallel": (lambda t: [TINY, "--data", SAMPLE, "--tensor-parallel", 2], "does not divide the 1 ranks"),
 }
 
 
