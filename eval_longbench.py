@@ -154,13 +154,11 @@ def unfinished(results):
 
 if len(results.done) < len(entries) * config.seeds:
     engine = evaluation.Engine(
-        *(
-            config.checkpoint,
-            config.max_input + needed,
-            config.tensor_parallel,
-            model_config.rope_scaling,
-            config.vllm_share,
-        ),
+        config.checkpoint,
+        config.max_input + needed,
+        config.tensor_parallel,
+        model_config.rope_scaling,
+        config.vllm_share,
         in_flight=IN_FLIGHT,
     )
     todo = unfinished(first)
@@ -180,8 +178,9 @@ if evaluation.ranks()[0]:
 
 records = results.read()
 texts = [read(r["prediction"]) for r in records]
-no_reasoning = {(r["id"], r["seed"]) for r in first.read() if not read(r["prediction"])}  # the official code stops there
-empty = [not text or (r["id"], r["seed"]) in no_reasoning for r, text in zip(records, texts)]
+# Empty: nothing was written, in either stage. Thinking that did not end is unreadable, and stays in the table.
+silent = {(r["id"], r["seed"]) for r in [*first.read(), *records] if not r["prediction"]}
+empty = [(r["id"], r["seed"]) in silent for r in records]
 unreadable = [longbench.extract(text) is None for text in texts]
 counted = [
     {**r, "score": 0.25 if config.compensated and bad else r["score"]}
@@ -236,7 +235,7 @@ print(
 )
 print(f"at most {config.max_input} tokens of prompt; RoPE scaling: {model_config.rope_scaling or 'none'}")
 print(f"\n{stats.table(rows)}\n")
-print(f"{sum(empty)} of {len(records)} outputs are empty, {sum(unreadable)} (these included) give no readable answer")
+print(f"{sum(empty)} of {len(records)} outputs are empty, {sum(unreadable)} of {len(records)} give no readable answer")
 print(f"{finished:.1%} of the completions ended by themselves")
 if not official:
     numbers = [f"{name} {n}" for kind in longbench.counts(entries).values() for name, n in kind.items()]

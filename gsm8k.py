@@ -70,8 +70,10 @@ def number(text):
 
 
 def extract(text):
-    """The number after the last of: ####, "The answer is", \\boxed{; None if there is none. Dollar signs, asterisks and
-    commas do not matter."""
+    """The number after the last of: ####, "The answer is", \\boxed{; None if there is none. Dollar signs, asterisks,
+    commas and LaTeX's spaces do not matter."""
+    for written, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-")):  # LaTeX's thousands; a minus
+        text = text.replace(written, plain)
     found = ANSWER.findall(text)
     return number("".join(found[-1])) if found else None
 

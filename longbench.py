@@ -197,9 +197,8 @@ def stream(path, digest=None, chunk=CHUNK):
 
     def more():
         nonlocal text, at, ended
-        block = file.read(
-            max(chunk, len(text) - at)
-        )  # an object's second half is read at once: it is parsed again from `at`
+        # A long object's second half is read at once, since every attempt parses it from its start.
+        block = file.read(max(chunk, len(text) - at))
         if digest:
             digest.update(block)
         text, at, ended = text[at:] + decode(block, not block), 0, not block

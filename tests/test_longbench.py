@@ -337,17 +337,18 @@ PREDICTIONS = [
 ]
 
 
-def finished(tmp_path, *arguments, keep_thinking=False, scores=(1, 1, 0, 0, 0)):
-    """The report of five finished samples written by hand: without vLLM."""
+def finished(tmp_path, *arguments, scores=(1, 1, 0, 0, 0), **changes):
+    """The report of five finished samples written by hand: without vLLM. changes: of the settings."""
     items = [item(i, difficulty=d, length=n, answer="B") for i, (d, n) in enumerate(CLASSES)]
     data = written(tmp_path, items)
     written_settings = {
         "benchmark": "LongBench v2",
         **evaluated.settings(TINY, evaluated.load(TINY)[0]),
         "data": longbench.index(data)[1],
-        **{"cot": False, "max_input": 1000, "thinking": False, "thinking_budget": 0, "keep_thinking": keep_thinking},
+        **{"cot": False, "max_input": 1000, "thinking": False, "thinking_budget": 0, "keep_thinking": False},
         "sampling": {"temperature": 0.1, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
         "seeds": 1,
+        **changes,
     }
     out = tmp_path / "out"
     if not out.exists():
@@ -367,7 +368,7 @@ def test_the_table_by_hand(tmp_path):
     # 2 of 5: deviation sqrt(2 * 0.36 + 3 * 0.16) / 2, over sqrt(5); short 1 of 3: sqrt(2 / 3 / 2 / 3); medium 1 of 2: 1/2
     assert score == ["40.0±24.5", "100.0±0.0", "0.0±0.0", "33.3±33.3", "50.0±50.0", "-"]
     assert items == ["5", "2", "3", "3", "2", "0"] and results["scores"]["Long"] is None
-    assert "1 of 5 outputs are empty, 2 (these included) give no readable answer" in stdout
+    assert "1 of 5 outputs are empty, 2 of 5 give no readable answer" in stdout
     assert results["empty"] == 1 and results["unreadable"] == 2 and results["variants"] == []
     # The same samples again, the official ways.
     results, score, items, _ = finished(tmp_path, "--compensated")  # (1 + 1 + 1/4 + 1/4) / 5
@@ -387,6 +388,13 @@ def test_kept_thinking_is_read(tmp_path):
     assert score[0] == "20.0±20.0" and "--keep-thinking" in stdout
     with pytest.raises(AssertionError, match="other settings: keep thinking true there, false here"):
         finished(tmp_path)
+
+
+def test_thinking_that_did_not_end_is_wrong_and_not_empty(tmp_path):
+    options = ["--thinking", "--thinking-budget", 50, "--skip-empty"]
+    results, score, items, stdout = finished(tmp_path, *options, thinking=True, thinking_budget=50, scores=(0, 1, 0, 0, 0))
+    assert score[0].startswith("25.0") and items == ["4", "2", "2", "2", "2", "0"]
+    assert "1 of 5 outputs are empty, 4 of 5 give no readable answer" in stdout
 
 
 REFUSALS = {
