@@ -1,5 +1,6 @@
 # make train   a whole LongAct run on the tiny model       make test   tests and lint
-# make eval    RULER of the tiny model, or of yours: make eval CHECKPOINT=runs/NAME/checkpoint ARGS="--lengths 4096 --out ..."
+# make eval    RULER and a sample in LongBench v2's form, of the tiny model;
+#              RULER of yours: make eval CHECKPOINT=runs/NAME/checkpoint ARGS="--lengths 4096 --out ..."
 # They set up .venv first. With an NVIDIA GPU it gets requirements.txt, without one requirements-cpu.txt.
 PYTHON ?= python3
 ARGS ?=
@@ -16,6 +17,10 @@ train: .venv/ready
 eval: .venv/ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/python eval_ruler.py $(CHECKPOINT) \
 		$(or $(ARGS),--lengths 2304 3584 --samples 10)
+ifeq ($(ARGS),)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/python eval_longbench.py $(CHECKPOINT) \
+		--data assets/longbench-sample.json --max-input 3900
+endif
 
 test: lint
 	$(BIN)/python -m pytest

@@ -2,7 +2,8 @@
 
 A script (eval_ruler.py) makes items and a function that scores them; an item is a dictionary
     id, task, length   which sample it is (id: unique text); task and length say where its score is averaged
-    prompt_ids         token ids, or a function that gives them: called only on the rank whose turn it is, when it is
+    prompt_ids         token ids, or a function that gives them: called only on the rank whose turn it is, when it is;
+                       where the seeds' prompts differ, {seed: token ids}
     max_tokens         most tokens of its completion
 and whatever its scorer needs. An evaluation's directory holds
     settings.json      everything that the scores depend on; a directory with other settings is refused
@@ -76,9 +77,11 @@ def on_rank_0(function):
 
 class Engine:
     """vLLM over a checkpoint, one per `tensor_parallel` ranks. context_length: most tokens of prompt and completion;
-    rope_scaling: YaRN instead of the checkpoint's own; share: of the GPU's memory. Raises BadInput if it cannot start."""
+    rope_scaling: YaRN instead of the checkpoint's own; share: of the GPU's memory; in_flight: most requests at once. Raises
+    BadInput if it cannot start."""
 
-    def __init__(self, checkpoint, context_length, tensor_parallel=1, rope_scaling=None, share=0.9):
+    def __init__(self, checkpoint, context_length, tensor_parallel=1, rope_scaling=None, share=0.9, in_flight=IN_FLIGHT):
+        self.in_flight = in_flight
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         from rollout import Rollout  # importing vLLM takes seconds, and the user's input is checked before
@@ -98,7 +101,7 @@ class Engine:
 
         engine, requests, keys = self.rollout.engine.llm_engine, enumerate(requests), {}
         while True:
-            for number, (key, prompt_ids, sampling) in itertools.islice(requests, IN_FLIGHT - len(keys)):
+            for number, (key, prompt_ids, sampling) in itertools.islice(requests, self.in_flight - len(keys)):
                 params = SamplingParams(**sampling, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
                 engine.add_request(str(number), {"prompt_token_ids": prompt_ids}, params)
                 keys[str(number)] = key
@@ -139,7 +142,8 @@ def run(engine, results, items, total, seeds, sampling, stop_ids, tokenizer, sco
                     continue
                 number = int.from_bytes(hashlib.sha256(f"{item['id']} {seed}".encode()).digest()[:7])
                 limits = {"max_tokens": item["max_tokens"], "stop_token_ids": stop_ids, "seed": number}
-                yield (item, seed, len(ids)), ids, {**sampling, **limits}
+                own = ids[seed] if isinstance(ids, dict) else ids
+                yield (item, seed, len(own)), own, {**sampling, **limits}
 
     for (item, seed, prompt_tokens), ids, finished in engine.stream(requests()):
         prediction = tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,64 @@
+"""How fast eval_longbench.py prepares prompts, without a model: index a synthetic file, then read, fill, cut and encode.
+
+python bench/longbench.py --tokenizer CHECKPOINT/tokenizer.json     # writes 0.3 GB in runs/, keeps it for the next time
+
+Documents have about `tokens` tokens, two questions each; a prompt of more than --max-input is cut and encoded again, so the
+default measures the slowest case. The file is made by longbench_sample.py. Peak memory is that of the whole process.
+"""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tokenizers import Tokenizer
+
+import longbench
+import longbench_sample
+from cli import one_line_errors, option, parse
+
+
+@dataclass
+class Config:
+    tokenizer: str = option("assets/tiny/tokenizer.json", "a tokenizer.json")
+    items: int = option(500, "questions, two a document", least=2)
+    tokens: int = option(125_000, "tokens of a document, nearly", least=100)
+    max_input: int = option(120_000, "tokens of a prompt, beyond which it is cut", least=2)
+    workers: int = option(2, "threads", least=1)
+    engines: int = option(1, "engines that the prompts are dealt to; this measures the first one's", least=1)
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+
+
+if __name__ == "__main__":
+    one_line_errors()
+    config = parse(Config, __doc__)
+    path = Path(f"runs/longbench-bench-{config.items}-{config.tokens}.json")
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        longbench_sample.write(path, config.items // 2, {"medium": config.tokens // 9})
+    tokenizer = Tokenizer.from_file(config.tokenizer)
+    print(f"{path}: {path.stat().st_size / 1e6:.0f} MB, {config.items} items; {config.workers} threads")
+    print(f"peak memory with the tokenizer loaded: {peak():.0f} MiB")
+    started = time.perf_counter()
+    entries, _ = longbench.index(path)
+    seconds = time.perf_counter() - started
+    print(f"index: {seconds:.1f} s, {path.stat().st_size / 1e6 / seconds:.0f} MB/s; peak memory {peak():.0f} MiB")
+
+    def prompt(entry):
+        text = longbench.fill(longbench.ZERO_SHOT, longbench.read_item(path, entry))
+        return longbench.encode(tokenizer, text, config.max_input, False)
+
+    mine = longbench.dealt(entries, config.engines)[:: config.engines]
+    started, tokens, first = time.perf_counter(), 0, None
+    for ids in longbench.ahead(prompt, mine, config.workers, 16):
+        tokens += len(ids)
+        first = first or time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    print(f"prompts: {len(mine)} in {seconds:.1f} s, the first after {first:.1f} s (17 are begun before it is given)")
+    print(f"{len(mine) / seconds:.2f} items/s, {tokens / seconds:,.0f} tokens/s of prompts; peak memory {peak():.0f} MiB")

@@ -1,0 +1,154 @@
+"""GSM8K of a checkpoint: 1,319 grade-school problems with a number for an answer.
+
+    python eval_gsm8k.py Qwen3-8B --data test.jsonl                         # chat, zero-shot, no thinking
+    python eval_gsm8k.py Qwen3-8B --data test.jsonl --mode thinking
+    python eval_gsm8k.py Qwen3-8B-Base --data test.jsonl --mode base        # eight worked examples, no template
+    torchrun --nproc-per-node 8 eval_gsm8k.py Qwen3-8B --data test.jsonl    # dealt to eight engines
+    python eval_gsm8k.py --compare runs/gsm8k/before runs/gsm8k/after       # paired, with p-values
+
+--data is github.com/openai/grade-school-math's grade_school_math/data/test.jsonl. The modes:
+    chat      the question and how to end ("#### answer", our words), Qwen3's template without thinking
+    thinking  the same with thinking; what follows the last </think> is scored, and nothing if thinking did not end
+    base      the eight examples of Wei et al. (2022), then "Q: ... A:"; what the model says before its next "Q:" is scored
+--sampling default is greedy, and 0.6, top_p 0.95, top_k 20 for thinking; paper is temperature 1, the whole distribution.
+The answer is the number after the last ####, "The answer is" or \\boxed{; it must equal the file's as a number. A completion
+without one is wrong, and counted below the score.
+
+Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json. The same command goes on where an
+interrupted one stopped, on any number of ranks.
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+
+import data
+import evaluated
+import evaluation
+import gsm8k
+import stats
+from cli import BadInput, one_line_errors, option, parse
+
+OFFICIAL_ITEMS = 1319
+PAPER = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "seeds")  # between the two of --compare
+
+
+@dataclass
+class Config:
+    checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
+    data: str = option("", "GSM8K's test.jsonl (needed)")
+    mode: str = option("chat", "chat, thinking or base, see above", ["chat", "thinking", "base"])
+    sampling: str = option("default", "default or paper, see above", ["default", "paper"])
+    max_tokens: int = option(512, "tokens of an answer", least=1)
+    thinking_budget: int = option(8192, "thinking: tokens a completion may have beyond --max-tokens", least=1)
+    seeds: int = option(1, "completions of each problem, with sampling seeds 0, 1, ...", least=1)
+    out: str = option("", "directory of the results (default: runs/gsm8k/<checkpoint's name>)")
+    tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
+    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
+
+
+one_line_errors()
+config = parse(Config, __doc__)
+if config.compare:
+    print(stats.compare(config.compare, MAY_DIFFER))
+    sys.exit()
+
+# --------------------------------------------------------------------------------------------------- what can be asked
+
+if not config.checkpoint:
+    raise BadInput("no checkpoint is given: python eval_gsm8k.py CHECKPOINT --data test.jsonl")
+if not config.data:
+    raise BadInput("no --data is given: download grade_school_math/data/test.jsonl of github.com/openai/grade-school-math")
+evaluated.check_ranks(config.tensor_parallel)
+model_config, tokenizer, _ = evaluated.load(config.checkpoint)
+thinking = config.mode == "thinking"
+sampling = PAPER if config.sampling == "paper" else evaluation.THINKING if thinking else evaluation.GREEDY
+if config.seeds > 1 and sampling["temperature"] == 0:
+    raise BadInput(f"--seeds {config.seeds} needs --mode thinking or --sampling paper: greedy completions are all the same")
+
+
+def prompt_ids(question):
+    if config.mode == "base":
+        text = gsm8k.base_prompt(question)
+    else:
+        text = data.chat([{"role": "user", "content": gsm8k.chat_prompt(question)}], thinking)
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+rows = gsm8k.read(config.data)
+max_tokens = config.max_tokens + (config.thinking_budget if thinking else 0)
+items = [
+    {"id": key, "task": "gsm8k", "length": 0, "prompt_ids": prompt_ids(question), "max_tokens": max_tokens, "gold": gold}
+    for key, question, gold in rows
+]
+context = max_tokens + max(len(item["prompt_ids"]) for item in items)
+if context > model_config.context_length:
+    raise BadInput(
+        f"the longest prompt and {max_tokens} tokens of completion need {context}; {config.checkpoint} has a context of "
+        f"{model_config.context_length}: lower {'--thinking-budget' if thinking else '--max-tokens'}"
+    )
+settings = {
+    "benchmark": "GSM8K",
+    **evaluated.settings(config.checkpoint, model_config),
+    "data": hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
+    "mode": config.mode,
+    "sampling": sampling,
+    "max_tokens": max_tokens,
+    "seeds": config.seeds,
+}
+results = evaluation.Results(config.out or f"runs/gsm8k/{evaluated.name(config.checkpoint)}", settings)
+
+# --------------------------------------------------------------------------------------------------------- completions
+
+
+def answer(prediction):
+    if config.mode == "base":
+        return gsm8k.extract(gsm8k.base_answer(prediction))
+    return gsm8k.extract(data.answer_text(prediction, thinking))
+
+
+def score(item, prediction):
+    return float(answer(prediction) == item["gold"])
+
+
+if len(results.done) < len(items) * config.seeds:
+    engine = evaluation.Engine(
+        *(config.checkpoint, context, config.tensor_parallel, model_config.rope_scaling, config.vllm_share)
+    )
+    stop_ids = evaluated.stop_ids(tokenizer)
+    evaluation.run(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
+    engine.close()
+if evaluation.ranks()[0]:
+    sys.exit()
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+records = results.read()
+total = stats.summarize(records)
+by_seed = [stats.summarize([r for r in records if r["seed"] == seed])["score"] for seed in range(config.seeds)]
+without = sum(answer(r["prediction"]) is None for r in records)
+finished = sum(r["finished"] for r in records) / len(records)
+error = "" if total["stderr"] is None else f" ±{100 * total['stderr']:.2f}"
+print(f"GSM8K of {config.checkpoint}, ± standard error over problems")
+print(f"mode {config.mode}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}")
+print(f"\naccuracy {100 * total['score']:.2f}{error}, {total['n']} problems")
+if config.seeds > 1:
+    print("by seed: " + ", ".join(f"{100 * value:.2f}" for value in by_seed))
+print(f"{without} of {len(records)} completions give no readable number; {finished:.1%} ended by themselves")
+if len(items) != OFFICIAL_ITEMS:
+    print(f"Not GSM8K's score: {len(items)} problems, not its {OFFICIAL_ITEMS}.")
+evaluation.write_json(
+    results.out / "results.json",
+    {
+        "settings": settings,
+        **evaluation.environment(config.tensor_parallel),
+        "official_items": len(items) == OFFICIAL_ITEMS,
+        "score": {key: total[key] if key == "n" or total[key] is None else 100 * total[key] for key in total},
+        "score_by_seed": [100 * value for value in by_seed],
+        "unreadable": without,
+        "finished": finished,
+    },
+)
+print(f"results: {results.out}/results.json")

@@ -1,0 +1,258 @@
+"""LongBench v2 of a checkpoint: 503 multiple-choice questions on texts of 8 thousand to 2 million words. Chance is 25.
+
+    python eval_longbench.py Qwen3-8B --yarn 4 --data data.json                    # the benchmark, zero-shot
+    python eval_longbench.py Qwen3-8B --yarn 4 --data data.json --cot              # reasoning first, then the answer
+    torchrun --nproc-per-node 8 eval_longbench.py Qwen3-8B --yarn 4 --data data.json   # dealt to eight engines
+    python eval_longbench.py assets/tiny --data assets/longbench-sample.json --max-input 3900      # a laptop
+    python eval_longbench.py --compare runs/longbench/before runs/longbench/after  # paired, with p-values
+
+--data is huggingface.co/datasets/THUDM/LongBench-v2's data.json; longbench.py says what is as published: prompts, answers,
+and the middle cut out of prompts of more than --max-input tokens before the chat template comes. --sampling:
+    official  temperature 0.1, and top_p 0.95, top_k 20 as vLLM takes them from Qwen3's generation_config.json
+    paper     temperature 1, the whole distribution, as LongAct's authors evaluate (their seed 0 is our first seed)
+    qwen3     Qwen3's model card: 0.6, 0.95, 20 with --thinking, 0.7, 0.8, 20 without
+A completion may have 128 tokens (--cot: 1,024 of reasoning, then 128), and --thinking-budget more with --thinking.
+
+Thinking up to the last </think> is not read, and with --thinking nothing is if it did not end; --keep-thinking reads all
+text, as the official code does. An empty or unreadable answer is wrong, and counted below the table. The official code
+leaves samples with an empty output out (--skip-empty) and can give a quarter for an unreadable answer (--compensated). Both
+change the table only: the same command with them reports a finished evaluation again. --compare knows nothing of them.
+
+Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json; with --cot also reasoning/, the first
+stage. The same command goes on where an interrupted one stopped, on any number of ranks.
+"""
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+import data
+import evaluated
+import evaluation
+import longbench
+import stats
+from cli import BadInput, one_line_errors, option, parse
+
+SAMPLING = {
+    "official": {"temperature": 0.1, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
+    "paper": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+}
+ANSWER_TOKENS, REASONING_TOKENS = 128, 1024
+SLACK = 64  # tokens: the chat template, and what a truncated prompt may gain when its text is encoded again
+IN_FLIGHT = 16  # requests in an engine at once: a GPU holds a few prompts of 120,000 tokens, and the next ones should wait
+MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "seeds")  # between the two of --compare
+
+
+@dataclass
+class Config:
+    checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
+    data: str = option("", "LongBench v2's data.json, or a file like it (needed)")
+    cot: bool = option(False, "chain of thought, two stages")
+    max_input: int = option(120_000, "tokens of a prompt without chat template, beyond which its middle is cut out", least=2)
+    sampling: str = option("official", "official, paper or qwen3, see above", [*SAMPLING, "qwen3"])
+    thinking: bool = option(False, "let the model think first, as Qwen3's template does")
+    thinking_budget: int = option(8192, "thinking: tokens a completion may have beyond the official limit", least=1)
+    keep_thinking: bool = option(False, "official: read the answer from all text, thinking included")
+    skip_empty: bool = option(False, "official: leave samples with an empty output out of the table")
+    compensated: bool = option(False, "official: an unreadable answer counts 0.25")
+    seeds: int = option(1, "completions of each item, with sampling seeds 0, 1, ...", least=1)
+    yarn: float = option(0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0)
+    workers: int = option(0, "threads that prepare prompts (0: one a core)", least=0)
+    out: str = option("", "directory of the results (default: runs/longbench/<checkpoint's name>)")
+    tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
+    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
+
+
+one_line_errors()
+config = parse(Config, __doc__)
+if config.compare:
+    print(stats.compare(config.compare, MAY_DIFFER))
+    sys.exit()
+
+# --------------------------------------------------------------------------------------------------- what can be asked
+
+if not config.checkpoint:
+    raise BadInput("no checkpoint is given: python eval_longbench.py CHECKPOINT --data data.json")
+if not config.data:
+    raise BadInput("no --data is given: download data.json of huggingface.co/datasets/THUDM/LongBench-v2")
+evaluated.check_ranks(config.tensor_parallel)
+model_config, tokenizer, trained = evaluated.load(config.checkpoint, config.yarn)
+budget = config.thinking_budget if config.thinking else 0
+needed = (REASONING_TOKENS if config.cot else ANSWER_TOKENS) + budget + SLACK
+context = model_config.context_length
+if config.max_input + needed > context:
+    room = f", or --max-input {context - needed}" if context > needed + 1 else ""
+    raise BadInput(
+        f"--max-input {config.max_input} and {needed} tokens for template and completion: {config.checkpoint} has a "
+        f"context of {context}; give --yarn {math.ceil((config.max_input + needed) / trained)}{room}"
+    )
+entries, digest = evaluation.on_rank_0(lambda: longbench.index(config.data))
+sampling = SAMPLING.get(config.sampling, evaluation.THINKING if config.thinking else evaluation.NON_THINKING)
+
+settings = {
+    "benchmark": "LongBench v2",
+    **evaluated.settings(config.checkpoint, model_config),
+    "data": digest,
+    "cot": config.cot,
+    "max_input": config.max_input,
+    "thinking": config.thinking,
+    "thinking_budget": budget,
+    "keep_thinking": config.keep_thinking,
+    "sampling": sampling,
+    "seeds": config.seeds,
+}
+results = evaluation.Results(config.out or f"runs/longbench/{evaluated.name(config.checkpoint)}", settings)
+first = evaluation.Results(results.out / "reasoning", settings) if config.cot else results
+
+# --------------------------------------------------------------------------------------------------------- completions
+
+
+def read(prediction):
+    """What is read of a completion."""
+    return prediction if config.keep_thinking else data.answer_text(prediction, config.thinking)
+
+
+def score(item, prediction):
+    return float(longbench.extract(read(prediction)) == item["answer"])
+
+
+def prompt(entry):
+    template = longbench.COT if config.cot else longbench.ZERO_SHOT
+    text = longbench.fill(template, longbench.read_item(config.data, entry))
+    return longbench.encode(tokenizer, text, config.max_input, config.thinking)
+
+
+def answer_prompts(entry):
+    """The second stage's: {seed: token ids}."""
+    item = longbench.read_item(config.data, entry)
+    texts = [longbench.fill(longbench.COT_ANSWER, item, reasoned[entry.id, seed]) for seed in range(config.seeds)]
+    return {s: longbench.encode(tokenizer, text, config.max_input, config.thinking) for s, text in enumerate(texts)}
+
+
+def ask(results, todo, prompt_ids, max_tokens, score):
+    items = [
+        {
+            "id": entry.id,
+            "task": entry.difficulty,
+            "length": entry.length,
+            "prompt_ids": lambda entry=entry: prompt_ids(entry),
+            "max_tokens": max_tokens + budget,
+            "answer": entry.answer,
+        }
+        for entry in todo
+    ]
+    stop_ids = evaluated.stop_ids(tokenizer)
+    evaluation.run(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
+
+
+def unfinished(results):
+    left = [e for e in entries if any((e.id, seed) not in results.done for seed in range(config.seeds))]
+    return longbench.dealt(left, engine.shares)
+
+
+if len(results.done) < len(entries) * config.seeds:
+    engine = evaluation.Engine(
+        config.checkpoint,
+        config.max_input + needed,
+        config.tensor_parallel,
+        model_config.rope_scaling,
+        config.vllm_share,
+        in_flight=IN_FLIGHT,
+    )
+    todo = unfinished(first)
+    # `run` asks for the prompts of this engine's share, in order.
+    prompts = longbench.ahead(prompt, todo[engine.share :: engine.shares], config.workers or os.cpu_count(), IN_FLIGHT)
+    if config.cot:
+        ask(first, todo, lambda entry: next(prompts), REASONING_TOKENS, lambda item, prediction: 0.0)
+        reasoned = {(r["id"], r["seed"]): read(r["prediction"]) for r in evaluation.on_rank_0(first.read)}
+        ask(results, unfinished(results), answer_prompts, ANSWER_TOKENS, score)
+    else:
+        ask(results, todo, lambda entry: next(prompts), ANSWER_TOKENS, score)
+    engine.close()
+if evaluation.ranks()[0]:
+    sys.exit()
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+records = results.read()
+texts = [read(r["prediction"]) for r in records]
+# Empty: nothing was written, in either stage. Thinking that did not end is unreadable, and stays in the table.
+silent = {(r["id"], r["seed"]) for r in [*first.read(), *records] if not r["prediction"]}
+empty = [(r["id"], r["seed"]) in silent for r in records]
+unreadable = [longbench.extract(text) is None for text in texts]
+counted = [
+    {**r, "score": 0.25 if config.compensated and bad else r["score"]}
+    for r, bad, nothing in zip(records, unreadable, empty)
+    if not (config.skip_empty and nothing)
+]
+COLUMNS = {
+    "Overall": lambda r: True,
+    "Easy": lambda r: r["task"] == "easy",
+    "Hard": lambda r: r["task"] == "hard",
+    "Short": lambda r: r["length"] == "short",
+    "Medium": lambda r: r["length"] == "medium",
+    "Long": lambda r: r["length"] == "long",
+}
+
+
+def scores(records):
+    """Column -> {"score", "stderr", "n"} in per cent, None for an empty class."""
+    columns = {}
+    for column, inside in COLUMNS.items():
+        chosen = [r for r in records if inside(r)]
+        columns[column] = stats.summarize(chosen) if chosen else None
+        for key in ("score", "stderr"):
+            if chosen and columns[column][key] is not None:
+                columns[column][key] *= 100
+    return columns
+
+
+def shown(cell):
+    return "-" if cell is None else f"{cell['score']:.1f}" + ("" if cell["stderr"] is None else f" ±{cell['stderr']:.1f}")
+
+
+total = scores(counted)
+by_seed = [scores([r for r in counted if r["seed"] == seed]) for seed in range(config.seeds)]
+rows = [["", *COLUMNS]]
+if config.seeds > 1:
+    rows += [[f"seed {seed}", *map(shown, columns.values())] for seed, columns in enumerate(by_seed)]
+rows += [["mean" if config.seeds > 1 else "score", *map(shown, total.values())]]
+rows += [["items", *[str(cell["n"]) if cell else "0" for cell in total.values()]], ["chance", *["25.0"] * len(COLUMNS)]]
+official = len(entries) == longbench.OFFICIAL_ITEMS
+variants = [name for name in ("keep_thinking", "skip_empty", "compensated") if getattr(config, name)]
+finished = sum(r["finished"] for r in records) / len(records)
+
+print(
+    f"LongBench v2 of {config.checkpoint}, ± standard error over items"
+    + "".join(f", --{v.replace('_', '-')}" for v in variants)
+)
+print(
+    ("chain of thought" if config.cot else "zero-shot")
+    + f", sampling {config.sampling}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}"
+    + (f", thinking budget {budget} tokens" if config.thinking else "")
+)
+print(f"at most {config.max_input} tokens of prompt; RoPE scaling: {model_config.rope_scaling or 'none'}")
+print(f"\n{stats.table(rows)}\n")
+print(f"{sum(empty)} of {len(records)} outputs are empty, {sum(unreadable)} of {len(records)} give no readable answer")
+print(f"{finished:.1%} of the completions ended by themselves")
+if not official:
+    numbers = [f"{name} {n}" for kind in longbench.counts(entries).values() for name, n in kind.items()]
+    print(f"Not LongBench v2's score: {len(entries)} items ({', '.join(numbers)}), not its {longbench.OFFICIAL_ITEMS}.")
+
+evaluation.write_json(
+    results.out / "results.json",
+    {
+        "settings": settings,
+        **evaluation.environment(config.tensor_parallel),
+        "official_items": official,
+        "variants": variants,
+        "scores": total,
+        "scores_by_seed": by_seed,
+        "empty": sum(empty),
+        "unreadable": sum(unreadable),
+        "finished": finished,
+    },
+)
+print(f"results: {results.out}/results.json")

@@ -1,0 +1,57 @@
+"""The checkpoint that an evaluation is about: its config with YaRN, its tokenizer, its name; wrong ones refused early."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import data
+import evaluation
+from checkpoint import check_weights
+from cli import BadInput
+from model import Qwen3, Qwen3Config
+
+
+def load(checkpoint, yarn=0.0):
+    """-> (config, tokenizer, original context in tokens, of which YaRN's factor is a multiple). yarn: factor instead of what
+    config.json says, 0 for what it says. Raises BadInput for what is no checkpoint of Qwen3 with a Qwen tokenizer."""
+    config = Qwen3Config.from_pretrained(checkpoint)
+    # Qwen3 was trained on 32,768; its 40,960 positions are those and room for an answer.
+    trained = {40960: 32768}.get(config.max_position_embeddings, config.max_position_embeddings)
+    scaling = {"rope_type": "yarn", "original_max_position_embeddings": trained, **(config.rope_scaling or {})}
+    if yarn:
+        if yarn <= 1:
+            raise BadInput(f"--yarn must be more than 1, not {yarn:g}")
+        config = replace(config, rope_scaling={**scaling, "factor": yarn})
+    tokenizer = data.load_tokenizer(checkpoint, config.vocab_size)
+    with torch.device("meta"):
+        check_weights(Qwen3(config), checkpoint)
+    return config, tokenizer, scaling["original_max_position_embeddings"]
+
+
+def check_ranks(tensor_parallel):
+    """Raises BadInput unless the ranks can be grouped into engines of `tensor_parallel`."""
+    world = evaluation.ranks()[1]
+    if world % tensor_parallel:
+        raise BadInput(f"--tensor-parallel {tensor_parallel} does not divide the {world} ranks")
+    if tensor_parallel > 1 and not torch.cuda.is_available():
+        raise BadInput(f"--tensor-parallel {tensor_parallel} needs a GPU per rank, and there is none")
+
+
+def settings(checkpoint, config):
+    """What every evaluation's settings say about its model."""
+    return {
+        "checkpoint": str(Path(checkpoint)),
+        "weights": evaluation.on_rank_0(lambda: evaluation.weights_fingerprint(checkpoint)),
+        "rope_scaling": config.rope_scaling,
+        "dtype": evaluation.dtype(),
+    }
+
+
+def name(checkpoint):
+    place = Path(checkpoint).resolve()
+    return place.parent.name if place.name == "checkpoint" else place.name  # runs/NAME/checkpoint
+
+
+def stop_ids(tokenizer):
+    return [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
