@@ -3,7 +3,7 @@
     python train.py --plan --model Qwen3-8B --ranks 8 --gpu-memory 80 --context 32768 --max-completion 4096
 
 --model is a checkpoint directory, of which only config.json is read, or the name of a published size. The plan is for the
-worst group that can come: a prompt of --context less --max-completion tokens, all completions of full length.
+worst that can come: a prompt of --context less --max-completion tokens, completions that fill a pass.
 
 It counts the tensors that the code holds, at the moments at which memory peaks (tests/test_plan.py holds it against measured
 peaks). It leaves out what CUDA and NCCL take for themselves, about 1 to 2 GiB, and fragmentation.
@@ -76,11 +76,12 @@ def activations(c, prompt, pass_tokens, checkpointing, size):
     }
 
 
-def training_memory(c, prompt, lengths, tokens_per_pass, checkpointing, ranks, size, sharded=True):
+def training_memory(c, prompt, pass_tokens, checkpointing, ranks, size, sharded=True, reference=False):
     """{line: bytes} of one rank at the worst moment of an update, and that moment's name.
 
-    lengths: R_i of the completions; size: bytes of the compute dtype; sharded: by FSDP2 over `ranks` (masters, gradients
-    and moments in fp32), else everything is on one device and computes with the masters themselves.
+    pass_tokens: of the fullest pass; reference: a second model for the KL term; size: bytes of the compute dtype; sharded:
+    by FSDP2 over `ranks` (masters, gradients and moments in fp32), else everything is on one device and computes with the
+    masters themselves.
     """
     block, rest = parameter_counts(c)
     total = block * c.num_hidden_layers + rest
@@ -90,10 +91,13 @@ def training_memory(c, prompt, lengths, tokens_per_pass, checkpointing, ranks, s
         "gradients (fp32)": 4 * total / ranks,
         "optimizer (fp32 moments)": 8 * total / ranks,
     }
-    if sharded:  # embedding, head and two blocks gathered; one block's gradient, as computed and in fp32 for the reduction
-        lines["gathered weights and a block's gradient"] = size * (rest + 2 * block) + (size + 4) * block
-    part = max(sum(lengths[i] for i in part) for part in schedule.passes(lengths, tokens_per_pass))
-    moments = activations(c, prompt, part, checkpointing, size)
+    if sharded:  # embedding, head and two blocks gathered, one of them still in its buffer too; a block's gradient, as
+        # computed and in fp32 for its reduction, beside the one before it
+        lines["gathered weights and a block's gradient"] = size * (rest + 3 * block) + (size + 8) * block
+    if reference:  # its shards, what of it is gathered, and the prompt's keys and values by it
+        cache = prompt * 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers
+        lines["reference model at work"] = size * (total / ranks + (rest + 2 * block if sharded else 0) + cache)
+    moments = activations(c, prompt, pass_tokens, checkpointing, size)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     return lines | moments[worst], worst
 
@@ -118,11 +122,14 @@ def report(config, ranks):
     context = config.context or c.context_length
     if config.max_completion >= context:
         raise BadInput(f"--max-completion {config.max_completion} leaves no room for a prompt in {context} tokens")
+    if context > c.context_length:
+        raise BadInput(f"--context {context} is more than the {c.context_length} tokens of {config.model}; it needs YaRN")
     capacity = config.gpu_memory * GIB
+    pass_tokens = sum(schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass))
 
     def at(context):
         prompt, R, G = context - config.max_completion, config.max_completion, config.completions
-        lines, moment = training_memory(c, prompt, [R] * G, config.tokens_per_pass, config.checkpointing, ranks, 2)
+        lines, moment = training_memory(c, prompt, pass_tokens, config.checkpointing, ranks, 2, reference=bool(config.beta))
         weights, one, group = rollout_memory(c, prompt, R, G, config.tensor_parallel)
         asleep = lines["parameters (fp32)"] + lines["optimizer (fp32 moments)"]  # held while vLLM generates
         room = config.vllm_share * capacity - weights
@@ -139,7 +146,7 @@ def report(config, ranks):
     gib = lambda value: f"{value / GIB:9.2f} GiB"  # noqa: E731
     text = [
         f"{config.model} on {ranks} GPU{'s' if ranks > 1 else ''}: {config.prompts} prompts of {prompt:,} tokens x {G} "
-        f"completions of {R:,}, {config.tokens_per_pass:,} completion tokens a pass",
+        f"completions of up to {R:,}, {pass_tokens:,} completion tokens in the fullest pass",
         "",
         f"training, one rank, at its worst moment ({moment}):",
         *(f"  {line:48}{gib(value)}" for line, value in lines.items() if value),
@@ -162,6 +169,6 @@ def report(config, ranks):
             times = G * (prompt + R) / (prompt + G * R)
             text.append(
                 f"{context:10,} {training:6.1f} GiB {rollout:5.1f} GiB{group / GIB:12.2f} GiB{times:12.1f} x   "
-                f"{'yes' if fits else 'NO'}"
+                f"{'yes' if fits else 'NO'}{', but needs YaRN' if context > c.context_length else ''}"
             )
     return "\n".join(text) + "\n"

@@ -25,22 +25,27 @@ def deal(tokens, ranks):
 def passes(lengths, budget, at_least=1):
     """Cut completions into passes of at most `budget` tokens -> lists of indices, the longest completions first.
 
-    Equal lengths come together, since a pass is padded to its longest for attention to itself. A completion longer than
-    the budget gets a pass of its own. at_least: how many passes there must be; the largest are halved until there are.
+    A pass counts as if all were as long as its longest, since it is padded for attention to itself: a long completion does
+    not make memory of short ones beside it. A completion longer than the budget gets a pass of its own. at_least: how many
+    passes there must be; the largest are halved until there are.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    parts, room = [], 0
-    for i in order:
-        if lengths[i] > room or not parts:
+    parts = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not parts or (len(parts[-1]) + 1) * lengths[parts[-1][0]] > budget:
             parts.append([])
-            room = budget
         parts[-1].append(i)
-        room -= lengths[i]
     while len(parts) < min(at_least, len(lengths)):
         largest = max(range(len(parts)), key=lambda i: len(parts[i]))
         part = parts[largest]
         parts[largest : largest + 1] = [part[: len(part) // 2], part[len(part) // 2 :]]
     return parts
+
+
+def fullest(length, completions, budget):
+    """Lengths of the pass that takes the most memory of all that `passes` makes of completions up to `length` tokens."""
+    tokens = min(completions * length, max(length, budget))
+    count = -(-tokens // length)
+    return [tokens // count] * count
 
 
 def turns(groups, rank, ranks, budget):

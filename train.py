@@ -110,7 +110,8 @@ main = rank == 0
 if config.plan:
     ranks = config.ranks or world
     check(config, ranks, cuda)
-    print(plan.report(config, ranks), end="")
+    if main:
+        print(plan.report(config, ranks), end="")
     sys.exit()
 check(config, world, cuda)
 
@@ -240,13 +241,17 @@ def logprobs_of(policy, group, parts):
 
 
 def rehearse():
-    """The worst that can come, for nothing but its memory: the longest prompt, a full pass of completions that were cut."""
-    longest, cut = torch.zeros((2, max(longest_prompt, config.max_completion)), dtype=torch.int64, device=device)
-    part = schedule.passes([config.max_completion] * config.completions, config.tokens_per_pass)[0]
+    """The worst that can come, for nothing but its memory: the longest prompt, the fullest pass."""
+    ids = torch.zeros(max(longest_prompt, config.max_completion), dtype=torch.int64, device=device)
+    lengths = schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass)
+    completions = [ids[:length] for length in lengths]
     with explain_out_of_memory(longest_prompt):
-        prompt = model.read(longest[:longest_prompt])
+        prompt = model.read(ids[:longest_prompt])
         leaves = prompt.detach()
-        logprobs, _ = model.completion_logprobs(leaves, [cut[: config.max_completion]] * len(part))
+        if reference:
+            with torch.no_grad():
+                reference.completion_logprobs(reference.read(ids[:longest_prompt]), completions)
+        logprobs, _ = model.completion_logprobs(leaves, completions)
         (0 * logprobs.sum()).backward()
         prompt.backward(leaves)
     optimizer.zero_grad()
@@ -318,7 +323,8 @@ for step in range(1, config.steps + 1):
         with stage("logprobs"):
             for minibatch in minibatches:
                 for group, parts in schedule.turns(minibatch, rank, world, config.tokens_per_pass):
-                    group.old_logprobs = logprobs_of(model, group, parts)
+                    with explain_out_of_memory(len(group.prompt)):
+                        group.old_logprobs = logprobs_of(model, group, parts)
 
     step_sums, update_means = torch.zeros(8, dtype=torch.float64), defaultdict(float)
     worst_mismatch = torch.zeros(1, dtype=torch.float64)
@@ -378,7 +384,7 @@ for step in range(1, config.steps + 1):
             gradients = [parameter.grad for parameter in model.parameters()]
             unmasked_norm = torch.nn.utils.get_total_norm(gradients)
             saliency.mask_gradients(model, masks)
-        with stage("step"):
+        with stage("step"), explain_out_of_memory(longest_prompt):
             masked_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

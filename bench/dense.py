@@ -7,6 +7,7 @@ faster). On a GPU it also says which attention kernel ran and fails if it is not
 """
 
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,13 @@ from measure import seconds
 from shapes import build, card
 from torch.profiler import ProfilerActivity, profile
 
+from cli import one_line_errors, option, parse
 from model import Qwen3
+
+
+@dataclass
+class Config:
+    rounds: int = option(12, "timed rounds of each; 1 for bf16 on a CPU, where it may take half a minute", least=1)
 
 
 def run(model, ids):
@@ -27,6 +34,8 @@ def run(model, ids):
     model.zero_grad()
 
 
+one_line_errors()
+flags = parse(Config, __doc__)
 torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 config = build("0.6B" if device.type == "cuda" else "laptop")
@@ -40,7 +49,7 @@ for dtype in (torch.float32, torch.bfloat16):
     for rows, length in ((4, 512), (1, 4096)):
         ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
         slow = device.type == "cpu" and dtype == torch.bfloat16  # CPUs without bf16 units take half a minute a run
-        mine, other = seconds(partial(run, ours, ids), partial(run, theirs, ids), rounds=1 if slow else 12)
+        mine, other = seconds(partial(run, ours, ids), partial(run, theirs, ids), rounds=1 if slow else flags.rounds)
         print(f"{dtype!s:15} {rows} x {length}: ours {mine:.3f} s, transformers {other:.3f} s, ratio {mine / other:.2f}")
     if device.type == "cuda" and dtype == torch.bfloat16:
         with profile(activities=[ProfilerActivity.CUDA]) as record:

@@ -52,6 +52,7 @@ name = torch.cuda.get_device_name() if device.type == "cuda" else ""
 peak_flops = next((1e12 * tflops for card_name, tflops in PEAK_TFLOPS.items() if card_name in name), None)
 G, R = config.completions, config.completion
 print(card(shape), dtype, "recomputing blocks" if config.checkpointing else "")
+out = open(config.out, "a") if config.out else None
 bar = tqdm(config.prompts, unit="length")
 for P in bar:
     prompt, completions = draw_group(shape, P, [R] * G, device)
@@ -83,6 +84,5 @@ for P in bar:
         f"{G * (P + R) / taken:,.0f}), {result['tflops']:.2f} TFLOP/s, utilisation {utilisation}, "
         f"peak {result['peak_bytes'] / 2**30:.2f} GiB beyond weights"
     )
-    if config.out:
-        with open(config.out, "a") as file:
-            print(json.dumps(result), file=file)
+    if out:
+        print(json.dumps(result), file=out, flush=True)

@@ -10,6 +10,7 @@ from conftest import ROOT, make_small, run_ranks, run_script
 
 import plan
 from model import Qwen3, Qwen3Config
+from schedule import passes
 
 sys.path.insert(0, str(ROOT / "bench"))
 from measure import peak_bytes
@@ -53,7 +54,8 @@ def test_predicted_memory_is_within_15_percent_of_the_measured_peak(shape, promp
     model.checkpointing = checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     peak = measured(model, optimizer, prompt, lengths, tokens_per_pass)
-    lines, _ = plan.training_memory(model.config, prompt, lengths, tokens_per_pass, checkpointing, 1, 4, sharded=False)
+    tokens = max(sum(lengths[i] for i in part) for part in passes(lengths, tokens_per_pass))
+    lines, _ = plan.training_memory(model.config, prompt, tokens, checkpointing, 1, 4, sharded=False)
     assert sum(lines.values()) == pytest.approx(peak, rel=0.15), lines
 
 
@@ -72,13 +74,29 @@ def test_memory_does_not_grow_with_the_group_at_a_fixed_budget():
     assert peak(32) < 1.02 * peak(4)
 
 
+def test_a_long_completion_does_not_make_memory_of_short_ones():
+    model = Qwen3.from_config(Qwen3Config(**WIDE))
+    model.checkpointing = True
+
+    def peak(short):
+        lengths = [256] + [1] * short
+        group = draw_group(model.config, 64, lengths, "cpu")
+        weights = [torch.ones(n) for n in lengths]
+        train_on(model, *group, weights, 600)
+        return peak_bytes(lambda: train_on(model, *group, weights, 600))
+
+    assert peak(255) < 1.3 * peak(3)  # 255 more tokens, in a pass of their own
+
+
 def test_the_whole_is_the_sum_of_parts_sharded_over_ranks():
     c = Qwen3Config.preset("8B")
     block, rest = plan.parameter_counts(c)
     with torch.device("meta"):
         assert block * c.num_hidden_layers + rest == sum(p.numel() for p in Qwen3(c).parameters())
-    one, _ = plan.training_memory(c, 28672, [4096] * 16, 8192, True, 1, 2)
-    eight, _ = plan.training_memory(c, 28672, [4096] * 16, 8192, True, 8, 2)
+    one, _ = plan.training_memory(c, 28672, 8192, True, 1, 2)
+    eight, _ = plan.training_memory(c, 28672, 8192, True, 8, 2)
+    both, _ = plan.training_memory(c, 28672, 8192, True, 8, 2, reference=True)
+    assert sum(both.values()) > sum(eight.values()) + 2 * (block * c.num_hidden_layers + rest) / 8
     for line in ("parameters (fp32)", "gradients (fp32)", "optimizer (fp32 moments)"):
         assert one[line] == 8 * eight[line]
     assert one["parameters (fp32)"] == 4 * (block * c.num_hidden_layers + rest)
@@ -118,6 +136,7 @@ def test_the_plan_of_a_preset_needs_no_files():
     [
         (["--model", "Qwen3-9B"], "no Qwen3 preset '9B'"),
         (["--model", "Qwen3-8B", "--context", 1000, "--max-completion", 1000], "leaves no room for a prompt"),
+        (["--model", "Qwen3-8B", "--context", 65536], "more than the 40960 tokens of Qwen3-8B"),
         (["--gpu-memory", 0], "--gpu-memory must be more than 0"),
         (["--vllm-share", 1.5], "--vllm-share is a share"),
         (["--ranks", 3], "--prompts 16 cannot be shared"),

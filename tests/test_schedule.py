@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schedule import deal, passes, turns
+from schedule import deal, fullest, passes, turns
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 
@@ -28,12 +28,20 @@ def test_passes_hold_every_completion_once_within_the_budget(lengths, budget, at
     parts = passes(lengths, budget, at_least)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
     for part in parts:
-        assert part and (len(part) == 1 or sum(lengths[i] for i in part) <= budget)
+        assert part and (len(part) == 1 or len(part) * max(lengths[i] for i in part) <= budget)
     assert len(parts) >= min(at_least, len(lengths))
     unforced = passes(lengths, budget)
     assert len(parts) == max(len(unforced), min(at_least, len(lengths)))
-    tight = sum(lengths) <= budget
+    tight = len(lengths) * max(lengths) <= budget
     assert (len(unforced) == 1) == (tight or len(lengths) == 1)
+
+
+@given(LENGTHS, st.integers(1, 200))
+def test_no_pass_is_fuller_than_the_one_that_is_rehearsed(lengths, budget):
+    worst = fullest(max(lengths), len(lengths), budget)
+    assert max(worst) <= max(lengths) and len(worst) <= len(lengths)
+    fullest_of_these = max(sum(lengths[i] for i in part) for part in passes(lengths, budget))
+    assert fullest_of_these <= sum(worst) + len(worst)  # equal lengths: rounded down
 
 
 @dataclass
