@@ -38,7 +38,7 @@ held = sum(p.to_local().numel() * 4 * 3 for p in model.parameters())
 measured = peak_bytes(update) + held
 lines, _ = plan.training_memory(model.config, 1024, 256, True, dist.get_world_size(), 4)
 print(
-    f"rank {dist.get_rank()}: predicted / measured {sum(lines.values()) / measured:.3f}, {measured / 2**20:.1f} MiB, {lines}",
+    f"rank {dist.get_rank()}: predicted / measured {sum(lines.values()) / measured:.3f}, {measured:,} bytes, {lines}",
     flush=True,
 )
 dist.destroy_process_group()
