@@ -66,6 +66,10 @@ def check(config, world, cuda):
     """Raises BadInput for settings that contradict each other or the number of ranks."""
     if not 0 < config.fraction <= 1:
         raise BadInput(f"--fraction must be in (0, 1], not {config.fraction}")
+    if config.vllm_share > 1:
+        raise BadInput(f"--vllm-share is a share of the GPU's memory, at most 1, not {config.vllm_share:g}")
+    if config.ranks and not config.plan:
+        raise BadInput(f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train")
     if not 0 <= config.adam_beta2 < 1:
         raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
     groups_per_update, uneven = divmod(config.prompts, config.updates)

@@ -107,10 +107,12 @@ device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.
 compute_dtype = torch.bfloat16 if cuda else torch.float32
 main = rank == 0
 
-check(config, config.ranks or world, cuda)
 if config.plan:
-    print(plan.report(config, config.ranks or world), end="")
+    ranks = config.ranks or world
+    check(config, ranks, cuda)
+    print(plan.report(config, ranks), end="")
     sys.exit()
+check(config, world, cuda)
 
 # ------------------------------------------------------------------------------------------------------------- data
 

@@ -119,6 +119,9 @@ def test_the_plan_of_a_preset_needs_no_files():
         (["--model", "Qwen3-9B"], "no Qwen3 preset '9B'"),
         (["--model", "Qwen3-8B", "--context", 1000, "--max-completion", 1000], "leaves no room for a prompt"),
         (["--gpu-memory", 0], "--gpu-memory must be more than 0"),
+        (["--vllm-share", 1.5], "--vllm-share is a share"),
+        (["--ranks", 3], "--prompts 16 cannot be shared"),
+        (["--no-plan", "--ranks", 2], "--ranks 2 is for --plan"),
     ],
 )
 def test_a_plan_that_cannot_be_made_says_why(flags, message):
