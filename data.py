@@ -65,6 +65,11 @@ def load_tokenizer(directory, vocab_size):
     return tokenizer
 
 
+def stop_ids(tokenizer):
+    """The two tokens after which a Qwen model has nothing more to say."""
+    return [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+
+
 def encode_prompt(tokenizer, row, thinking, limit):
     """Row -> prompt token ids (list of int). Raises BadInput when they are more than `limit`."""
     prompt = row["prompt"]
@@ -149,8 +154,9 @@ class RecallSource:
         return {"id": f"recall-{self.seed}-{i}", "prompt": f"{passage}\n\n{question}", "answer": answer}
 
 
-def read_jsonl(path):
-    """All rows of `path`, each with an id ("line 3" unless it has one). Raises BadInput with the line's number."""
+def json_lines(path):
+    """[("line 3", "PATH, line 3", value), ...] of a JSONL file's lines that are not empty. Raises BadInput for a file that
+    cannot be read or has no rows, a line that is not JSON and text that is not valid."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
@@ -161,22 +167,30 @@ def read_jsonl(path):
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            value = json.loads(line)
+        except ValueError as error:
             raise BadInput(f"{where} is not JSON: {error}") from error
         try:
-            json.dumps(row, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise BadInput(f"{where} is not valid text: {error}") from error
+        rows.append((f"line {number}", where, value))
+    if not rows:
+        raise BadInput(f"{path} has no rows")
+    return rows
+
+
+def read_jsonl(path):
+    """All rows of `path`, each with an id ("line 3" unless it has one). Raises BadInput with the line's number."""
+    rows = []
+    for name, where, row in json_lines(path):
         if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
             raise BadInput(f'{where} must be an object with "prompt" and "answer"')
         check_prompt(row["prompt"], where)
         answer = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
         if not answer or not all(isinstance(gold, str) for gold in answer):
             raise BadInput(f'{where}: "answer" must be a string or a list of strings')
-        rows.append({"id": f"line {number}", **row})
-    if not rows:
-        raise BadInput(f"{path} has no rows")
+        rows.append({"id": name, **row})
     return rows
 
 

@@ -117,7 +117,7 @@ if len(results.done) < len(items) * config.seeds:
     engine = evaluation.Engine(
         *(config.checkpoint, context, config.tensor_parallel, model_config.rope_scaling, config.vllm_share)
     )
-    stop_ids = evaluated.stop_ids(tokenizer)
+    stop_ids = data.stop_ids(tokenizer)
     evaluation.run(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
     engine.close()
 if evaluation.ranks()[0]:

@@ -143,7 +143,7 @@ def ask(results, todo, prompt_ids, max_tokens, score):
         }
         for entry in todo
     ]
-    stop_ids = evaluated.stop_ids(tokenizer)
+    stop_ids = data.stop_ids(tokenizer)
     evaluation.run(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
 
 

@@ -23,19 +23,15 @@ where an interrupted one stopped, on any number of ranks.
 import hashlib
 import math
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch
+from dataclasses import dataclass
 
 import data
+import evaluated
 import evaluation
 import plot
 import ruler
 import stats
-from checkpoint import check_weights
 from cli import BadInput, one_line_errors, option, parse
-from model import Qwen3, Qwen3Config
 
 # mode -> (template, answer prefix in the assistant's turn, sampling)
 MODES = {
@@ -79,17 +75,7 @@ if config.compare:
 
 if not config.checkpoint:
     raise BadInput("no checkpoint is given: python eval_ruler.py CHECKPOINT, its directory before lists like --lengths")
-model_config = Qwen3Config.from_pretrained(config.checkpoint)
-# Qwen3 was trained on 32,768; its 40,960 positions are those and room for an answer.
-trained = {40960: 32768}.get(model_config.max_position_embeddings, model_config.max_position_embeddings)
-yarn = {"rope_type": "yarn", "original_max_position_embeddings": trained, **(model_config.rope_scaling or {})}
-if config.yarn:
-    if config.yarn <= 1:
-        raise BadInput(f"--yarn must be more than 1, not {config.yarn:g}")
-    model_config = replace(model_config, rope_scaling={**yarn, "factor": config.yarn})
-tokenizer = data.load_tokenizer(config.checkpoint, model_config.vocab_size)
-with torch.device("meta"):
-    check_weights(Qwen3(model_config), config.checkpoint)
+model_config, tokenizer, trained = evaluated.load(config.checkpoint, config.yarn)
 
 template, answer_prefix, sampling = MODES[config.mode]
 thinking = config.mode == "thinking"
@@ -98,7 +84,7 @@ lengths = sorted(set(config.lengths))
 context = model_config.context_length
 fitting = [length for length in lengths if length + budget <= context]
 if fitting != lengths:
-    factor = math.ceil((lengths[-1] + budget) / yarn["original_max_position_embeddings"])
+    factor = math.ceil((lengths[-1] + budget) / trained)
     raise BadInput(
         f"--lengths {' '.join(map(str, lengths[len(fitting) :]))}{f' with --thinking-budget {budget}' if thinking else ''}: "
         f"{config.checkpoint} has a context of {context} tokens; give --yarn {factor}"
@@ -106,11 +92,7 @@ if fitting != lengths:
     )
 if config.seeds > 1 and not thinking:
     raise BadInput(f"--seeds {config.seeds} needs --mode thinking: greedy completions are all the same")
-rank, world = evaluation.ranks()
-if world % config.tensor_parallel:
-    raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")
-if config.tensor_parallel > 1 and not torch.cuda.is_available():
-    raise BadInput(f"--tensor-parallel {config.tensor_parallel} needs a GPU per rank, and there is none")
+evaluated.check_ranks(config.tensor_parallel)
 
 corpora = ruler.Corpora(config.data_dir or None)
 if unknown := [name for name in config.tasks if name not in ruler.TASKS]:
@@ -136,10 +118,7 @@ def make_samples():
 paths = evaluation.on_rank_0(make_samples)
 settings = {
     "benchmark": "RULER",
-    "checkpoint": str(Path(config.checkpoint)),
-    "weights": evaluation.on_rank_0(lambda: evaluation.weights_fingerprint(config.checkpoint)),
-    "rope_scaling": model_config.rope_scaling,
-    "dtype": evaluation.dtype(),
+    **evaluated.settings(config.checkpoint, model_config),
     "mode": config.mode,
     "template": ruler.TEMPLATES[template],
     "answer_prefix": answer_prefix,
@@ -154,8 +133,7 @@ settings = {
     # The sets' names carry hashes of all that they are made from: generator, tokenizer, data files, seed.
     "prompts": hashlib.sha256(" ".join(sorted(path.name for path in paths.values())).encode()).hexdigest()[:16],
 }
-place = Path(config.checkpoint).resolve()
-name = place.parent.name if place.name == "checkpoint" else place.name  # runs/NAME/checkpoint
+name = evaluated.name(config.checkpoint)
 results = evaluation.Results(config.out or f"runs/ruler/{name}", settings)
 
 
@@ -182,13 +160,12 @@ def score(item, prediction):
 
 total = len(paths) * config.samples
 if len(results.done) < total * config.seeds:
-    stop_ids = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
     engine = evaluation.Engine(
         config.checkpoint, lengths[-1] + budget, config.tensor_parallel, model_config.rope_scaling, config.vllm_share
     )
-    evaluation.run(engine, results, items(), total, config.seeds, sampling, stop_ids, tokenizer, score)
+    evaluation.run(engine, results, items(), total, config.seeds, sampling, data.stop_ids(tokenizer), tokenizer, score)
     engine.close()
-if rank:
+if evaluation.ranks()[0]:
     sys.exit()
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -51,7 +51,3 @@ def settings(checkpoint, config):
 def name(checkpoint):
     place = Path(checkpoint).resolve()
     return place.parent.name if place.name == "checkpoint" else place.name  # runs/NAME/checkpoint
-
-
-def stop_ids(tokenizer):
-    return [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]

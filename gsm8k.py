@@ -1,10 +1,10 @@
 """GSM8K (arXiv 2110.14168): its file, prompts and answers. The evaluation: eval_gsm8k.py."""
 
-import json
 import re
 from decimal import Decimal
 
 from cli import BadInput
+from data import json_lines
 
 # Wei et al. 2022 (arXiv 2201.11903), table 20, as published.
 EXEMPLARS = """Q: There are 15 trees in the grove. Grove workers will plant trees in the grove today. After they are done, \
@@ -81,26 +81,12 @@ def extract(text):
 def read(path):
     """The official JSONL: {"question", "answer": "reasoning #### 18"} a line -> list of (id, question, Decimal). Raises
     BadInput with the line's number."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read: {error}") from error
     rows = []
-    for line_number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {line_number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise BadInput(f"{where} is not JSON: {error}") from error
+    for name, where, row in json_lines(path):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
             raise BadInput(f'{where} must be an object with the texts "question" and "answer"')
         gold = number(row["answer"].split("####")[-1].strip()) if "####" in row["answer"] else None
         if gold is None or not row["question"].strip():
             raise BadInput(f'{where}: "answer" must end with #### and a number, and "question" must not be empty')
-        rows.append((f"line {line_number}", row["question"], gold))
-    if not rows:
-        raise BadInput(f"{path} has no rows")
+        rows.append((name, row["question"], gold))
     return rows

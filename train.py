@@ -126,7 +126,7 @@ if config.max_completion >= config.context:
 tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
 with torch.device("meta"):
     check_weights(Qwen3(model_config), config.model)  # names and shapes, before anything takes time
-stop_ids = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+stop_ids = data.stop_ids(tokenizer)
 reward = data.load_reward(config.reward)
 prompt_limit = config.context - config.max_completion
 

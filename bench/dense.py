@@ -14,9 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import transformers
 from measure import seconds
-from shapes import build, card
+from shapes import build, card, transformers_twin
 from torch.profiler import ProfilerActivity, profile
 
 from cli import one_line_errors, option, parse
@@ -42,10 +41,7 @@ config = build("0.6B" if device.type == "cuda" else "laptop")
 print(card(config))
 for dtype in (torch.float32, torch.bfloat16):
     ours = Qwen3.from_config(config, dtype, device)
-    with torch.device(device):
-        settings = transformers.Qwen3Config(**{**config.to_dict(dtype), "bos_token_id": None, "eos_token_id": None})
-        theirs = transformers.Qwen3ForCausalLM._from_config(settings, attn_implementation="sdpa", dtype=dtype)
-    theirs.load_state_dict(ours.state_dict(), strict=False)
+    theirs = transformers_twin(ours, dtype, device)
     for rows, length in ((4, 512), (1, 4096)):
         ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
         slow = device.type == "cpu" and dtype == torch.bfloat16  # CPUs without bf16 units take half a minute a run

@@ -27,6 +27,18 @@ def card(config):
     )
 
 
+def transformers_twin(model, dtype, device):
+    """transformers' Qwen3 with the weights of `model` (each with its own copy) and its "sdpa" attention."""
+    import transformers  # which the measurements that have no other side do without
+
+    with torch.device(device):
+        settings = {**model.config.to_dict(dtype), "bos_token_id": None, "eos_token_id": None}
+        settings = transformers.Qwen3Config(**settings)
+        twin = transformers.Qwen3ForCausalLM._from_config(settings, attn_implementation="sdpa", dtype=dtype)
+    twin.load_state_dict(model.state_dict(), strict=False)
+    return twin
+
+
 def draw_group(config, prompt, lengths, device):
     """prompt ids (P,) and completions [(R_i,)] of random tokens."""
     draw = lambda n: torch.randint(0, config.vocab_size, (n,), device=device)  # noqa: E731

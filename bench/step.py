@@ -23,9 +23,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-import transformers
 from measure import attention_share, peak_bytes, seconds
-from shapes import build, card, draw_group, train_on
+from shapes import build, card, draw_group, train_on, transformers_twin
 from tqdm import tqdm
 
 from cli import one_line_errors, option, parse
@@ -49,10 +48,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 shape = build(config.shape)
 ours = Qwen3.from_config(shape, dtype, device)
-with torch.device(device):
-    settings = transformers.Qwen3Config(**{**shape.to_dict(dtype), "bos_token_id": None, "eos_token_id": None})
-    theirs = transformers.Qwen3ForCausalLM._from_config(settings, attn_implementation="sdpa", dtype=dtype)
-theirs.load_state_dict(ours.state_dict(), strict=False)
+theirs = transformers_twin(ours, dtype, device)
 theirs.train()  # gradient checkpointing is off in eval mode; Qwen3 has no dropout
 gradient_bytes = sum(p.numel() * p.element_size() for p in ours.parameters())
 
