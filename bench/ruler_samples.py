@@ -1,6 +1,6 @@
 """How fast ruler.py makes samples, and how full the windows are: a table, one core.
 
-OMP_NUM_THREADS=1 python bench/ruler.py --tokenizer CHECKPOINT/tokenizer.json --samples 20
+OMP_NUM_THREADS=1 python bench/ruler_samples.py --tokenizer CHECKPOINT/tokenizer.json --samples 20
 """
 
 import os
@@ -31,7 +31,7 @@ class Config:
 
 if __name__ == "__main__":
     one_line_errors()
-    config = parse(Config)
+    config = parse(Config, __doc__)
     if config.slow:
         ruler.additive = lambda tokenizer: False
     tokenizer, corpora = Tokenizer.from_file(config.tokenizer), ruler.Corpora(config.data_dir or None)
