@@ -14,7 +14,7 @@ class Config:
     name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
     data: str = option("", "JSONL of prompts, see data.py (default: the recall task, made on the fly)")
     eval_data: str = option("", "JSONL of held-out prompts, evaluated before and after (needed only with --data)")
-    reward: str = option("data:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
+    reward: str = option("rewards:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
     thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
     facts: int = option(17, "recall task: facts in a passage")
     filler: int = option(17, "recall task: filler sentences in a passage", least=0)

@@ -6,9 +6,9 @@
         --max-completion 4096 --overlong-cache 819 --checkpointing --learning-rate 1e-6 --warmup 20   # the paper's setting
 
 It reads top to bottom, one step of training as the data flows: prompts -> groups of completions (rollout.py) -> rewards
-(data.py) -> advantages (grpo.py) -> who trains what, in which passes (schedule.py) -> log-probabilities (model.py) -> loss
-(dapo.py, grpo.py) -> backward -> masks from this step's activations (saliency.py) -> masked gradients -> clip -> AdamW ->
-weights to vLLM. A group's prompt is read once; its completions follow in passes of --tokens-per-pass, each with its own
+(rewards.py) -> advantages (grpo.py) -> who trains what, in which passes (schedule.py) -> log-probabilities (model.py) ->
+loss (dapo.py, grpo.py) -> backward -> masks from this step's activations (saliency.py) -> masked gradients -> clip -> AdamW
+-> weights to vLLM. A group's prompt is read once; its completions follow in passes of --tokens-per-pass, each with its own
 backward, and the prompt's backward comes last: memory depends on the prompt and a pass, not on the number of completions.
 
 Where we depart from the papers, or had to choose
@@ -68,10 +68,12 @@ import plan
 import plot
 import saliency
 import schedule
+import tasks
 from checkpoint import check_weights
 from cli import BadInput, one_line_errors, parse
 from config import Config, check
 from model import Qwen3, Qwen3Config
+from rewards import load_reward, score
 
 
 @dataclass
@@ -127,7 +129,7 @@ tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
 with torch.device("meta"):
     check_weights(Qwen3(model_config), config.model)  # names and shapes, before anything takes time
 stop_ids = data.stop_ids(tokenizer)
-reward = data.load_reward(config.reward)
+reward = load_reward(config.reward)
 prompt_limit = config.context - config.max_completion
 
 if config.data:
@@ -135,8 +137,8 @@ if config.data:
     held_out = data.read_jsonl(config.eval_data) if config.eval_data else []
     rows = [*source.rows, *held_out]
 else:
-    source = data.RecallSource(f"train {config.seed}", config.facts, config.filler)
-    held_out_source = data.RecallSource("held out", config.facts, config.filler)
+    source = tasks.RecallSource(f"train {config.seed}", config.facts, config.filler)
+    held_out_source = tasks.RecallSource("held out", config.facts, config.filler)
     held_out = [held_out_source[i] for i in range(config.eval_prompts)]
     rows = [source[0], *held_out]
 # A prompt that is too long shows now, not in hours.
@@ -202,7 +204,7 @@ def sample(rows, indices, n, temperature, progress=False):
         for row, index, prompt, completions in zip(rows, indices, prompts, sampled, strict=True):
             texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
             answers = [data.answer_text(text, config.thinking) for text in texts]
-            rewards = torch.tensor([data.score(reward, answer, row) for answer in answers])
+            rewards = torch.tensor([score(reward, answer, row) for answer in answers])
             groups.append(Group(index, prompt, completions, rewards))
         everyone = [None] * world
         dist.all_gather_object(everyone, groups)

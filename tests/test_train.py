@@ -140,7 +140,7 @@ def test_own_data_and_reward_through_a_toml_file(runs, tmp_path):
 def test_a_skipped_sync_stops_the_run(runs, tmp_path):
     """The reward module makes sync a no-op: the proof of the next step must notice."""
     (tmp_path / "sabotage.py").write_text(
-        "import data, rollout\nrollout.Rollout.sync = lambda self, model: None\nscore = data.exact\n"
+        "import rollout, rewards\nrollout.Rollout.sync = lambda self, model: None\nscore = rewards.exact\n"
     )
     arguments = "--name", runs("stale"), *SHORT, "--steps", 5, "--warmup", 0, "--reward", "sabotage:score"
     result = run_script("train.py", *arguments, env={"PYTHONPATH": str(tmp_path)})
@@ -151,7 +151,7 @@ def test_a_skipped_sync_stops_the_run(runs, tmp_path):
 def test_running_out_of_memory_in_the_first_step_says_what_to_lower(runs, tmp_path):
     """The reward module makes the model's first stage ask the real allocator for more than there is."""
     (tmp_path / "greedy.py").write_text(
-        "import data, model, torch\nmodel.Qwen3.read = lambda self, ids: torch.empty(2**50)\nscore = data.exact\n"
+        "import rewards, model, torch\nmodel.Qwen3.read = lambda self, ids: torch.empty(2**50)\nscore = rewards.exact\n"
     )
     arguments = "--name", runs("memory"), *SHORT, "--tokens-per-pass", 77, "--reward", "greedy:score"
     result = run_script("train.py", *arguments, env={"PYTHONPATH": str(tmp_path)})
