@@ -14,8 +14,8 @@ part. bottom and random run at top's.
 
 A run that is in results.jsonl is not run again; one that was interrupted starts anew. --out holds
     results.jsonl   a run a line: task, algorithm, rule, fraction, learning_rate, seed; flags; rewards (mean reward of all
-                    sampled completions in each step), held_out (train.py's results.json, after), prompts_drawn, tokens_trained,
-                    moved_selected and moved_unselected (means over the steps), seconds
+                    sampled completions in each step), held_out (train.py's results.json, after), prompts_drawn,
+                    tokens_trained, moved_selected and moved_unselected (means over the steps), seconds
     report.md       the tables; ablation.png the reward curves and their bands
 Runs themselves are in runs/ablation/.
 """
@@ -78,7 +78,7 @@ class Config:
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-def run(arm, learning_rate, seed):
+def run(config, arm, learning_rate, seed):
     """One run of train.py -> its line of results.jsonl. Raises BadInput with its last words if it fails."""
     name = f"{arm.task}-{arm.algorithm}-{arm.rule}-{arm.fraction}-{learning_rate:g}-{seed}"
     directory = Path("runs/ablation") / name
@@ -115,7 +115,7 @@ def key(record):
     return Arm(*(record[field] for field in Arm._fields)), record["learning_rate"], record["seed"]
 
 
-def run_all(wanted, done):
+def run_all(config, out, wanted, done):
     """Every (arm, learning rate, seed) of `wanted` that is not in `done`; each is written when it ends."""
     todo = [each for each in wanted if each not in done]
     with (
@@ -124,7 +124,7 @@ def run_all(wanted, done):
         tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=config.what, unit="run") as bar,
     ):
         try:
-            for record in pool.map(lambda each: run(*each), todo):
+            for record in pool.map(lambda each: run(config, *each), todo):
                 file.write(json.dumps(record) + "\n")
                 file.flush()
                 bar.update()
@@ -133,7 +133,7 @@ def run_all(wanted, done):
             raise
 
 
-def winners(records):
+def winners(records, out):
     """{(family, whether dense): learning rate} by reward at the end of the sweep, and the rewards."""
     rewards = defaultdict(list)
     for record in records:
@@ -151,6 +151,15 @@ def winners(records):
 
 
 # --------------------------------------------------------------------------------------------------------------- report
+
+HEAD = f"""# Ablation: which rows of W_Q and W_K are updated
+
+Means over seeds ± half a 95% interval (Student's t). acc. at N: accuracy on held-out prompts of N tokens at temperature
+1, per cent; accuracy: mean over those lengths. reward area: mean training reward over the steps, per cent. steps to
+{TARGET:g}: the first whose training reward reaches it (one more than there were if none does). moved: root mean square
+change of a weight in an update, in selected rows and in others. Differences are to `all` of the same seed; p: random sign
+flips.
+"""
 
 
 def interval(values):
@@ -176,11 +185,7 @@ def outcomes(record):
 
 def tables(runs, rates, winning):
     """runs: {arm: {seed: record}} -> lines of report.md."""
-    yield "# Ablation: which rows of W_Q and W_K are updated\n"
-    yield "Means over seeds ± half a 95% interval (Student's t). Accuracies in per cent, at temperature 1, on held-out prompts"
-    yield "of so many tokens, and their mean; reward area: mean training reward over the steps, per cent; steps to a training"
-    yield f"reward of {TARGET:g} (one more than there were if never). moved: root mean square change of a weight in an update."
-    yield "Differences are to `all` of the same seed; p: random sign flips.\n"
+    yield HEAD
     for family in FAMILIES:
         own = {arm: by_seed for arm, by_seed in runs.items() if arm[:2] == family}
         if not own:
@@ -214,8 +219,8 @@ def tables(runs, rates, winning):
         yield ""
 
 
-def report(records):
-    rates, winning = winners(records)
+def report(records, out):
+    rates, winning = winners(records, out)
     runs = defaultdict(dict)
     for record in records:
         arm, learning_rate, seed = key(record)
@@ -225,18 +230,12 @@ def report(records):
     text = "\n".join(tables(runs, rates, winning))
     (out / "report.md").write_text(text)
     print(text)
+    curves = lambda label, arms: {label(arm): [r["rewards"] for r in runs[arm].values()] for arm in arms if arm in runs}  # noqa: E731
     panels = {}
-    for title, arms in {
-        **{f"{task}, {algorithm}": [a for a in COMPARE if a[:2] == (task, algorithm) and a.fraction == 0.3]
-           for task, algorithm in FAMILIES},
-        "recall, dapo: fraction of top rows": [a for a in COMPARE if a[:2] == FAMILIES[0] and a.rule in ("top", "all")],
-    }.items():  # fmt: skip
-        label = lambda arm: arm.rule if arm.fraction == 0.3 and "fraction" not in title else f"{arm.fraction:g}"  # noqa: E731
-        panels[title] = {
-            "all" if arm.rule == "all" else label(arm): [r["rewards"] for r in runs[arm].values()]
-            for arm in arms
-            if arm in runs
-        }
+    for family in FAMILIES:
+        panels[", ".join(family)] = curves(lambda a: a.rule, [a for a in COMPARE if a[:2] == family and a.fraction == 0.3])
+    of_top = [a for a in COMPARE if a[:2] == FAMILIES[0] and a.rule in ("top", "all")]
+    panels["recall, dapo, top rows"] = curves(lambda a: a.rule if a.rule == "all" else f"{a.fraction:.0%}", of_top)
     plot.reward_bands(out / "ablation.png", panels)
     print(f"{out}/report.md  {out}/ablation.png")
 
@@ -254,11 +253,11 @@ if __name__ == "__main__":
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {key(record) for record in records}
     if config.what == "sweep":
-        run_all([(arm, rate, seed) for seed in SWEEP_SEEDS for arm in SWEEP for rate in LEARNING_RATES], done)
+        run_all(config, out, [(arm, rate, seed) for seed in SWEEP_SEEDS for arm in SWEEP for rate in LEARNING_RATES], done)
     elif config.what == "compare":
-        _, winning = winners(records)
+        _, winning = winners(records, out)
         rate = lambda arm: winning[arm[:2], arm.rule == "all"]  # noqa: E731
-        run_all([(arm, rate(arm), seed) for seed in range(config.seeds) for arm in COMPARE], done)
+        run_all(config, out, [(arm, rate(arm), seed) for seed in range(config.seeds) for arm in COMPARE], done)
     if config.what == "sweep":
         sys.exit()
-    report([json.loads(line) for line in path.read_text().splitlines()])
+    report([json.loads(line) for line in path.read_text().splitlines()], out)
