@@ -41,7 +41,7 @@ from cli import BadInput, one_line_errors, option, parse
 
 TRAIN = (
     "--steps 16 --prompts 8 --completions 16 --updates 2 --warmup 2 "
-    "--eval-filler 17 120 --eval-prompts 64 --eval-completions 8 --no-eval-before"
+    "--eval-filler 17 32 45 --eval-prompts 64 --eval-completions 8 --no-eval-before"
 )
 TASKS = {"recall": "--task recall --facts 17 --filler 17", "tracking": "--task tracking --facts 16 --filler 16"}
 TARGET = 0.7  # reward whose first reaching is counted in steps
@@ -230,13 +230,13 @@ def report(records, out):
     text = "\n".join(tables(runs, rates, winning))
     (out / "report.md").write_text(text)
     print(text)
-    curves = lambda label, arms: {label(arm): [r["rewards"] for r in runs[arm].values()] for arm in arms if arm in runs}  # noqa: E731
+    of = lambda label, arms: {label(arm): [r["rewards"] for r in runs[arm].values()] for arm in arms if arm in runs}  # noqa: E731
     panels = {}
     for family in FAMILIES:
-        panels[", ".join(family)] = curves(lambda a: a.rule, [a for a in COMPARE if a[:2] == family and a.fraction == 0.3])
+        panels[", ".join(family)] = of(lambda a: a.rule, [a for a in COMPARE if a[:2] == family and a.fraction == 0.3])
     of_top = [a for a in COMPARE if a[:2] == FAMILIES[0] and a.rule in ("top", "all")]
-    panels["recall, dapo, top rows"] = curves(lambda a: a.rule if a.rule == "all" else f"{a.fraction:.0%}", of_top)
-    plot.reward_bands(out / "ablation.png", panels)
+    panels["recall, dapo, top rows"] = of(lambda a: a.rule if a.rule == "all" else f"{a.fraction:.0%}", of_top)
+    plot.reward_bands(out / "ablation.png", {title: curves for title, curves in panels.items() if curves})
     print(f"{out}/report.md  {out}/ablation.png")
 
 
