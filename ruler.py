@@ -1,5 +1,6 @@
 """RULER (arXiv 2404.06654), generated to the token: sets of samples, their cache, and scores. The tasks: ruler_tasks.py.
 
+    import ruler
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file("assets/tiny/tokenizer.json")
     rows = ruler.generate("vt", 4096, 500, 42, tokenizer, ruler.TEMPLATES["qwen3"], ruler.Corpora())
