@@ -1,6 +1,8 @@
 """What tests share: small random Qwen3 models, and scripts run as scripts."""
 
 import contextlib
+import gc
+import io
 import os
 import runpy
 import subprocess
@@ -57,17 +59,29 @@ def run_script(*arguments, timeout=600, env=None):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
+def run_here(script, *arguments):
+    """Run a script of the repository in this process, which has imported what it imports -> what it printed. A BadInput
+    comes through; run_script shows what the user sees of one."""
+    argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
+    try:
+        with (
+            contextlib.chdir(ROOT),
+            contextlib.redirect_stdout(printed),
+            mock.patch.dict(os.environ),
+            mock.patch.multiple(sys, argv=argv, excepthook=sys.excepthook),
+        ):
+            runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+    finally:
+        gc.collect()  # the script's variables, as at the end of a process: open files, locks
+    return printed.getvalue()
+
+
 def refusal(script, *arguments):
-    """The message of the BadInput a script ends with, run in this process: to import torch again takes seconds. That the
-    message comes out as one line and exit code 1 is cli.py's, and tested there."""
-    argv = [script, *map(str, arguments)]
-    with (
-        contextlib.chdir(ROOT),
-        mock.patch.dict(os.environ),
-        mock.patch.multiple(sys, argv=argv, excepthook=sys.excepthook),
-        pytest.raises(BadInput) as caught,
-    ):
-        runpy.run_path(script, run_name="__main__")
+    """The message of the BadInput that a script run here ends with."""
+    with pytest.raises(BadInput) as caught:
+        run_here(script, *arguments)
     return str(caught.value)
 
 
