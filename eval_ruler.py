@@ -40,7 +40,7 @@ MODES = {
     "base": ("base", True, evaluation.GREEDY),
 }
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
-MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "samples", "seeds")  # between the two of --compare
+MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "samples", "seeds")  # between the two of --compare
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Config:
     out: str = option("", "directory of the results (default: runs/ruler/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
 
@@ -93,6 +94,7 @@ if fitting != lengths:
 if config.seeds > 1 and not thinking:
     raise BadInput(f"--seeds {config.seeds} needs --mode thinking: greedy completions are all the same")
 evaluated.check_ranks(config.tensor_parallel)
+held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_parallel)
 
 corpora = ruler.Corpora(config.data_dir or None)
 if unknown := [name for name in config.tasks if name not in ruler.TASKS]:
@@ -118,7 +120,7 @@ def make_samples():
 paths = evaluation.on_rank_0(make_samples)
 settings = {
     "benchmark": "RULER",
-    **evaluated.settings(config.checkpoint, model_config),
+    **evaluated.settings(config.checkpoint, model_config, clamped),
     "mode": config.mode,
     "template": ruler.TEMPLATES[template],
     "answer_prefix": answer_prefix,
@@ -161,7 +163,8 @@ def score(item, prediction):
 total = len(paths) * config.samples
 if len(results.done) < total * config.seeds:
     engine = evaluation.Engine(
-        config.checkpoint, lengths[-1] + budget, config.tensor_parallel, model_config.rope_scaling, config.vllm_share
+        *(config.checkpoint, lengths[-1] + budget, config.tensor_parallel, model_config.rope_scaling, config.vllm_share),
+        clamp=held,
     )
     evaluation.run(engine, results, items(), total, config.seeds, sampling, data.stop_ids(tokenizer), tokenizer, score)
     engine.close()
@@ -212,7 +215,7 @@ def shown(value, error):
 text = [["task", *map(str, lengths)]]
 text += [[task, *[shown(cells[task, length], errors[task, length]) for length in lengths]] for task in tasks]
 text += [[f"average of {len(tasks)}", *[shown(*rows[length].values()) for length in lengths]]]
-print(f"RULER of {config.checkpoint}, {config.samples} samples a cell, ± standard error")
+print(f"RULER of {evaluated.described(config.checkpoint, clamped)}, {config.samples} samples a cell, ± standard error")
 print(
     f"mode {config.mode}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}"
     + (f", thinking budget {budget} tokens" if thinking else "")

@@ -5,14 +5,14 @@
 
 The model reads --prompts prompts one by one, without gradients and without logits; a prompt may fill its context. Magnitudes
 are saliency.py's (M[h, d], the L2 norm over a prompt's tokens, averaged over prompts), at both sites: "proj", the outputs of
-q_proj and k_proj, and "norm", after q_norm and k_norm. The selected rows are the largest --fraction of each head's dimensions.
+q_proj and k_proj, and "norm", after q_norm and k_norm. Selected are the largest --fraction of each head's dimensions.
 
 Left in --out:
     proj.safetensors    model.layers.N.self_attn.q_proj (H, D) and .k_proj (Hk, D) fp32, magnitudes; with ".selected" after
     norm.safetensors    the name, bool, the selected rows. norm.safetensors has the same names
     queries.png keys.png    heads x dimensions of --layers at "proj", each head over its own largest, selected rows marked
     summary.json
-        settings        checkpoint, weights (hash), rope_scaling, dtype, data, prompts, tokens (of all prompts), prompt_ids (hash)
+        settings        checkpoint, weights (hash), rope_scaling, dtype, data, prompts, tokens (of all), prompt_ids (hash)
         fraction        what was asked for; kept: dimensions selected in each head, of head_dim
         chance          kept / head_dim: what every number below would be if magnitudes were equal, or rows drawn at random
         proj, norm      of each site: concentration, the share of the squared magnitude that lies in the selected rows, and
@@ -126,6 +126,11 @@ def by_layer(values):
     return {which: {"mean": sum(part) / len(part), "layers": part} for which, part in parts.items()}
 
 
+def kept(fraction, head_dim):
+    """How many dimensions of a head are selected."""
+    return int(saliency.select_rows({"": torch.zeros(1, head_dim)}, fraction)[".weight"].sum())
+
+
 def concentration(magnitudes, fraction):
     """{name: (H, D)} -> {name: share of the squared magnitude in the selected rows}"""
     masks = saliency.select_rows(magnitudes, fraction)
@@ -152,9 +157,9 @@ def overlap(magnitudes, others, fraction):
 def summarize(measured, fraction):
     """{site: each prompt's magnitudes} -> summary.json without settings."""
     means = {site: average(measured[site]) for site in SITES}
-    first = next(iter(means["proj"].values()))
-    kept = int(saliency.select_rows({"": first[:1]}, fraction)[".weight"].sum())
-    summary = {"fraction": fraction, "kept": kept, "head_dim": first.size(-1), "chance": kept / first.size(-1)}
+    size = next(iter(means["proj"].values())).size(-1)
+    rows = kept(fraction, size)
+    summary = {"fraction": fraction, "kept": rows, "head_dim": size, "chance": rows / size}
     for site in SITES:
         stable = by_layer(stability(measured[site], fraction)) if len(measured[site]) > 1 else None
         summary[site] = {"concentration": by_layer(concentration(means[site], fraction)), "stability": stable}
@@ -208,7 +213,9 @@ def main():
         plot.save_magnitudes(out / f"{site}.safetensors", magnitudes, masks)
     evaluation.write_json(out / "summary.json", summary)
     for which, file in (("q", "queries.png"), ("k", "keys.png")):
-        plot.heads_and_dimensions(out / file, f"{name}: magnitudes of {which.upper()}", out / "proj.safetensors", which, shown)
-    print(f"{config.checkpoint} on {settings['data']}: {len(prompts)} prompts of {settings['tokens'] / len(prompts):,.0f} tokens")
+        title = f"{name}: magnitudes of {which.upper()}"
+        plot.heads_and_dimensions(out / file, title, out / "proj.safetensors", which, shown)
+    length = settings["tokens"] / len(prompts)
+    print(f"{config.checkpoint} on {settings['data']}: {len(prompts)} prompts of {length:,.0f} tokens")
     print(f"top {summary['kept']} of {summary['head_dim']} dimensions of each head; per cent\n\n{report(summary)}\n")
     print(f"results: {out}/summary.json  figures: {out}/queries.png {out}/keys.png")
