@@ -65,7 +65,7 @@ def settings(checkpoint, config, clamped=None):
 
 def described(checkpoint, clamped):
     """The model in a report's first line."""
-    return f"{checkpoint}, {clamped['rule']} {clamped['fraction']:g} of Q and K clamped" if clamped else checkpoint
+    return f"{checkpoint}, clamp: {clamped['rule']}" if clamped else checkpoint
 
 
 def name(checkpoint):
