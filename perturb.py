@@ -20,13 +20,14 @@ Left in --out:
     N-EVALUATION/NAME/    an evaluation's own results; N-EVALUATION/NAME.txt, what it printed
     perturbation.json     a list, one entry an evaluation: command, and rows, one a NAME: name, score and stderr in [0, 1],
                           n (items), kept (score / untouched's) and, against untouched, item by item, stats.paired's
-                          difference, low, high, p, test; output, its first completion
+                          difference, low, high, p, test; output, the commonest completion, which is output_share of all
 The same command goes on where an interrupted one stopped.
 """
 
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +123,9 @@ def row(name, records, untouched):
     whole = stats.summarize(untouched)["score"]
     compared = {key: pair[key] for key in ("difference", "low", "high", "p", "test")}
     kept = summary["score"] / whole if whole else None
-    return {"name": name, **summary, "kept": kept, **compared, "output": records[0]["prediction"]}
+    [(output, count)] = Counter(record["prediction"] for record in records).most_common(1)
+    said = {"output": output, "output_share": count / len(records)}
+    return {"name": name, **summary, "kept": kept, **compared, **said}
 
 
 def shown(row):
@@ -147,7 +150,7 @@ for entry in entries:
     table = [["", "score", "of untouched", "difference", "95% interval", "p"], *map(shown, entry["rows"])]
     print(f"\n{entry['command']}: {entry['rows'][0]['n']} items, ± standard error\n{stats.table(table)}")
     for line in entry["rows"]:
-        print(f"  {line['name']}: {line['output'][:80]!r}")
+        print(f"  {line['name']}: {line['output_share']:.0%} of the completions are {line['output'][:60]!r}")
 print("\nThe paper's, not ours: Qwen3-8B's right answers on LongBench v2, of 503")
 print(stats.table([[name, str(right), f"{100 * right / PAPER['untouched']:.0f}%"] for name, right in PAPER.items()]))
 print(f"\nresults: {out}/perturbation.json")

@@ -187,7 +187,11 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypa
     lines = {line.split()[0]: line.split()[1:] for line in table.splitlines() if "±" in line}
     assert lines["untouched"] == ["75.0", "±25.0", "100%", "-", "-", "-"]
     assert lines["random-0"] == ["25.0", "±25.0", "33%", "-50.0", "-100.0", "+0.0", "0.5"]
-    assert lines["top"][:4] == ["0.0", "±0.0", "0%", "-75.0"] and "'top 0'" in table and "108" in table
+    assert (
+        lines["top"][:4] == ["0.0", "±0.0", "0%", "-75.0"]
+        and "25% of the completions are 'top 0'" in table
+        and "108" in table
+    )
     [entry] = json.loads((tmp_path / "perturbation.json").read_text())
     assert [row["score"] for row in entry["rows"]] == [0.75, 0.5, 0.25, 0.0] and entry["rows"][3]["kept"] == 0
     with pytest.raises(BadInput, match="holds clamps of other settings: fraction 0.3 there, 0.4 here"):
