@@ -1,21 +1,13 @@
-"""Prompts in, rewards out: rows -> ChatML -> token ids, and answer text -> float.
+"""Prompts in: rows -> ChatML -> token ids. How answers are judged: rewards.py; tasks made on the fly: tasks.py.
 
 A row is a dictionary. Training reads rows from a JSONL file (--data), one object a line:
     prompt   a string, or a list of {"role", "content"} messages as in the OpenAI format   (required)
     answer   what the reward compares with: a string or a list of accepted strings         (required)
     any other key is passed to the reward function untouched.
-Without --data the rows are made on the fly: the recall task below, long-context in kind and small enough for a laptop.
-
-A reward function takes (answer text, row) and returns a float; 1.0 means correct. Use yours by --reward module:function.
 """
 
-import importlib
 import json
-import math
 import random
-import re
-import string
-import traceback
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -80,48 +72,6 @@ def encode_prompt(tokenizer, row, thinking, limit):
     return ids
 
 
-# ------------------------------------------------------------------------------------------------------------- rewards
-
-
-def exact(answer, row):
-    """1.0 if the answer is one of row["answer"] up to case, punctuation, articles and white space (SQuAD's EM)."""
-    golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    return float(normalize(answer) in {normalize(gold) for gold in golds})
-
-
-def normalize(text):
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def load_reward(spec):
-    """The function that "module:function" names. Raises BadInput when there is no such module or function."""
-    module, _, name = spec.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise BadInput(f"--reward {spec}: {error}; write module:function, the module on PYTHONPATH") from error
-    if not callable(function):
-        raise BadInput(f"--reward {spec}: {name} is not a function")
-    return function
-
-
-def score(reward, answer, row):
-    """The reward as a finite float; anything else the user's function returns is an error that names the row."""
-    try:
-        value = reward(answer, row)
-    except Exception as error:  # the user's code: show where it failed, then say for which row
-        traceback.print_exc()
-        raise BadInput(f"the reward function failed on row {row['id']}: {error!r}") from error
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise BadInput(f"the reward function returned no finite number for row {row['id']}")
-    return value
-
-
 # --------------------------------------------------------------------------------------------------------- sources
 
 
@@ -138,20 +88,6 @@ class JsonlSource:
             random.Random(f"{self.seed} epoch {epoch}").shuffle(order)
             self.order = epoch, order
         return self.rows[self.order[1][place]]
-
-
-class RecallSource:
-    """The recall task without end: source[i] depends on (seed, i) only, so equal seeds give equal prompts."""
-
-    def __init__(self, seed, facts, filler):
-        if not 1 <= facts <= len(NAMES):
-            raise BadInput(f"--facts {facts}: there are names for 1 to {len(NAMES)}")
-        self.seed, self.facts, self.filler = seed, facts, filler
-
-    def __getitem__(self, i):
-        passage, questions = recall(random.Random(f"{self.seed} recall {i}"), self.facts, self.filler)
-        question, answer = questions[0]
-        return {"id": f"recall-{self.seed}-{i}", "prompt": f"{passage}\n\n{question}", "answer": answer}
 
 
 def json_lines(path):
@@ -203,41 +139,3 @@ def check_prompt(prompt, where):
     )
     if not good or not prompt or prompt[-1]["role"] != "user":
         raise BadInput(f'{where}: "prompt" must be a text or messages with role and content that end with the user\'s')
-
-
-# ------------------------------------------------------------------------------------------------------- recall task
-
-NAMES = (
-    "Maria Peter Anna Victor Clara Simon Laura Oscar Helen Bruno Nadia Felix Irene Louis Paula Roman Sofia Frank "
-    "Julia Marco Diana Edgar Greta Henry Elena Jonas Marta Klaus Ellen Tomas Alice David Carla Leo Emma Paul Rosa Max "
-    "Eva Karl Lena Otto Nora Hugo Vera Ivan Lucy Sven"
-).split()
-WORDS = (
-    "lamp river stone cloud wheel apple sword tiger candle mirror bridge ladder basket feather hammer island jacket "
-    "kettle lemon magnet needle orange pencil rabbit saddle tunnel violin wallet anchor button carpet dragon engine "
-    "falcon garden helmet insect jungle kitten lizard marble napkin oyster parrot quartz ribbon shadow temple "
-    "umbrella valley window yellow zebra arrow bottle copper desert eagle forest guitar harbor iron jewel knight "
-    "leather monkey nectar onion pepper rocket silver thunder uncle velvet winter bamboo cactus donkey elbow fabric "
-    "ginger honey ivory jelly kiwi lantern meadow nickel ocean planet rubber salmon tomato urchin vapor walnut acorn "
-    "badger cherry dolphin ember flute granite hazel igloo juniper koala lotus mango nutmeg olive pebble quill raven "
-    "spider turtle vessel willow"
-).split()
-PEOPLE = "baker sailor teacher farmer doctor painter soldier singer driver writer".split()
-VERBS = "walked slept waited worked rested talked".split()
-PLACES = "market station church library theatre museum castle office school kitchen".split()
-
-
-def recall(rng, facts, filler, asked=1):
-    """A passage of `facts` facts hidden among `filler` sentences, and `asked` questions with three-word answers.
-
-    -> (passage, [(question, answer), ...]). A fact and a filler sentence take 9 tokens each of assets/tiny's tokenizer.
-    """
-    names = rng.sample(NAMES, facts)
-    facts_told = [f"The code for {name} is {' '.join(rng.sample(WORDS, 3))}." for name in names]
-    sentences = facts_told.copy()
-    for _ in range(filler):
-        time = rng.choice(("morning", "evening"))
-        sentences.append(f"The {rng.choice(PEOPLE)} {rng.choice(VERBS)} in the {rng.choice(PLACES)} every {time}.")
-    rng.shuffle(sentences)
-    picked = rng.sample(range(facts), asked)
-    return " ".join(sentences), [(f"What is the code for {names[i]}?", facts_told[i]) for i in picked]

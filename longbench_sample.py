@@ -11,7 +11,7 @@ import json
 import random
 import sys
 
-from data import WORDS, recall
+from tasks import WORDS, recall
 
 FACTS = 8
 FILLER = {"short": 40, "medium": 90, "long": 180}  # sentences of about 9 words and 9 tokens

@@ -20,6 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 
 import data
+import tasks
 from cli import BadInput, one_line_errors, option, parse
 from model import Qwen3, Qwen3Config
 
@@ -75,7 +76,7 @@ def train_tokenizer(vocab_size, seed):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(f"{seed} tokenizer")
-    passages = (data.recall(rng, 30, 30, asked=10) for _ in range(1000))
+    passages = (tasks.recall(rng, 30, 30, asked=10) for _ in range(1000))
     texts = (text for passage, questions in passages for text in [passage] + [" ".join(qa) for qa in questions])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL + THINK),
@@ -120,7 +121,7 @@ def conversation(tokenizer, rng, config, progress):
     <|im_end|>. `progress` (0 to 1) sets how long passages may be."""
     longest = config.min_facts + (config.max_facts - config.min_facts) * min(1.0, 2 * progress)
     facts = rng.randint(config.min_facts, round(longest))
-    passage, questions = data.recall(rng, facts, facts, asked=min(facts, config.questions))
+    passage, questions = tasks.recall(rng, facts, facts, asked=min(facts, config.questions))
     ids, trained = [], []
     for i, (question, answer) in enumerate(questions):
         content = question if i else f"{passage}\n\n{question}"
@@ -141,8 +142,8 @@ def pad(rows):
 if __name__ == "__main__":
     one_line_errors()
     config = parse(Config, __doc__)
-    if not 1 <= config.min_facts <= config.max_facts <= len(data.NAMES):
-        raise BadInput(f"--min-facts and --max-facts must be ordered and in 1 to {len(data.NAMES)}")
+    if not 1 <= config.min_facts <= config.max_facts <= len(tasks.NAMES):
+        raise BadInput(f"--min-facts and --max-facts must be ordered and in 1 to {len(tasks.NAMES)}")
     if min(config.steps, config.batch // 2, config.questions, config.warmup) < 1 or config.heads % 2:
         raise BadInput("--steps, --questions and --warmup must be positive, --batch at least 2, --heads even")
     out = Path(config.out)

@@ -22,6 +22,7 @@ from shapes import card, train_on
 
 import data
 import saliency
+import tasks
 from cli import one_line_errors, option, parse
 from model import Qwen3, Squares
 
@@ -52,7 +53,7 @@ model = Qwen3.from_pretrained(config.model, dtype, device)
 model.checkpointing = config.checkpointing
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 tokenizer = data.load_tokenizer(config.model, model.config.vocab_size)
-rows = data.RecallSource("bench", 17, 17)
+rows = tasks.Source("recall", "bench", 17, 17)
 prompts = [data.encode_prompt(tokenizer, rows[i], False, config.context) for i in range(config.prompts)]
 stop = [tokenizer.token_to_id("<|im_end|>")]
 

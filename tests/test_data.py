@@ -1,4 +1,4 @@
-"""data.py: ChatML, rewards, sources, and the refusals a user meets."""
+"""data.py, rewards.py, tasks.py: ChatML, rewards, sources, and the refusals a user meets."""
 
 import json
 import random
@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+import rewards
+import tasks
 from cli import BadInput
 
 TINY = ROOT / "assets" / "tiny"
@@ -44,7 +46,9 @@ def test_chat_equals_the_template_shipped_with_the_tiny_model(thinking):
 
 def test_the_tiny_tokenizer_is_the_same_in_transformers():
     ours, theirs = data.load_tokenizer(TINY, 10**6), transformers.AutoTokenizer.from_pretrained(TINY)
-    text = data.chat([{"role": "user", "content": data.RecallSource(1, 8, 8)[0]["prompt"] + " Zürich 123 don't"}], False)
+    text = data.chat(
+        [{"role": "user", "content": tasks.Source("recall", 1, 8, 8)[0]["prompt"] + " Zürich 123 don't"}], False
+    )
     ids = ours.encode(text, add_special_tokens=False).ids
     assert ids == theirs(text, add_special_tokens=False)["input_ids"]
     assert ours.decode(ids, skip_special_tokens=False) == text
@@ -61,7 +65,7 @@ def test_the_answer_follows_the_last_think_tag():
     ("cat dog", "cat", 0), ("c", "cat", 0),
 ])  # fmt: skip
 def test_exact_reward(answer, gold, value):
-    assert data.exact(answer, {"answer": gold}) == value
+    assert rewards.exact(answer, {"answer": gold}) == value
 
 
 # ------------------------------------------------------------------------------------------------------- recall task
@@ -69,7 +73,7 @@ def test_exact_reward(answer, gold, value):
 
 @given(st.integers(0, 10**9), st.integers(1, 48), st.integers(0, 30))
 def test_every_recall_question_has_its_answer_in_the_passage_once(seed, facts, filler):
-    passage, questions = data.recall(random.Random(seed), facts, filler, asked=min(facts, 5))
+    passage, questions = tasks.recall(random.Random(seed), facts, filler, asked=min(facts, 5))
     assert len(passage.split(". ")) == facts + filler
     for question, answer in questions:
         name = question.removeprefix("What is the code for ").removesuffix("?")
@@ -79,8 +83,8 @@ def test_every_recall_question_has_its_answer_in_the_passage_once(seed, facts, f
 
 
 def test_recall_rows_are_fixed_by_seed_and_index_and_held_out_ones_are_others():
-    train, again = data.RecallSource("train 0", 24, 24), data.RecallSource("train 0", 24, 24)
-    held_out = data.RecallSource("held out", 24, 24)
+    train, again = tasks.Source("recall", "train 0", 24, 24), tasks.Source("recall", "train 0", 24, 24)
+    held_out = tasks.Source("recall", "held out", 24, 24)
     assert train[5] == again[5] and train[5] != train[6]
     drawn = {train[i]["prompt"] for i in range(3000)}
     assert len(drawn) == 3000
@@ -89,7 +93,7 @@ def test_recall_rows_are_fixed_by_seed_and_index_and_held_out_ones_are_others():
 
 def test_recall_prompts_are_several_hundred_tokens():
     tokenizer = data.load_tokenizer(TINY, 10**6)
-    source = data.RecallSource("x", 24, 24)
+    source = tasks.Source("recall", "x", 24, 24)
     lengths = [len(data.encode_prompt(tokenizer, source[i], False, 4096)) for i in range(20)]
     assert 400 < min(lengths) <= max(lengths) < 600
 
@@ -163,10 +167,10 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize("spec", ["data", "nowhere:f", "data:nothing", "data:NAMES", ":", "data:"])
 def test_rewards_that_do_not_exist_are_refused(spec):
     with pytest.raises(BadInput, match="--reward"):
-        data.load_reward(spec)
+        rewards.load_reward(spec)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "high"])
 def test_a_reward_that_is_no_finite_number_names_the_row(value):
     with pytest.raises(BadInput, match="row line 3"):
-        data.score(lambda answer, row: value, "a", {"id": "line 3"})
+        rewards.score(lambda answer, row: value, "a", {"id": "line 3"})
