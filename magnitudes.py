@@ -1,6 +1,6 @@
 """What a checkpoint's Q and K look like: magnitudes of every head's dimensions, and how sharp, how stable they are.
 
-    python saliency.py assets/tiny                                 # prompts of the recall task
+    python saliency.py assets/tiny                                 # prompts of the recall task, see tasks.py
     python saliency.py Qwen3-8B --data train.jsonl --layers 0 17 35
 
 The model reads --prompts prompts one by one, without gradients and without logits; a prompt may fill its context. Magnitudes
@@ -12,7 +12,8 @@ Left in --out:
     norm.safetensors    the name, bool, the selected rows. norm.safetensors has the same names
     queries.png keys.png    heads x dimensions of --layers at "proj", each head over its own largest, selected rows marked
     summary.json
-        settings        checkpoint, weights (hash), rope_scaling, dtype, data, prompts, tokens (of all), prompt_ids (hash)
+        settings        checkpoint, weights (hash), rope_scaling, dtype, data, prompts, tokens (of all prompts),
+                        counted (--tokens), prompt_ids (hash)
         fraction        what was asked for; kept: dimensions selected in each head, of head_dim
         chance          kept / head_dim: what every number below would be if magnitudes were equal, or rows drawn at random
         proj, norm      of each site: concentration, the share of the squared magnitude that lies in the selected rows, and
@@ -34,11 +35,12 @@ import evaluation
 import plot
 import saliency
 import stats
+import tasks
 from checkpoint import load_weights
 from cli import BadInput, one_line_errors, option, parse
 from model import Qwen3
 
-SITES = ("proj", "norm")
+TOKENS = ("all", "not-first")  # of saliency.TOKENS, those that differ for a prompt without completions
 
 
 @dataclass
@@ -46,12 +48,14 @@ class Measured:
     """What is measured; perturb.py asks for the same."""
 
     checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
-    data: str = option("", "JSONL of prompts, as train.py reads it (default: the recall task)")
+    data: str = option("", "JSONL of prompts, as train.py reads it (default: --task)")
+    task: str = option("recall", "without --data: a task of tasks.py", list(tasks.TASKS))
+    facts: int = option(17, "task: facts in a passage", least=1)
+    filler: int = option(17, "task: filler sentences in a passage", least=0)
     prompts: int = option(32, "prompts to measure on; of --data a random draw of its rows", least=1)
     thinking: bool = option(False, "Qwen3's template with thinking, as train.py has it")
     seed: int = option(0, "seed of the prompts", least=0)
-    facts: int = option(17, "recall task: facts in a passage", least=1)
-    filler: int = option(17, "recall task: filler sentences in a passage", least=0)
+    tokens: str = option("all", "tokens that count: all, or not-first, without the attention sink", list(TOKENS))
     yarn: float = option(0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0)
     fraction: float = option(0.3, "share of each head's dimensions that is selected (paper: 0.3)", above=0)
 
@@ -77,8 +81,8 @@ def read_prompts(config):
         source, what = data.JsonlSource(config.data, config.seed), config.data
         count = min(config.prompts, len(source.rows))
     else:
-        source = data.RecallSource(f"train {config.seed}", config.facts, config.filler)
-        what, count = f"the recall task, {config.facts} facts and {config.filler} filler sentences", config.prompts
+        source = tasks.Source(config.task, f"train {config.seed}", config.facts, config.filler)
+        what, count = f"{config.task}, {config.facts} facts and {config.filler} filler sentences", config.prompts
     limit = model_config.context_length
     prompts = [data.encode_prompt(tokenizer, source[i], config.thinking, limit) for i in range(count)]
     settings = {
@@ -86,6 +90,7 @@ def read_prompts(config):
         "data": what,
         "prompts": count,
         "tokens": sum(map(len, prompts)),
+        "counted": config.tokens,
         "prompt_ids": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
     }
     return model_config, prompts, settings
@@ -100,13 +105,13 @@ def load_model(checkpoint, model_config):
 
 
 @torch.no_grad()
-def measure(model, prompts, site):
+def measure(model, prompts, site, tokens="all"):
     """Lists of token ids -> for each prompt alone, Tracker.magnitudes() on the CPU. Memory is that of one prompt."""
     device, measured = next(model.parameters()).device, []
     for prompt in tqdm(prompts, desc=f"magnitudes, {site}", unit="prompt"):
         ids = torch.tensor([prompt], device=device)
         last = torch.arange(len(prompt), device=device)[None] == len(prompt) - 1
-        with saliency.Tracker(model, site) as tracker:
+        with saliency.Tracker(model, site, tokens) as tracker:
             model.logprobs(ids, last)  # unlike model(ids): logits of one token only
         measured.append({name: magnitude.cpu() for name, magnitude in tracker.magnitudes().items()})
     return measured
@@ -156,11 +161,11 @@ def overlap(magnitudes, others, fraction):
 
 def summarize(measured, fraction):
     """{site: each prompt's magnitudes} -> summary.json without settings."""
-    means = {site: average(measured[site]) for site in SITES}
+    means = {site: average(measured[site]) for site in saliency.SITES}
     size = next(iter(means["proj"].values())).size(-1)
     rows = kept(fraction, size)
     summary = {"fraction": fraction, "kept": rows, "head_dim": size, "chance": rows / size}
-    for site in SITES:
+    for site in saliency.SITES:
         stable = by_layer(stability(measured[site], fraction)) if len(measured[site]) > 1 else None
         summary[site] = {"concentration": by_layer(concentration(means[site], fraction)), "stability": stable}
     return {**summary, "overlap": by_layer(overlap(means["proj"], means["norm"], fraction))}
@@ -203,11 +208,11 @@ def main():
         raise BadInput(f"--out {out} is a file; choose a directory")
 
     model = load_model(config.checkpoint, model_config)
-    measured = {site: measure(model, prompts, site) for site in SITES}
+    measured = {site: measure(model, prompts, site, config.tokens) for site in saliency.SITES}
 
     summary = {"settings": settings, **summarize(measured, config.fraction)}
     out.mkdir(parents=True, exist_ok=True)
-    for site in SITES:
+    for site in saliency.SITES:
         magnitudes = average(measured[site])
         masks = saliency.select_rows(magnitudes, config.fraction)
         plot.save_magnitudes(out / f"{site}.safetensors", magnitudes, masks)

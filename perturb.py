@@ -40,7 +40,7 @@ import magnitudes
 import stats
 from cli import BadInput, one_line_errors, option, parse
 
-EVALUATIONS = ["eval_recall.py", "eval_recall.py --sampling paper --seeds 4"]
+EVALUATIONS = ["eval_task.py", "eval_task.py --sampling paper --seeds 4"]
 PAPER = {"untouched": 173, "bottom": 108, "top": 0}  # right answers of Qwen3-8B to LongBench v2's 503 questions
 
 
@@ -92,7 +92,7 @@ def made(name):
 if missing := [name for name in names if not made(name)]:
     model = magnitudes.load_model(config.checkpoint, model_config)
     with clamp.Means(model) as means:
-        measured = magnitudes.average(magnitudes.measure(model, prompts, "proj"))
+        measured = magnitudes.average(magnitudes.measure(model, prompts, "proj", config.tokens))
     for name in missing:
         generator = torch.Generator().manual_seed(abouts[name]["draw"])
         values = clamp.choose(measured, means.values, config.fraction, abouts[name]["rule"], generator)

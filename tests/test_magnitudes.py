@@ -26,7 +26,7 @@ Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 
 def test_prompts_are_measured_one_by_one_and_averaged(small):
     prompts = [list(range(5, 60)), list(range(3, 10)), [1, 2]]
-    for site in magnitudes.SITES:
+    for site in saliency.SITES:
         measured = magnitudes.measure(small, prompts, site)
         with saliency.Tracker(small, site) as tracker:
             for prompt in prompts:
@@ -66,7 +66,7 @@ def test_the_script_of_saliency_py(tmp_path, monkeypatch, capsys):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["settings"]["prompts"] == 3 and summary["settings"]["tokens"] > 333 * 7
     assert summary["kept"] == 9 and len(summary["proj"]["concentration"]["q"]["layers"]) == 3
-    for site in magnitudes.SITES:
+    for site in saliency.SITES:
         tensors = load_file(tmp_path / "out" / f"{site}.safetensors")
         assert tensors[Q].shape == (8, 32) and (tensors[f"{K}.selected"].sum(1) == 9).all() and len(tensors) == 12
     assert f"{100 * summary['overlap']['k']['mean']:.1f}" in capsys.readouterr().out
@@ -166,24 +166,24 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypa
 
     with pytest.raises(BadInput, match="write one of this repository's evaluations after --"):
         perturb("--", "eval_nothing.py")
-    with pytest.raises(BadInput, match=r"eval_recall.py with untouched ended with exit code 1"):
-        perturb("--", "eval_recall.py", "--samples", 0)
+    with pytest.raises(BadInput, match=r"eval_task.py with untouched ended with exit code 1"):
+        perturb("--", "eval_task.py", "--samples", 0)
     config = Qwen3Config.from_pretrained(TINY)
     scores = {"untouched": [1, 1, 1, 0], "bottom": [1, 1, 0, 0], "random-0": [1, 0, 0, 0], "top": [0, 0, 0, 0]}
     for name, values in scores.items():
         _, about = clamp.load(tmp_path / f"{name}.safetensors", config)
         assert (about["rule"], about["draw"], about["fraction"]) == (name.partition("-")[0], 0, 0.3)
         settings = {
-            "benchmark": "recall",
+            "benchmark": "tasks.py",
             **evaluated.settings(TINY, config, about),
             "sampling": evaluation.GREEDY,
-            **{"facts": 17, "filler": 17, "samples": 4, "max_tokens": 24, "seeds": 1},
+            **{"task": "recall", "facts": 17, "filler": 17, "samples": 4, "max_tokens": 24, "seeds": 1},
         }
-        results = evaluation.Results(tmp_path / "1-recall" / name, settings)
+        results = evaluation.Results(tmp_path / "1-task" / name, settings)
         for i, score in enumerate(values):
             record = {"id": f"recall-held out-{i}", "task": "recall", "length": 34, "seed": 0, "score": float(score)}
             results.write({**record, "prediction": f"{name} {i}", "prompt_tokens": 335, "finished": True})
-    table = perturb("--", "eval_recall.py", "--samples", 4)
+    table = perturb("--", "eval_task.py", "--samples", 4)
     lines = {line.split()[0]: line.split()[1:] for line in table.splitlines() if "±" in line}
     assert lines["untouched"] == ["75.0", "±25.0", "100%", "-", "-", "-"]
     assert lines["random-0"] == ["25.0", "±25.0", "33%", "-50.0", "-100.0", "+0.0", "0.5"]
