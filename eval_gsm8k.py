@@ -30,8 +30,7 @@ import stats
 from cli import BadInput, one_line_errors, option, parse
 
 OFFICIAL_ITEMS = 1319
-PAPER = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "seeds")  # between the two of --compare
+MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "seeds")  # between the two of --compare
 
 
 @dataclass
@@ -46,6 +45,7 @@ class Config:
     out: str = option("", "directory of the results (default: runs/gsm8k/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
 
@@ -63,8 +63,9 @@ if not config.data:
     raise BadInput("no --data is given: download grade_school_math/data/test.jsonl of github.com/openai/grade-school-math")
 evaluated.check_ranks(config.tensor_parallel)
 model_config, tokenizer, _ = evaluated.load(config.checkpoint)
+held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_parallel)
 thinking = config.mode == "thinking"
-sampling = PAPER if config.sampling == "paper" else evaluation.THINKING if thinking else evaluation.GREEDY
+sampling = evaluation.PAPER if config.sampling == "paper" else evaluation.THINKING if thinking else evaluation.GREEDY
 if config.seeds > 1 and sampling["temperature"] == 0:
     raise BadInput(f"--seeds {config.seeds} needs --mode thinking or --sampling paper: greedy completions are all the same")
 
@@ -94,7 +95,7 @@ if context > model_config.context_length:
     )
 settings = {
     "benchmark": "GSM8K",
-    **evaluated.settings(config.checkpoint, model_config),
+    **evaluated.settings(config.checkpoint, model_config, clamped),
     "data": hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
     "mode": config.mode,
     "sampling": sampling,
@@ -119,7 +120,7 @@ def score(item, prediction):
 
 if len(results.done) < len(items) * config.seeds:
     engine = evaluation.Engine(
-        *(config.checkpoint, context, config.tensor_parallel, model_config.rope_scaling, config.vllm_share)
+        *(config.checkpoint, context, config.tensor_parallel, model_config.rope_scaling, config.vllm_share), clamp=held
     )
     stop_ids = data.stop_ids(tokenizer)
     evaluation.run(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
@@ -135,7 +136,7 @@ by_seed = [stats.summarize([r for r in records if r["seed"] == seed])["score"] f
 without = sum(answer(r["prediction"]) is None for r in records)
 finished = sum(r["finished"] for r in records) / len(records)
 error = "" if total["stderr"] is None else f" ±{100 * total['stderr']:.2f}"
-print(f"GSM8K of {config.checkpoint}, ± standard error over problems")
+print(f"GSM8K of {evaluated.described(config.checkpoint, clamped)}, ± standard error over problems")
 print(f"mode {config.mode}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}")
 print(f"\naccuracy {100 * total['score']:.2f}{error}, {total['n']} problems")
 if config.seeds > 1:

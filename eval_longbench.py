@@ -36,12 +36,12 @@ from cli import BadInput, one_line_errors, option, parse
 
 SAMPLING = {
     "official": {"temperature": 0.1, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
-    "paper": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+    "paper": evaluation.PAPER,
 }
 ANSWER_TOKENS, REASONING_TOKENS = 128, 1024
 SLACK = 64  # tokens: the chat template, and what a truncated prompt may gain when its text is encoded again
 IN_FLIGHT = 16  # requests in an engine at once: a GPU holds a few prompts of 120,000 tokens, and the next ones should wait
-MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "seeds")  # between the two of --compare
+MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "seeds")  # between the two of --compare
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Config:
     out: str = option("", "directory of the results (default: runs/longbench/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
 
@@ -79,6 +80,7 @@ if not config.data:
     raise BadInput("no --data is given: download data.json of huggingface.co/datasets/THUDM/LongBench-v2")
 evaluated.check_ranks(config.tensor_parallel)
 model_config, tokenizer, trained = evaluated.load(config.checkpoint, config.yarn)
+held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_parallel)
 budget = config.thinking_budget if config.thinking else 0
 needed = (REASONING_TOKENS if config.cot else ANSWER_TOKENS) + budget + SLACK
 context = model_config.context_length
@@ -93,7 +95,7 @@ sampling = SAMPLING.get(config.sampling, evaluation.THINKING if config.thinking 
 
 settings = {
     "benchmark": "LongBench v2",
-    **evaluated.settings(config.checkpoint, model_config),
+    **evaluated.settings(config.checkpoint, model_config, clamped),
     "data": digest,
     "cot": config.cot,
     "max_input": config.max_input,
@@ -160,6 +162,7 @@ if len(results.done) < len(entries) * config.seeds:
         config.tensor_parallel,
         model_config.rope_scaling,
         config.vllm_share,
+        held,
         in_flight=IN_FLIGHT,
     )
     todo = unfinished(first)
@@ -226,7 +229,7 @@ variants = [name for name in ("keep_thinking", "skip_empty", "compensated") if g
 finished = sum(r["finished"] for r in records) / len(records)
 
 print(
-    f"LongBench v2 of {config.checkpoint}, ± standard error over items"
+    f"LongBench v2 of {evaluated.described(config.checkpoint, clamped)}, ± standard error over items"
     + "".join(f", --{v.replace('_', '-')}" for v in variants)
 )
 print(

@@ -41,7 +41,7 @@ MODES = {
     "base": ("base", True, evaluation.GREEDY),
 }
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
-MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "samples", "seeds")  # between the two of --compare
+MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "samples", "seeds")  # between the two of --compare
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Config:
     out: str = option("", "directory of the results (default: runs/ruler/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
 
@@ -101,6 +102,7 @@ if beyond := [length for length in lengths if length + budget > context]:
         f"{config.checkpoint} has a context of {context} tokens; {evaluated.yarn_for(lengths[-1] + budget, trained)}; "
         + (f"without that: {', or '.join(fits)}" if fits else "or lower --thinking-budget")
     )
+held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_parallel)
 
 # ------------------------------------------------------------------------------------------------------------ samples
 
@@ -126,7 +128,7 @@ def prepare():
 tasks, left_out, essays, paths = evaluation.on_rank_0(prepare)
 settings = {
     "benchmark": "RULER",
-    **evaluated.settings(config.checkpoint, model_config),
+    **evaluated.settings(config.checkpoint, model_config, clamped),
     "mode": config.mode,
     "template": ruler.TEMPLATES[template],
     "answer_prefix": answer_prefix,
@@ -171,7 +173,8 @@ def score(item, prediction):
 total = len(paths) * config.samples
 if len(results.done) < total * config.seeds:
     engine = evaluation.Engine(
-        config.checkpoint, lengths[-1] + budget, config.tensor_parallel, model_config.rope_scaling, config.vllm_share
+        *(config.checkpoint, lengths[-1] + budget, config.tensor_parallel, model_config.rope_scaling, config.vllm_share),
+        clamp=held,
     )
     evaluation.run(engine, results, items(), total, config.seeds, sampling, data.stop_ids(tokenizer), tokenizer, score)
     engine.close()
@@ -223,7 +226,7 @@ def shown(value, error):
 text = [["task", *map(str, lengths)]]
 text += [[task, *[shown(cells[task, length], errors[task, length]) for length in lengths]] for task in tasks]
 text += [[f"average of {len(tasks)}", *[shown(*rows[length].values()) for length in lengths]]]
-print(f"RULER of {config.checkpoint}, {config.samples} samples a cell, ± standard error")
+print(f"RULER of {evaluated.described(config.checkpoint, clamped)}, {config.samples} samples a cell, ± standard error")
 print(
     f"mode {config.mode}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}"
     + (f", thinking budget {budget} tokens" if thinking else "")

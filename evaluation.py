@@ -39,6 +39,7 @@ from cli import BadInput
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 THINKING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
 NON_THINKING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+PAPER = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # LongAct's: the whole distribution
 
 # Requests in the engine at once: more than a GPU runs together, few enough that their prompts fit in memory. A CPU reads all
 # prompts it is given before it answers the first, so there fewer means results sooner, at the same speed.
@@ -81,19 +82,25 @@ def on_rank_0(function):
 
 class Engine:
     """vLLM over a checkpoint, one per `tensor_parallel` ranks. context_length: most tokens of prompt and completion;
-    rope_scaling: YaRN instead of the checkpoint's own; share: of the GPU's memory; in_flight: most requests at once. Raises
-    BadInput if it cannot start."""
+    rope_scaling: YaRN instead of the checkpoint's own; share: of the GPU's memory; clamp: values that dimensions of Q and K
+    are held at (clamp.py), None for a plain engine; in_flight: most requests at once. Raises BadInput if it cannot start."""
 
-    def __init__(self, checkpoint, context_length, tensor_parallel=1, rope_scaling=None, share=0.9, in_flight=IN_FLIGHT):
+    def __init__(
+        self, checkpoint, context_length, tensor_parallel=1, rope_scaling=None, share=0.9, clamp=None, in_flight=IN_FLIGHT
+    ):
         self.in_flight = in_flight
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         from rollout import Rollout  # importing vLLM takes seconds, and the user's input is checked before
 
         try:
-            self.rollout = Rollout(checkpoint, context_length, dtype(), 0, tensor_parallel, share, rope_scaling)
+            self.rollout = Rollout(
+                *(checkpoint, context_length, dtype(), 0, tensor_parallel, share, rope_scaling), eager=clamp is not None
+            )
         except ValueError as error:
             raise BadInput(f"vLLM cannot start with {context_length} tokens: {str(error).splitlines()[0]}") from error
+        if clamp is not None:
+            self.rollout.clamp(clamp)
         rank, world = ranks()
         self.share, self.shares, self.leader = rank // tensor_parallel, world // tensor_parallel, rank % tensor_parallel == 0
 

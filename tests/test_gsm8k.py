@@ -4,8 +4,10 @@ import json
 from decimal import Decimal
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 
+import clamp
 import gsm8k
 from cli import BadInput
 
@@ -107,13 +109,20 @@ def test_the_official_file(tmp_path):
 
 
 def test_the_script_and_its_report(tmp_path):
-    """One run of vLLM; then its predictions are replaced by hand and reported again."""
+    """One run of vLLM, under a clamp; then its predictions are replaced by hand and reported again."""
+    heads = {"q": 8, "k": 2}
+    names = {f"model.layers.{i}.self_attn.{which}_proj": n for i in range(3) for which, n in heads.items()}
+    infinite = {name: torch.full((n * 32,), torch.inf) for name, n in names.items()}
+    clamp.save(tmp_path / "clamp", infinite, {"rule": "all", "fraction": 1.0})
     arguments = [TINY, "--data", written(tmp_path, ROWS), "--mode", "base", "--max-tokens", 20, "--out", tmp_path / "out"]
+    arguments += ["--clamp", tmp_path / "clamp"]
     result = run_script("eval_gsm8k.py", *arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0 and "tiny, clamp: all," in result.stdout, result.stderr[-3000:]
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["clamp"]["rule"] == "all"
     path = tmp_path / "out" / "results.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["id"] for r in records] == ["line 1", "line 2", "line 3"] and all(r["prompt_tokens"] > 500 for r in records)
+    assert {r["prediction"] for r in records} == {"!" * 20}  # of logits that are no numbers the greedy token is 0
     texts = ["2 * 3. The answer is 6.\n\nQ: x\nA: The answer is 7.", "The answer is $1,250.", "I"]
     made = [{**r, "prediction": text, "score": float(text != "I")} for r, text in zip(records, texts)]
     path.write_text("".join(json.dumps(r) + "\n" for r in made))
