@@ -1,12 +1,10 @@
 """magnitudes.py, clamp.py and perturb.py: statistics worked by hand, clamps and their files, scripts and refusals."""
 
 import json
-import runpy
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_small
+from conftest import ROOT, make_small, refusal, run_here
 from safetensors.torch import load_file, save_file
 
 import clamp
@@ -56,20 +54,18 @@ def test_without_structure_everything_is_chance():
     assert summary["overlap"]["k"] == {"mean": 1.0, "layers": [1.0]}
 
 
-def test_the_script_of_saliency_py(tmp_path, monkeypatch, capsys):
+def test_the_script_of_saliency_py(tmp_path):
     rows = [{"prompt": "What is the code for Max? " * n, "answer": ""} for n in (3, 30, 300)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [TINY, "--data", tmp_path / "prompts.jsonl", "--layers", 2, 0, "--out", tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", ["saliency.py", *map(str, arguments)])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    runpy.run_path(str(ROOT / "saliency.py"), run_name="__main__")
+    printed = run_here("saliency.py", *arguments)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["settings"]["prompts"] == 3 and summary["settings"]["tokens"] > 333 * 7
     assert summary["kept"] == 9 and len(summary["proj"]["concentration"]["q"]["layers"]) == 3
     for site in saliency.SITES:
         tensors = load_file(tmp_path / "out" / f"{site}.safetensors")
         assert tensors[Q].shape == (8, 32) and (tensors[f"{K}.selected"].sum(1) == 9).all() and len(tensors) == 12
-    assert f"{100 * summary['overlap']['k']['mean']:.1f}" in capsys.readouterr().out
+    assert f"{100 * summary['overlap']['k']['mean']:.1f}" in printed
     for name in ("queries.png", "keys.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
 
@@ -84,12 +80,8 @@ def test_the_script_of_saliency_py(tmp_path, monkeypatch, capsys):
         ([TINY, "--data", "none.jsonl"], "none.jsonl cannot be read"),
     ],
 )
-def test_saliency_py_refuses(arguments, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["saliency.py", *map(str, arguments)])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    with pytest.raises(BadInput) as error:
-        magnitudes.main()
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_saliency_py_refuses(arguments, message):
+    assert message in refusal("saliency.py", *arguments)
 
 
 # -------------------------------------------------------------------------------------------------------------- clamps
@@ -153,16 +145,11 @@ def test_clamp_files_say_how_they_were_chosen_and_others_are_refused(tmp_path):
         evaluated.load_clamp(tmp_path / "top", small.config, 2)
 
 
-def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypatch, capsys):
+def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path):
     """Its evaluations, finished beforehand by hand, report again under its clamps: no engine, but all else."""
 
     def perturb(*arguments):
-        command = ["perturb.py", TINY, "--prompts", 2, "--out", tmp_path, *arguments]
-        monkeypatch.setattr(sys, "argv", [*map(str, command)])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-        monkeypatch.chdir(ROOT)
-        runpy.run_path("perturb.py", run_name="__main__")
-        return capsys.readouterr().out
+        return run_here("perturb.py", TINY, "--prompts", 2, "--out", tmp_path, *arguments)
 
     with pytest.raises(BadInput, match="write one of this repository's evaluations after --"):
         perturb("--", "eval_nothing.py")
@@ -179,10 +166,13 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypa
             "sampling": evaluation.GREEDY,
             **{"task": "recall", "facts": 17, "filler": 17, "samples": 4, "max_tokens": 24, "seeds": 1},
         }
-        results = evaluation.Results(tmp_path / "1-task" / name, settings)
-        for i, score in enumerate(values):
-            record = {"id": f"recall-held out-{i}", "task": "recall", "length": 34, "seed": 0, "score": float(score)}
-            results.write({**record, "prediction": f"{name} {i}", "prompt_tokens": 335, "finished": True})
+        wanted = [(f"recall-held out-{i}", 0) for i in range(4)]
+        results = evaluation.Results(tmp_path / "1-task" / name, settings, wanted)
+        for (key, seed), score in zip(wanted, values):
+            record = {"id": key, "task": "recall", "length": 34, "seed": seed, "score": float(score), "expected": "x"}
+            record |= {"prediction": f"{name} {key[-1]}", "prompt_tokens": 335, "completion_tokens": 9, "finished": True}
+            results.write(record)
+        del results  # and with it the directory's lock
     table = perturb("--", "eval_task.py", "--samples", 4)
     lines = {line.split()[0]: line.split()[1:] for line in table.splitlines() if "±" in line}
     assert lines["untouched"] == ["75.0", "±25.0", "100%", "-", "-", "-"]
