@@ -68,7 +68,7 @@ class Config:
 one_line_errors()
 config = parse(Config, __doc__)
 if config.compare:
-    print(stats.compare(config.compare, MAY_DIFFER))
+    print(stats.compare(config.compare, MAY_DIFFER, longbench.CLASSES["length"]))
     sys.exit()
 
 # --------------------------------------------------------------------------------------------------- what can be asked
@@ -199,26 +199,20 @@ COLUMNS = {
 
 def scores(records):
     """Column -> {"score", "stderr", "n"} in per cent, None for an empty class."""
-    columns = {}
-    for column, inside in COLUMNS.items():
-        chosen = [r for r in records if inside(r)]
-        columns[column] = stats.summarize(chosen) if chosen else None
-        for key in ("score", "stderr"):
-            if chosen and columns[column][key] is not None:
-                columns[column][key] *= 100
-    return columns
+    chosen = {column: [r for r in records if inside(r)] for column, inside in COLUMNS.items()}
+    return {column: stats.percent(stats.summarize(rs)) if rs else None for column, rs in chosen.items()}
 
 
-def shown(cell):
-    return "-" if cell is None else f"{cell['score']:.1f}" + ("" if cell["stderr"] is None else f" ±{cell['stderr']:.1f}")
+def shown(columns):
+    return [stats.shown(cell, 1) for cell in columns.values()]
 
 
 total = scores(counted)
 by_seed = [scores([r for r in counted if r["seed"] == seed]) for seed in range(config.seeds)]
 rows = [["", *COLUMNS]]
 if config.seeds > 1:
-    rows += [[f"seed {seed}", *map(shown, columns.values())] for seed, columns in enumerate(by_seed)]
-rows += [["mean" if config.seeds > 1 else "score", *map(shown, total.values())]]
+    rows += [[f"seed {seed}", *shown(columns)] for seed, columns in enumerate(by_seed)]
+rows += [["mean" if config.seeds > 1 else "score", *shown(total)]]
 rows += [["items", *[str(cell["n"]) if cell else "0" for cell in total.values()]], ["chance", *["25.0"] * len(COLUMNS)]]
 official = len(entries) == longbench.OFFICIAL_ITEMS
 variants = [name for name in ("keep_thinking", "skip_empty", "compensated") if getattr(config, name)]

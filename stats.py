@@ -27,6 +27,18 @@ def summarize(records):
     return {"score": float(np.mean(scores)), "stderr": stderr, "n": len(scores)}
 
 
+def percent(summary):
+    """What `summarize` gives, with score and stderr in per cent."""
+    return {key: value if key == "n" or value is None else 100 * value for key, value in summary.items()}
+
+
+def shown(percent, digits):
+    """ "40.0 ±2.2" of what `percent` gives; "-" of None, which stands for no items."""
+    if percent is None:
+        return "-"
+    return f"{percent['score']:.{digits}f}" + ("" if percent["stderr"] is None else f" ±{percent['stderr']:.{digits}f}")
+
+
 def table(rows):
     """Rows of strings -> text with aligned columns, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -63,9 +75,11 @@ def mcnemar(losses, wins):
     return min(1.0, 2 * tail / 2**n)
 
 
-def compare(paths, may_differ):
-    """The report of --compare A B: for all items both have, and for each task, score of A and of B, difference, interval
-    and p-value. paths: two results.jsonl or their directories. Raises BadInput if settings outside `may_differ` differ."""
+def compare(paths, may_differ, order=()):
+    """The report of --compare A B: scores, difference, interval and p-value of all items both have, then of each task and
+    of each length where there are several. paths: two results.jsonl or their directories; order: names of classes that
+    have an order of their own. Each p-value is of one test: among 20 rows without a difference one has p < 0.05. Raises
+    BadInput if settings outside `may_differ` differ."""
     if len(paths) != 2:
         raise BadInput(f"--compare takes two results.jsonl or their directories, not {len(paths)}")
     files = [path / "results.jsonl" if path.is_dir() else path for path in map(Path, paths)]
@@ -75,14 +89,17 @@ def compare(paths, may_differ):
         raise BadInput(f"{files[0]} and {files[1]} are of other settings and cannot be compared: {difference}")
     records = [read_results(file) for file in files]
     scores = [by_item(r) for r in records]
-    tasks = {record["id"]: record["task"] for record in records[0]}
     both = [item for item in scores[0] if item in scores[1]]
     if not both:
         raise BadInput(f"{files[0]} and {files[1]} have no sample in common")
+    groups = {"all": both}
+    for kind in ("task", "length"):
+        names = {record["id"]: record[kind] for record in records[0] if record["id"] in scores[1]}
+        classes = sorted(set(names.values()), key=lambda name: (order.index(name) if name in order else 0, name))
+        if len(classes) > 1:
+            groups |= {str(name): [item for item in both if names[item] == name] for name in classes}
     rows = [["", "n", "A", "B", "B - A", "95% interval", "p", "test"]]
-    names = sorted({tasks[item] for item in both})
-    for name in ["all", *names]:
-        items = [item for item in both if name in ("all", tasks[item])]
+    for name, items in groups.items():
         r = paired(*[[s[item] for item in items] for s in scores])
         numbers = [f"{100 * r[key]:.2f}" for key in ("a", "b")] + [f"{100 * r['difference']:+.2f}"]
         rows.append(

@@ -69,11 +69,32 @@ def test_prompts():
         ("#### 3\nno, #### 4", 4),
         ("The answer is 9: nine", 9),
         ("#### 007", 7),
+        ("#### 29 %", 29),
+        ("#### 5kg", 5),
+        ("#### 5 x-rays", 5),
+        ("#### €5 each", 5),
+        ("#### Answer: 18", 18),
+        ("**#### answer 18**", 18),
+        ("#### **18**\n3 more", 18),
+        ("The answer is 18 dollars, 3 more than before.", 18),
+        ("#### The answer is $3.50.", Decimal("3.5")),
+        (r"\boxed{18\%}", 18),
+        (r"\boxed{18 \text{ dollars}}", 18),
         ("#### 1/2", None),
         ("#### 12 / 2", None),
         ("#### 1.2/3", None),
         ("the answer is 3:00", None),
         ("#### 2^10", None),
+        (r"\boxed{2^{10}}", None),
+        (r"\boxed{3 \times 10^3}", None),
+        (r"\boxed{1\frac{1}{2}}", None),
+        ("#### 1e3", None),
+        ("#### 1.5E+3", None),
+        ("#### 1 1/2", None),
+        ("#### 1 000", None),
+        ("#### 5 + 3 = 8", None),
+        ("#### 5 x 3", None),
+        ("#### 12-15", None),
         ("#### 1.2.3", None),
         ("#### eighteen", None),
         ("#### ", None),
@@ -84,6 +105,12 @@ def test_prompts():
 )
 def test_extraction(text, number):
     assert gsm8k.extract(text) == number
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "*", "9", "9,", "-", "#### ", r"\boxed{", "#### 9"])
+def test_extraction_takes_no_time_over_what_a_model_repeats(run):
+    """With backtracking a thousand spaces took half a minute; as many as here would never end."""
+    assert gsm8k.extract("####" + run * 10_000 + "/2 #### 7") == 7
 
 
 def test_the_official_file(tmp_path):
