@@ -108,6 +108,8 @@ first = evaluation.Results(results.out / "reasoning", settings) if config.cot el
 
 # --------------------------------------------------------------------------------------------------------- completions
 
+encode = longbench.encoder(tokenizer, config.thinking)
+
 
 def read(prediction):
     """What is read of a completion."""
@@ -120,15 +122,14 @@ def score(item, prediction):
 
 def prompt(entry):
     template = longbench.COT if config.cot else longbench.ZERO_SHOT
-    text = longbench.fill(template, longbench.read_item(config.data, entry))
-    return longbench.encode(tokenizer, text, config.max_input, config.thinking)
+    return encode(longbench.fill(template, longbench.read_item(config.data, entry)), config.max_input)
 
 
 def answer_prompts(entry):
     """The second stage's: {seed: token ids}."""
     item = longbench.read_item(config.data, entry)
     texts = [longbench.fill(longbench.COT_ANSWER, item, reasoned[entry.id, seed]) for seed in range(config.seeds)]
-    return {s: longbench.encode(tokenizer, text, config.max_input, config.thinking) for s, text in enumerate(texts)}
+    return {seed: encode(text, config.max_input) for seed, text in enumerate(texts)}
 
 
 def ask(results, todo, prompt_ids, max_tokens, score):

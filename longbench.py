@@ -9,6 +9,7 @@ list) is never held as a whole: `index` reads it once, checks every item and rem
 """
 
 import codecs
+import copy
 import hashlib
 import json
 import re
@@ -57,20 +58,26 @@ def fill(template, item, reasoning=""):
     return template
 
 
-def encode(tokenizer, prompt, max_input, thinking):
-    """The user's message `prompt` -> token ids with the chat template around it.
+def encoder(tokenizer, thinking):
+    """-> a function: the user's message (text), max_input -> token ids (list) with the chat template around it.
 
-    Of a prompt of more than `max_input` tokens the middle is left out, before the template comes: the first max_input // 2
-    and the last (max_input + 1) // 2 stay and become text again, without special tokens. That text may have a few tokens
-    more than it was made of, where the halves meet. The prompt is encoded without its template, once: it begins with a
-    letter after a line end and ends before a special token, and no token of Qwen's crosses either (see the tests).
+    Of a message of more than `max_input` tokens the middle is left out, before the template comes: the first max_input // 2
+    and the last (max_input + 1) // 2 stay and become text again. That text may have a few tokens more than it was made of,
+    where the halves meet. The message is encoded without its template, once: it begins with a letter after a line end and
+    ends before a special token, and no token of Qwen's crosses either (see the tests). A special token that a document
+    spells, such as <|im_end|>, stays text; in the official code it ends the user's turn, or is lost if the prompt is cut.
     """
-    ids = _ids(tokenizer, prompt)
-    if len(ids) > max_input:
-        ids = ids[: max_input // 2] + ids[-((max_input + 1) // 2) :]
-        ids = _ids(tokenizer, tokenizer.decode(ids, skip_special_tokens=True))
-    before, after = chat([{"role": "user", "content": "\0"}], thinking).split("\0")
-    return _ids(tokenizer, before) + ids + _ids(tokenizer, after)
+    before, after = (_ids(tokenizer, part) for part in chat([{"role": "user", "content": "\0"}], thinking).split("\0"))
+    plain = copy.deepcopy(tokenizer)
+    plain.encode_special_tokens = True  # as text
+
+    def encode(message, max_input):
+        ids = _ids(plain, message)
+        if len(ids) > max_input:
+            ids = _ids(plain, plain.decode(ids[: max_input // 2] + ids[-((max_input + 1) // 2) :]))
+        return before + ids + after
+
+    return encode
 
 
 def _ids(tokenizer, text):

@@ -50,9 +50,10 @@ if __name__ == "__main__":
     seconds = time.perf_counter() - started
     print(f"index: {seconds:.1f} s, {path.stat().st_size / 1e6 / seconds:.0f} MB/s; peak memory {peak():.0f} MiB")
 
+    encode = longbench.encoder(tokenizer, thinking=False)
+
     def prompt(entry):
-        text = longbench.fill(longbench.ZERO_SHOT, longbench.read_item(path, entry))
-        return longbench.encode(tokenizer, text, config.max_input, False)
+        return encode(longbench.fill(longbench.ZERO_SHOT, longbench.read_item(path, entry)), config.max_input)
 
     mine = longbench.dealt(entries, config.engines)[:: config.engines]
     started, tokens, first = time.perf_counter(), 0, None
