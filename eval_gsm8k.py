@@ -81,7 +81,10 @@ def prompt_ids(question):
 rows = evaluation.on_rank_0(lambda: gsm8k.read(config.data))
 max_tokens = config.max_tokens + (config.thinking_budget if thinking else 0)
 items = [
-    {"id": key, "task": "gsm8k", "length": 0, "prompt_ids": prompt_ids(question), "max_tokens": max_tokens, "gold": gold}
+    {
+        **{"id": key, "task": "gsm8k", "length": 0, "prompt_ids": prompt_ids(question), "max_tokens": max_tokens},
+        **{"expected": str(gold), "gold": gold},
+    }
     for key, question, gold in rows
 ]
 context = max_tokens + max(len(item["prompt_ids"]) for item in items)
@@ -99,7 +102,8 @@ settings = {
     "max_tokens": max_tokens,
     "seeds": config.seeds,
 }
-results = evaluation.Results(config.out or f"runs/gsm8k/{evaluated.name(config.checkpoint)}", settings)
+expected = [(key, seed) for key, *_ in rows for seed in range(config.seeds)]
+results = evaluation.Results(config.out or f"runs/gsm8k/{evaluated.name(config.checkpoint)}", settings, expected)
 
 # --------------------------------------------------------------------------------------------------------- completions
 

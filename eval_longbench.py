@@ -103,8 +103,9 @@ settings = {
     "sampling": sampling,
     "seeds": config.seeds,
 }
-results = evaluation.Results(config.out or f"runs/longbench/{evaluated.name(config.checkpoint)}", settings)
-first = evaluation.Results(results.out / "reasoning", settings) if config.cot else results
+expected = [(entry.id, seed) for entry in entries for seed in range(config.seeds)]
+results = evaluation.Results(config.out or f"runs/longbench/{evaluated.name(config.checkpoint)}", settings, expected)
+first = evaluation.Results(results.out / "reasoning", settings, expected) if config.cot else results
 
 # --------------------------------------------------------------------------------------------------------- completions
 
@@ -117,7 +118,7 @@ def read(prediction):
 
 
 def score(item, prediction):
-    return float(longbench.extract(read(prediction)) == item["answer"])
+    return float(longbench.extract(read(prediction)) == item["expected"])
 
 
 def prompt(entry):
@@ -140,7 +141,7 @@ def ask(results, todo, prompt_ids, max_tokens, score):
             "length": entry.length,
             "prompt_ids": lambda entry=entry: prompt_ids(entry),
             "max_tokens": max_tokens + budget,
-            "answer": entry.answer,
+            "expected": entry.answer,
         }
         for entry in todo
     ]

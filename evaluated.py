@@ -1,5 +1,6 @@
 """The checkpoint that an evaluation is about: its config with YaRN, its tokenizer, its name; wrong ones refused early."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import evaluation
 from checkpoint import check_weights
 from cli import BadInput
 from model import Qwen3, Qwen3Config
+
+YARN_VALIDATED = 4  # the largest factor that Qwen3's model card speaks of
 
 
 def load(checkpoint, yarn=0.0):
@@ -27,6 +30,14 @@ def load(checkpoint, yarn=0.0):
     with torch.device("meta"):
         check_weights(Qwen3(config), checkpoint)
     return config, tokenizer, scaling["original_max_position_embeddings"]
+
+
+def yarn_for(tokens, trained):
+    """What gives a checkpoint whose original context is `trained` one of `tokens`, as a part of a message."""
+    factor = math.ceil(tokens / trained)
+    if factor <= YARN_VALIDATED:
+        return f"give --yarn {factor}"
+    return f"{tokens} need a YaRN factor of {factor}, and Qwen3's model card validates no more than {YARN_VALIDATED}"
 
 
 def check_ranks(tensor_parallel):

@@ -2,12 +2,11 @@
 
 import math
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 
 from cli import BadInput
-from evaluation import different, read_json, read_results
+from evaluation import different, read_results, read_settings, results_file
 
 RESAMPLES = 10_000  # of the bootstrap, and sign flips of the permutation test
 
@@ -82,8 +81,8 @@ def compare(paths, may_differ, order=()):
     BadInput if settings outside `may_differ` differ."""
     if len(paths) != 2:
         raise BadInput(f"--compare takes two results.jsonl or their directories, not {len(paths)}")
-    files = [path / "results.jsonl" if path.is_dir() else path for path in map(Path, paths)]
-    settings = [read_json(file.with_name("settings.json")) for file in files]
+    files = [results_file(path) for path in paths]
+    settings = [read_settings(file.with_name("settings.json")) for file in files]
     difference = different(*[{k: v for k, v in s.items() if k not in may_differ} for s in settings])
     if difference:
         raise BadInput(f"{files[0]} and {files[1]} are of other settings and cannot be compared: {difference}")

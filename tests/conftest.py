@@ -1,6 +1,10 @@
 """What tests share: small random Qwen3 models, and scripts run as scripts."""
 
+import contextlib
+import gc
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +55,22 @@ def run_script(*arguments, timeout=600, env=None):
     command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, **(env or {})}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def run_here(script, *arguments):
+    """Run a script of the repository in this process, which has imported what it imports -> what it printed. A BadInput
+    comes through; run_script shows what the user sees of one."""
+    argv, hook, printed = sys.argv, sys.excepthook, io.StringIO()
+    sys.argv = [str(ROOT / script), *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+    finally:
+        sys.argv, sys.excepthook = argv, hook
+        gc.collect()  # the script's variables, as at the end of a process: open files, locks
+    return printed.getvalue()
 
 
 def run_ranks(ranks, code, *arguments, timeout=300):

@@ -370,7 +370,7 @@ def finished(tmp_path, *arguments, scores=(1, 1, 0, 0, 0), **changes):
     }
     out = tmp_path / "out"
     if not out.exists():
-        results = evaluation.Results(out, written_settings)
+        results = evaluation.Results(out, written_settings, [(f"x{i}", 0) for i in range(5)])
         for i, (text, score) in enumerate(zip(PREDICTIONS, scores)):
             record = {"id": f"x{i}", "task": CLASSES[i][0], "length": CLASSES[i][1], "seed": 0, "prediction": text}
             counts = {"prompt_tokens": 1, "completion_tokens": 1, "finished": True}
