@@ -22,7 +22,6 @@ Left in --out: settings.json, results.jsonl (a line as each sample ends), result
 stage. The same command goes on where an interrupted one stopped, on any number of ranks.
 """
 
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ if config.max_input + needed > context:
     room = f", or --max-input {context - needed}" if context > needed + 1 else ""
     raise BadInput(
         f"--max-input {config.max_input} and {needed} tokens for template and completion: {config.checkpoint} has a "
-        f"context of {context}; give --yarn {math.ceil((config.max_input + needed) / trained)}{room}"
+        f"context of {context}; {evaluated.yarn_for(config.max_input + needed, trained)}{room}"
     )
 entries, digest = evaluation.on_rank_0(lambda: longbench.index(config.data))
 sampling = SAMPLING.get(config.sampling, evaluation.THINKING if config.thinking else evaluation.NON_THINKING)

@@ -4,7 +4,7 @@ import json
 from decimal import Decimal
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, run_here, run_script
 
 import gsm8k
 from cli import BadInput
@@ -136,17 +136,16 @@ def test_the_official_file(tmp_path):
 def test_the_script_and_its_report(tmp_path):
     """One run of vLLM; then its predictions are replaced by hand and reported again."""
     arguments = [TINY, "--data", written(tmp_path, ROWS), "--mode", "base", "--max-tokens", 20, "--out", tmp_path / "out"]
-    result = run_script("eval_gsm8k.py", *arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_here("eval_gsm8k.py", *arguments)
     path = tmp_path / "out" / "results.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["id"] for r in records] == ["line 1", "line 2", "line 3"] and all(r["prompt_tokens"] > 500 for r in records)
     texts = ["2 * 3. The answer is 6.\n\nQ: x\nA: The answer is 7.", "The answer is $1,250.", "I"]
     made = [{**r, "prediction": text, "score": float(text != "I")} for r, text in zip(records, texts)]
     path.write_text("".join(json.dumps(r) + "\n" for r in made))
-    result = run_script("eval_gsm8k.py", *arguments)
-    assert result.returncode == 0 and "accuracy 66.67 ±33.33, 3 problems" in result.stdout
-    assert "1 of 3 completions give no readable number" in result.stdout and "Not GSM8K's score: 3" in result.stdout
+    stdout = run_here("eval_gsm8k.py", *arguments)
+    assert "accuracy 66.67 ±33.33, 3 problems" in stdout
+    assert "1 of 3 completions give no readable number" in stdout and "Not GSM8K's score: 3" in stdout
     assert json.loads((tmp_path / "out" / "results.json").read_text())["score"]["n"] == 3
 
 
@@ -158,10 +157,16 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_bad_input_gets_one_clear_line(case, tmp_path):
+def test_bad_input_is_refused_and_leaves_nothing(case, tmp_path):
     arguments, message = REFUSALS[case]
     path = written(tmp_path, ROWS)
-    result = run_script("eval_gsm8k.py", *[path if a == "DATA" else a for a in arguments], "--out", tmp_path / "out")
-    errors = [line for line in result.stderr.splitlines() if "eval_gsm8k.py: error: " in line]
-    assert result.returncode == 1 and len(errors) == 1 and message in errors[0], result.stderr[-2000:]
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+    with pytest.raises(BadInput) as error:
+        run_here("eval_gsm8k.py", *[path if a == "DATA" else a for a in arguments], "--out", tmp_path / "out")
+    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_bad_input_gets_one_clear_line():
+    """As a user sees it."""
+    result = run_script("eval_gsm8k.py", TINY)
+    assert result.returncode == 1 and result.stderr.startswith("eval_gsm8k.py: error: no --data is given: download grade_")
+    assert result.stderr.count("\n") == 1

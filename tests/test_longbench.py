@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, run_here, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ruler import qwen  # noqa: F401 - a fixture: the tokenizer with Qwen's vocabulary
@@ -307,42 +307,49 @@ def test_the_sample_file_is_what_its_script_writes(tmp_path):
 
 
 def evaluate(out, *arguments):
-    result = run_script("eval_longbench.py", TINY, "--data", SAMPLE, "--max-input", 1000, "--out", out, *arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((out / "results.json").read_text()), lines(out), result.stdout
+    """In this process -> (results.json, records, what was printed)"""
+    stdout = run_here("eval_longbench.py", TINY, "--max-input", 1000, "--out", out, *arguments)
+    return json.loads((out / "results.json").read_text()), lines(out), stdout
 
 
 def lines(out):
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_chain_of_thought_goes_on(tmp_path):
-    """Killed in the first stage, continued through both: one sample a line, each stage's prompts as they should be."""
-    out = tmp_path / "out"
-    options = ["--cot", "--sampling", "paper", "--seeds", 2]
-    command = [sys.executable, "eval_longbench.py", TINY, "--data", SAMPLE, "--max-input", 1000, "--out", out, *options]
+def killed(out, stage, *arguments):
+    """The script, killed as soon as results.jsonl in the directory `stage` has a line."""
+    command = [sys.executable, "eval_longbench.py", TINY, "--max-input", 1000, "--out", out, *arguments]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
-    path = out / "reasoning" / "results.jsonl"
+    path = stage / "results.jsonl"
     while process.poll() is None and not (path.exists() and path.stat().st_size):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL and not (out / "results.json").exists()
+
+
+def test_a_chain_of_thought_killed_in_both_stages_goes_on(tmp_path):
+    """One sample a line, each stage's prompts as they should be."""
+    out, items = tmp_path / "out", {i["_id"]: i for i in ITEMS[:12]}
+    arguments = ["--data", written(tmp_path, list(items.values())), "--cot", "--sampling", "paper", "--seeds", 2]
+    killed(out, out / "reasoning", *arguments)
     kept = lines(out / "reasoning")
-    assert 0 < len(kept) < 96 and not (out / "results.json").exists()
-    results, records, stdout = evaluate(out, *options)
+    killed(out, out, *arguments)
+    kept_answers = lines(out)
+    assert 0 < len(kept) < len(lines(out / "reasoning")) == 24 > len(kept_answers) > 0
+    results, records, stdout = evaluate(out, *arguments)
     reasoning = {(r["id"], r["seed"]): r for r in lines(out / "reasoning")}
-    assert all(reasoning[r["id"], r["seed"]] == r for r in kept)
-    assert len(records) == len(reasoning) == 96 and {(r["id"], r["seed"]) for r in records} == set(reasoning)
-    tokenizer, items = load_tokenizer(TINY, 896), {i["_id"]: i for i in ITEMS}
+    assert all(reasoning[r["id"], r["seed"]] == r for r in kept) and all(r in records for r in kept_answers)
+    assert len(records) == len(reasoning) == 24 and {(r["id"], r["seed"]) for r in records} == set(reasoning)
+    tokenizer = load_tokenizer(TINY, 896)
     for r in records:
-        stage_1 = reasoning[r["id"], r["seed"]]
-        text = longbench.fill(longbench.COT, items[r["id"]])
+        stage_1, asked = reasoning[r["id"], r["seed"]], items[r["id"]]
+        text = longbench.fill(longbench.COT, asked)
         assert stage_1["prompt_tokens"] == len(official(tokenizer, text, 1000, False))
-        text = longbench.fill(longbench.COT_ANSWER, items[r["id"]], stage_1["prediction"].split("</think>")[-1])
+        text = longbench.fill(longbench.COT_ANSWER, asked, stage_1["prediction"].split("</think>")[-1])
         assert r["prompt_tokens"] == len(official(tokenizer, text, 1000, False))
-        assert (r["task"], r["length"]) == (items[r["id"]]["difficulty"], items[r["id"]]["length"])
-    assert "seed 1" in stdout and "Not LongBench v2's score: 48 items" in stdout and "25.0" in stdout
-    assert results["scores"]["Overall"]["n"] == 48 and len(results["scores_by_seed"]) == 2
+        assert (r["task"], r["length"], r["expected"]) == (asked["difficulty"], asked["length"], asked["answer"])
+    assert "seed 1" in stdout and "Not LongBench v2's score: 12 items" in stdout and "25.0" in stdout
+    assert results["scores"]["Overall"]["n"] == 12 and len(results["scores_by_seed"]) == 2
 
 
 CLASSES = [("easy", "short"), ("easy", "medium"), ("hard", "short"), ("hard", "short"), ("hard", "medium")]
@@ -373,6 +380,7 @@ def finished(tmp_path, *arguments, scores=(1, 1, 0, 0, 0), **changes):
         results = evaluation.Results(out, written_settings, [(f"x{i}", 0) for i in range(5)])
         for i, (text, score) in enumerate(zip(PREDICTIONS, scores)):
             record = {"id": f"x{i}", "task": CLASSES[i][0], "length": CLASSES[i][1], "seed": 0, "prediction": text}
+            record["expected"] = "B"
             counts = {"prompt_tokens": 1, "completion_tokens": 1, "finished": True}
             results.write({**record, "score": float(score), **counts})
     results, _, stdout = evaluate(out, "--data", data, *arguments)
@@ -397,14 +405,16 @@ def test_the_table_by_hand(tmp_path):
     results, score, items, stdout = finished(tmp_path, "--skip-empty", "--compensated")  # 2.25 / 4
     assert [cell.split("±")[0] for cell in score] == ["56.2", "100.0", "12.5", "62.5", "50.0", "-"]
     assert results["variants"] == ["skip_empty", "compensated"] and "--skip-empty, --compensated" in stdout
-    compared = run_script("eval_longbench.py", "--compare", tmp_path / "out", tmp_path / "out")
-    assert compared.returncode == 0 and "5 samples in both" in compared.stdout
+    compared = run_here("eval_longbench.py", "--compare", tmp_path / "out", tmp_path / "out")
+    assert "5 samples in both" in compared
+    rows = [line.split()[:2] for line in compared.splitlines()[5:]]
+    assert rows == [["all", "5"], ["easy", "2"], ["hard", "3"], ["short", "3"], ["medium", "2"]]
 
 
 def test_kept_thinking_is_read(tmp_path):
     _, score, _, stdout = finished(tmp_path, "--keep-thinking", keep_thinking=True, scores=(1, 0, 0, 0, 0))
     assert score[0] == "20.0±20.0" and "--keep-thinking" in stdout
-    with pytest.raises(AssertionError, match="other settings: keep thinking true there, false here"):
+    with pytest.raises(BadInput, match="other settings: keep thinking true there, false here"):
         finished(tmp_path)
 
 
@@ -419,7 +429,7 @@ REFUSALS = {
     "no checkpoint": (lambda t: ["--data", SAMPLE], "no checkpoint is given"),
     "no data": (lambda t: [TINY], "no --data is given"),
     "missing": (lambda t: [TINY, "--max-input", 500, "--data", t / "no.json"], "no.json cannot be read: No such file"),
-    "context": (lambda t: [TINY, "--data", SAMPLE], "context of 4096; give --yarn 30, or --max-input 3904"),
+    "context": (lambda t: [TINY, "--data", SAMPLE], "context of 4096; 120192 need a YaRN factor of 30, and"),
     "budget": (lambda t: [TINY, "--data", SAMPLE, "--max-input", 500, "--thinking"], "context of 4096; give --yarn 3"),
     "item": (
         lambda t: [TINY, "--max-input", 500, "--data", written(t, [item(0, answer="")])],
@@ -429,9 +439,15 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_bad_input_gets_one_clear_line_and_leaves_nothing(case, tmp_path):
+def test_bad_input_is_refused_and_leaves_nothing(case, tmp_path):
     arguments, message = REFUSALS[case]
-    result = run_script("eval_longbench.py", *arguments(tmp_path), "--out", tmp_path / "out")
-    errors = [line for line in result.stderr.splitlines() if "eval_longbench.py: error: " in line]
-    assert result.returncode == 1 and len(errors) == 1 and message in errors[0], result.stderr[-2000:]
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+    with pytest.raises(BadInput) as error:
+        run_here("eval_longbench.py", *arguments(tmp_path), "--out", tmp_path / "out")
+    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_bad_input_gets_one_clear_line():
+    """As a user sees it."""
+    result = run_script("eval_longbench.py", TINY)
+    assert result.returncode == 1 and result.stderr.startswith("eval_longbench.py: error: no --data is given: download data")
+    assert result.stderr.count("\n") == 1
