@@ -87,11 +87,13 @@ items = [
     }
     for key, question, gold in rows
 ]
-context = max_tokens + max(len(item["prompt_ids"]) for item in items)
+longest = max(items, key=lambda item: len(item["prompt_ids"]))
+context = len(longest["prompt_ids"]) + max_tokens
 if context > model_config.context_length:
     raise BadInput(
-        f"the longest prompt and {max_tokens} tokens of completion need {context}; {config.checkpoint} has a context of "
-        f"{model_config.context_length}: lower {'--thinking-budget' if thinking else '--max-tokens'}"
+        f"the longest prompt ({longest['id']}, {len(longest['prompt_ids'])} tokens) and {max_tokens} tokens of completion "
+        f"need {context}; {config.checkpoint} has a context of {model_config.context_length}: lower "
+        f"{'--thinking-budget' if thinking else '--max-tokens'}"
     )
 settings = {
     "benchmark": "GSM8K",

@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 import re
+import reprlib
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -130,7 +131,7 @@ def index(path):
     list, for a malformed item (by its _id), and for 503 items that are not the official ones by their length classes."""
     entries, ids, digest = [], set(), hashlib.sha256()
     for number, (item, start, size) in enumerate(stream(path, digest), 1):
-        label = f" (_id {item['_id']})" if "_id" in item else ""
+        label = f" (_id {reprlib.repr(item['_id'])})" if "_id" in item else ""
         where = f"{path}, item {number}{label}"
         _check(item, where)
         if item["_id"] in ids:
@@ -182,7 +183,7 @@ def _check(item, where):
             raise BadInput(f"{where}: {key!r} is not valid text: {error}") from error
     for key, names in {"answer": tuple("ABCD"), **CLASSES}.items():
         if item[key] not in names:
-            raise BadInput(f"{where}: {key!r} is {item[key]!r}, not one of {', '.join(names)}")
+            raise BadInput(f"{where}: {key!r} is {reprlib.repr(item[key])}, not one of {', '.join(names)}")
 
 
 def read_item(path, entry):
@@ -218,9 +219,9 @@ def stream(path, digest=None, chunk=CHUNK):
         at, place = stop, place + stop - at
         found = text[at : at + 1] or "the end"
         if found not in wanted:
-            after = f"after item {number}, " if number else ""
+            after, shown = f"after item {number}, " if number else "", found if found.isprintable() else repr(found)
             raise BadInput(
-                f"{path} is not a JSON list of objects: {after}byte {place} is {found}, not {' or '.join(wanted)}"
+                f"{path} is not a JSON list of objects: {after}byte {place} is {shown}, not {' or '.join(wanted)}"
             )
         return found
 
@@ -249,5 +250,7 @@ def stream(path, digest=None, chunk=CHUNK):
             following("the end")
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except BadInput:
+        raise
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers too long, lists too deep
         raise BadInput(f"{path}, item {number + 1} (from byte {place} on) is not JSON: {error}") from error

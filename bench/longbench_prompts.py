@@ -61,7 +61,5 @@ if __name__ == "__main__":
         tokens += len(ids)
         first = first or time.perf_counter() - started
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    print(
-        f"prompts: {len(mine)} in {seconds:.1f} s ({cpu:.1f} s of CPU), the first after {first:.1f} s (17 are begun before it is given)"
-    )
+    print(f"prompts: {len(mine)} in {seconds:.1f} s, {cpu:.1f} s of CPU; the first after {first:.1f} s, when 17 are begun")
     print(f"{len(mine) / seconds:.2f} items/s, {tokens / seconds:,.0f} tokens/s of prompts; peak memory {peak():.0f} MiB")

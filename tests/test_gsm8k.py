@@ -118,6 +118,7 @@ def test_the_official_file(tmp_path):
     assert [gold for _, _, gold in rows] == [6, 1250, -2] and rows[1][:2] == ("line 2", ROWS[1]["question"])
     for bad, message in (
         ("{", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
         ([], 'must be an object with the texts "question" and "answer"'),
         ({"question": "?", "answer": 3}, "must be an object with the texts"),
         ({"question": "?", "answer": "3"}, "must end with #### and a number"),

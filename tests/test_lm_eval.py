@@ -1,5 +1,5 @@
-"""A checkpoint as train.py writes it, in lm-evaluation-harness. Skipped where that is not installed: requirements-lm-eval.txt
-says how, and why `make test` does without."""
+"""A checkpoint as train.py writes it, in lm-evaluation-harness. Skipped where that is not installed:
+requirements-lm-eval.txt says how, and why `make test` does without."""
 
 import pytest
 import torch

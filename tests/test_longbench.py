@@ -220,6 +220,7 @@ def test_the_stream_reads_what_json_reads(objects, chunk, indent, ascii_only, sp
         ("", "byte 0 is the end, not ["),
         ("{}", "byte 0 is {, not ["),
         ("[", "byte 1 is the end, not { or ]"),
+        ("\0", r"byte 0 is '\x00', not ["),
         ("[1]", "byte 1 is 1, not { or ]"),
         ("[{},]", "after item 1, byte 4 is ], not {"),
         ("[{} {}]", "byte 4 is {, not , or ]"),
@@ -228,6 +229,8 @@ def test_the_stream_reads_what_json_reads(objects, chunk, indent, ascii_only, sp
         ('[{}, {"a": tru', "item 2 (from byte 5 on) is not JSON"),
         ('[{"a": "b', "item 1 (from byte 1 on) is not JSON"),
         ('[{"a": nope, "b": 111111111111111111111}, {}]', "item 1 (from byte 1 on) is not JSON"),
+        ('[{"a": ' + "[" * 100_000, "item 1 (from byte 1 on) is not JSON: maximum recursion depth"),
+        ('[{"a": ' + "1" * 9999 + "}]", "item 1 (from byte 1 on) is not JSON: Exceeds the limit"),
         ('[{"\u00e9": 1}, nope]', "after item 1, byte 12 is n, not {"),
     ],
 )
@@ -255,15 +258,18 @@ def test_a_malformed_object_early_is_refused_without_reading_all_of_the_file(tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": "E"}, "item 2 (_id x1): 'answer' is 'E', not one of A, B, C, D"),
-        ({"answer": ["A"]}, "item 2 (_id x1): 'answer' is not a text"),
-        ({"length": "huge"}, "(_id x1): 'length' is 'huge', not one of short, medium, long"),
-        ({"difficulty": "Easy"}, "(_id x1): 'difficulty' is 'Easy'"),
-        ({"context": None}, "(_id x1): 'context' is not a text"),
-        ({"context": " \n"}, "(_id x1): 'context' is empty"),
-        ({"question": "\ud800"}, "(_id x1): 'question' is not valid text"),
-        ({"_id": "x0"}, "item 2 (_id x0): an earlier item has the same _id"),
+        ({"answer": "E"}, "item 2 (_id 'x1'): 'answer' is 'E', not one of A, B, C, D"),
+        ({"answer": ["A"]}, "item 2 (_id 'x1'): 'answer' is not a text"),
+        ({"length": "huge"}, "(_id 'x1'): 'length' is 'huge', not one of short, medium, long"),
+        ({"difficulty": "Easy"}, "(_id 'x1'): 'difficulty' is 'Easy'"),
+        ({"context": None}, "(_id 'x1'): 'context' is not a text"),
+        ({"context": " \n"}, "(_id 'x1'): 'context' is empty"),
+        ({"question": "\ud800"}, "(_id 'x1'): 'question' is not valid text"),
+        ({"_id": "x0"}, "item 2 (_id 'x0'): an earlier item has the same _id"),
         ({"_id": 3}, "item 2 (_id 3): '_id' is not a text"),
+        ({"_id": "a\nb" + "c" * 9999, "answer": "E"}, r"item 2 (_id 'a\nbcccccccc...ccccccccccccc'): 'answer' is 'E'"),
+        ({"_id": "\ud800"}, r"item 2 (_id '\ud800'): '_id' is not valid text"),
+        ({"answer": "A" * 9999}, "'answer' is 'AAAAAAAAAAAA...AAAAAAAAAAAAA', not one of A, B, C, D"),
     ],
 )
 def test_malformed_items_are_named(change, message, tmp_path):
@@ -272,7 +278,7 @@ def test_malformed_items_are_named(change, message, tmp_path):
     assert message in str(error.value) and "\n" not in str(error.value)
     missing = item(1)
     del missing["choice_C"]
-    with pytest.raises(BadInput, match=r"item 2 \(_id x1\): 'choice_C' is missing"):
+    with pytest.raises(BadInput, match=r"item 2 \(_id 'x1'\): 'choice_C' is missing"):
         longbench.index(written(tmp_path, [item(0), missing]))
     with pytest.raises(BadInput, match="has no items"):
         longbench.index(written(tmp_path, []))
@@ -433,7 +439,7 @@ REFUSALS = {
     "budget": (lambda t: [TINY, "--data", SAMPLE, "--max-input", 500, "--thinking"], "context of 4096; give --yarn 3"),
     "item": (
         lambda t: [TINY, "--max-input", 500, "--data", written(t, [item(0, answer="")])],
-        "item 1 (_id x0): 'answer' is ''",
+        "item 1 (_id 'x0'): 'answer' is ''",
     ),
 }
 
