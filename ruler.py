@@ -1,5 +1,6 @@
 """RULER (arXiv 2404.06654), generated to the token: sets of samples, their cache, and scores. The tasks: ruler_tasks.py.
 
+    import ruler
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file("assets/tiny/tokenizer.json")
     rows = ruler.generate("vt", 4096, 500, 42, tokenizer, ruler.TEMPLATES["qwen3"], ruler.Corpora())
@@ -194,17 +195,18 @@ def build(
 
 def _refuse_too_small(sets, tokenizer, template, corpora, answer_prefix, samples):
     """Raises BadInput if not all `sets`, (task, length), fit; it names those, and the tasks that do."""
-    names, small = dict.fromkeys(name for name, _ in sets), {}
-    for name in names:
+    small, fitting = [], []
+    for name in dict.fromkeys(name for name, _ in sets):
         ranges = enough(name, tokenizer, template, corpora, answer_prefix, samples)
-        for length in sorted(length for other, length in sets if other == name):
-            if not any(least <= length <= most for least, most in ranges):
-                small.setdefault((name, _told(ranges)), []).append(str(length))
+        lengths = sorted(length for other, length in sets if other == name)
+        beside = [str(n) for n in lengths if not any(least <= n <= most for least, most in ranges)]
+        if beside:
+            small.append(f"{name} at {', '.join(beside)} ({_told(ranges)})")
+        else:
+            fitting.append(name)
     if small:
-        told = "; ".join(f"{name} at {', '.join(lengths)} ({enough})" for (name, enough), lengths in small.items())
-        fitting = [name for name in names if name not in {name for name, _ in small}]
         mend = f"--tasks {' '.join(fitting)} fit" if fitting else "choose other --lengths"
-        raise BadInput(f"too few tokens for {told}; {mend}")
+        raise BadInput(f"too few tokens for {'; '.join(small)}; {mend}")
 
 
 def _make(cache_dir, sets, samples, workers):
@@ -306,7 +308,7 @@ def _held(path):
     try:
         end = json.loads(last)
         whole = (end["samples"], end["sha256"]) == (number, digest.hexdigest())
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         print(f"warning: {path} is damaged and is made anew", file=sys.stderr)

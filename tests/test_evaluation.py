@@ -174,6 +174,7 @@ def engine():
     engine.close()
 
 
+@pytest.mark.xdist_group("engine")
 def test_yarn_reaches_vllm_beyond_the_context(engine):
     """The engine's own configuration, and a prompt of 5,000 tokens continued as our model does with the same RoPE."""
     config = engine.rollout.engine.llm_engine.model_config
@@ -193,6 +194,7 @@ def test_yarn_reaches_vllm_beyond_the_context(engine):
     assert completion == wanted[str(YARN)] != wanted["None"]
 
 
+@pytest.mark.xdist_group("engine")
 def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
     from data import load_tokenizer
 
@@ -229,6 +231,7 @@ def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
     assert go(tmp_path / "b", items) == records
 
 
+@pytest.mark.xdist_group("engine")
 def test_an_engine_that_cannot_start_says_so_in_one_line():
     with pytest.raises(BadInput, match="vLLM cannot start with 9000 tokens"):
         evaluation.Engine(TINY, 9000)

@@ -389,6 +389,7 @@ def finished(tmp_path, *arguments, scores=(1, 1, 0, 0, 0), **changes):
             record["expected"] = "B"
             counts = {"prompt_tokens": 1, "completion_tokens": 1, "finished": True}
             results.write({**record, "score": float(score), **counts})
+        del results  # and its lock
     results, _, stdout = evaluate(out, "--data", data, *arguments)
     rows = {line.split()[0]: line for line in stdout.splitlines() if line}
     return results, rows["score"].replace(" ±", "±").split()[1:], rows["items"].split()[1:], stdout

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -115,6 +116,15 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, corpora):
     for workers in (1, 2):
         with pytest.raises(BadInput, match="cannot keep samples: Is a directory"):
             build(tmp_path, corpora, tasks=["vt"], lengths=[2500, 2600], workers=workers)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # a disk that is full after 10 KB
+    try:
+        for workers in (1, 2):
+            with pytest.raises(BadInput, match="cannot keep samples: File too large"):
+                build(tmp_path, corpora, tasks=["vt"], lengths=[3500, 3600], workers=workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("vt-3*"))
 
 
 BUILD = """
