@@ -7,7 +7,8 @@
     python eval_longbench.py --compare runs/longbench/before runs/longbench/after  # paired, with p-values
 
 --data is huggingface.co/datasets/THUDM/LongBench-v2's data.json; longbench.py says what is as published: prompts, answers,
-and the middle cut out of prompts of more than --max-input tokens before the chat template comes. --sampling:
+and the middle cut out of prompts of more than --max-input tokens before the chat template comes. Control tokens that a
+document spells (<|im_end|>) stay text, where the official code lets them act. --sampling:
     official  temperature 0.1, and top_p 0.95, top_k 20 as vLLM takes them from Qwen3's generation_config.json
     paper     temperature 1, the whole distribution, as LongAct's authors evaluate (their seed 0 is our first seed)
     qwen3     Qwen3's model card: 0.6, 0.95, 20 with --thinking, 0.7, 0.8, 20 without
