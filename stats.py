@@ -51,11 +51,16 @@ def paired(a, b):
     otherwise random sign flips. The same input gives the same output."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     d, rng = b - a, np.random.default_rng(0)
+    # Few differences are distinct: how often each is drawn is multinomial, how many of a size keep their sign binomial.
+    values, often = np.unique(d.round(12), return_counts=True)
+    sizes, alike = np.unique(np.abs(values), return_inverse=True)
+    alike = np.bincount(alike, often)
     means, extreme = [], 0
     observed = abs(d.sum()) - 1e-9 * max(1.0, np.abs(d).sum())  # equal sums count as extreme whatever their rounding
-    for _ in range(RESAMPLES // 100):  # in parts: resamples x items may be large
-        means.append(d[rng.integers(len(d), size=(100, len(d)))].mean(1))
-        extreme += int((np.abs(rng.choice([-1.0, 1.0], size=(100, len(d))) @ d) >= observed).sum())
+    for _ in range(RESAMPLES // 100):  # in parts: resamples x values may be large
+        means.append(rng.multinomial(len(d), often / len(d), size=100) @ values / len(d))
+        flipped = (2 * rng.binomial(alike.astype(int), 0.5, size=(100, len(sizes))) - alike) @ sizes
+        extreme += int((np.abs(flipped) >= observed).sum())
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5]).tolist()
     if np.isin(np.concatenate([a, b]), [0.0, 1.0]).all():
         p, test = mcnemar(int((d < 0).sum()), int((d > 0).sum())), "McNemar exact"
