@@ -288,6 +288,28 @@ def test_compare_pairs_what_both_have(tmp_path):
     assert rows["u"][:4] == ["6", "50.00", "100.00", "+50.00"] and rows["u"][6] == "0.25"  # 2 / 2^3
 
 
+def test_compare_has_a_row_for_each_class_of_task_and_length(tmp_path):
+    """Task x gains 1 of 3 short, loses 1 of 2 long; task y is equal."""
+    made = [("x", "short", 0, 1), ("x", "short", 1, 1), ("x", "short", 0, 0), ("x", "long", 1, 0), ("x", "long", 1, 1)]
+    made += [("y", "medium", 1, 1), ("y", "short", 0, 0)]
+    paths = []
+    for name, column in (("a", 2), ("b", 3)):
+        records = [record(i, row[column], task=row[0], length=row[1]) for i, row in enumerate(made)]
+        paths.append(directory(tmp_path / name, records))
+    rows = stats.compare(paths, ("checkpoint",), ("short", "medium", "long")).splitlines()[5:]
+    assert [row.split()[:5] for row in rows] == [
+        ["all", "7", "57.14", "57.14", "+0.00"],
+        ["x", "5", "60.00", "60.00", "+0.00"],
+        ["y", "2", "50.00", "50.00", "+0.00"],
+        ["short", "4", "25.00", "50.00", "+25.00"],
+        ["medium", "1", "100.00", "100.00", "+0.00"],
+        ["long", "2", "100.00", "50.00", "-50.00"],
+    ]
+    directory(tmp_path / "c", [record(i, length=n) for i, n in enumerate([64, 1000, 8])])  # by size; no row for one task
+    rows = stats.compare([tmp_path / "c", tmp_path / "c"], ("checkpoint",)).splitlines()[5:]
+    assert [row.split()[:2] for row in rows] == [["all", "3"], ["8", "1"], ["64", "1"], ["1000", "1"]]
+
+
 def test_compare_refuses(tmp_path):
     a = directory(tmp_path / "a", [record(1)], tasks=["t"])
     for name, settings in (
