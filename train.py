@@ -148,7 +148,8 @@ else:
     held_out_source = tasks.RecallSource("held out", config.facts, config.filler)
     held_out = [held_out_source[i] for i in range(config.eval_prompts)]
     rows = [source[0], *held_out]
-# A prompt that is too long shows now, not in hours.
+for row in rows:  # a row that the reward cannot use shows now, not in hours; and so does a prompt that is too long
+    score(reward, "", row)
 longest_prompt = max(len(data.encode_prompt(tokenizer, row, config.thinking, prompt_limit)) for row in rows)
 
 # ------------------------------------------------------------------------------------------------------- algorithm
