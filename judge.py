@@ -13,13 +13,13 @@ Settings come from the environment: a reward is given an answer and a row, and t
     LONGACT_JUDGE_AWAY     what to do when it does not answer: "stop" ends the run (default); "rule" goes on with the rule's
                            score and asks again a minute later. Then answers of one group may be scored in two ways.
     LONGACT_JUDGE_TIMEOUT  seconds a request may take (60); it is tried four times, 1, 2 and 4 seconds apart
-    LONGACT_JUDGE_CACHE    every reply is kept in this SQLite file, which several ranks and runs may share and which survives a
-                           kill; on a local disk (runs/judge.sqlite)
+    LONGACT_JUDGE_CACHE    SQLite file that keeps every reply, on a local disk (runs/judge.sqlite); ranks and runs may share
+                           it, and it survives a kill
     LONGACT_JUDGE_KEY      sent as bearer token, if set
 
-Only text and numbers are judged, and of an answer only what follows "the answer is". Published code counts a "YES" anywhere in
-the reply, so that an answer may bring its own; here the reply must end with [[YES]], and an answer that is long or has "[["
-in it is not asked about.
+Only text and numbers are judged, and of an answer only what follows "the answer is". Published code counts a "YES" anywhere
+in the reply, so that an answer may bring its own; here the reply must end with [[YES]], and an answer that is long or has
+"[[" in it is not asked about.
 """
 
 import functools
@@ -98,6 +98,8 @@ def judge():
         settings["timeout"] = float(settings["timeout"])
     except ValueError as error:
         raise BadInput(f"LONGACT_JUDGE_TIMEOUT must be a number of seconds, not {settings['timeout']!r}") from error
+    if not settings["url"].startswith(("http://", "https://")):
+        raise BadInput(f"LONGACT_JUDGE_URL must begin with http:// or https://, not {settings['url']!r}")
     return Judge(**settings)
 
 
@@ -140,32 +142,32 @@ class Judge:
             response = self._ask("/chat/completions", text)
             if response is None:
                 return False
-            kept = (response["choices"][0]["message"]["content"] or "",)
+            try:
+                kept = (response["choices"][0]["message"]["content"] or "",)
+            except (KeyError, IndexError, TypeError) as error:
+                raise BadInput(f"the judge at {self.url} answers in another form: {str(response)[:200]}") from error
             with self.replies:  # commits
                 self.replies.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", (key, text, *kept))
         verdict = VERDICT.search(kept[0])
         return bool(verdict) and verdict[1] == "YES"
 
     def _ask(self, path, body):
-        """-> the endpoint's answer, decoded; None when it is away and may be. Raises BadInput when it refuses the request."""
+        """-> the endpoint's answer, decoded; None when it is away and may be. Raises BadInput when it refuses a request."""
         if time.monotonic() < self.resting_until:
             return None
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         request = urllib.request.Request(self.url.rstrip("/") + path, body and body.encode(), headers)
-        for pause in (*self.pauses, None):
+        for pause in (0, *self.pauses):
+            time.sleep(pause)
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
                 if error.code != 429 and error.code < 500:
-                    raise BadInput(
-                        f"the judge at {self.url}: HTTP {error.code}: {error.read(200).decode('utf-8', 'replace')}"
-                    ) from error
-                problem = error
+                    raise BadInput(f"the judge at {self.url} refuses: {problem}") from error
             except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, cut off, no JSON
                 problem = error
-            if pause is not None:
-                time.sleep(pause)
         if self.away == "stop":
             raise BadInput(f"the judge at {self.url} does not answer: {problem}; LONGACT_JUDGE_AWAY=rule goes on without it")
         print(f"the judge at {self.url} does not answer: {problem}; the rule alone scores for {REST} s", file=sys.stderr)

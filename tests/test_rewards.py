@@ -152,7 +152,8 @@ def test_only_what_follows_the_end_of_thinking_counts(row, right):
 # ------------------------------------------------------------------------------------------------ whatever the answer is
 
 PIECES = ["the answer is ", "The correct answer is ", "(B)", "\\boxed{", "}", "1e999999", "-", ".", "%", "0", "12,345.6",
-          "9" * 400, "\u0661", "¥", " ", "\x00", "İ", "million", "{" * 50]  # fmt: skip
+          "9" * 400, "\u0661", "¥", " ", "\x00", "İ", "million", "{" * 50,
+          "the answer is 9", "The correct answer is (", "a ", "1,", "the answer is \\boxed{{"]  # fmt: skip
 texts = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
 
 
@@ -173,9 +174,7 @@ def test_exact_is_symmetric_and_an_answer_that_is_there_equals_itself(a, b):
     assert rewards.exact(a, {"answer": a}) == float(bool(a.strip()))
 
 
-@pytest.mark.parametrize(
-    "piece", [*PIECES, "the answer is 9", "The correct answer is (", "a ", "1,", "the answer is \\boxed{{"]
-)
+@pytest.mark.parametrize("piece", PIECES)
 def test_a_million_characters_are_nothing_special(piece):
     """Twice the text takes about twice the time, or this would not end."""
     answer = piece * (10**6 // len(piece))
