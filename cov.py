@@ -15,7 +15,7 @@ import torch
 
 import grpo
 
-EPSILONS = 1.0, 1.0  # Clip-Cov leaves ratios up to 2 alone (from a script that follows the authors')
+EPSILONS = 1.0, 1.0  # Clip-Cov leaves ratios up to 2 alone: as in scripts that follow the authors', not read in theirs
 
 
 def covariance(advantages, logprobs):

@@ -33,6 +33,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,18 +119,22 @@ class Judge:
 
     def __post_init__(self):
         Path(self.cache).parent.mkdir(parents=True, exist_ok=True)
+        self._sql("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, request TEXT, reply TEXT)")
+
+    def _sql(self, statement, *values):
+        """Runs and commits a statement -> its first row, or None. Raises BadInput when the file cannot be used."""
         try:
-            self.replies = sqlite3.connect(self.cache, timeout=60)  # seconds to wait for another rank's write
-            self.replies.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, request TEXT, reply TEXT)")
+            with closing(sqlite3.connect(self.cache, timeout=60)) as file, file:  # seconds to wait for another rank's write
+                return file.execute(statement, values).fetchone()
         except sqlite3.Error as error:
             raise BadInput(f"LONGACT_JUDGE_CACHE {self.cache} cannot be used: {error}") from error
 
     def check(self):
         """Raises BadInput when the endpoint does not serve the model; when it is away, unless that is allowed."""
         listed = self._ask("/models", None)
-        if listed is not None and self.model not in [model["id"] for model in listed["data"]]:
-            names = ", ".join(model["id"] for model in listed["data"])
-            raise BadInput(f"LONGACT_JUDGE_MODEL {self.model}: {self.url} serves {names}")
+        served = [self.model] if listed is None else self._take(listed, lambda r: [model["id"] for model in r["data"]])
+        if self.model not in served:
+            raise BadInput(f"LONGACT_JUDGE_MODEL {self.model}: {self.url} serves {', '.join(served)}")
 
     def same(self, problem, answer, gold):
         """Are the two answers the same? False also when the reply has no verdict, or the judge is away and may be."""
@@ -137,19 +142,21 @@ class Judge:
         request = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 512}
         text = json.dumps(request)
         key = hashlib.sha256(text.encode()).hexdigest()
-        kept = self.replies.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        kept = self._sql("SELECT reply FROM replies WHERE key = ?", key)
         if not kept:
             response = self._ask("/chat/completions", text)
             if response is None:
                 return False
-            try:
-                kept = (response["choices"][0]["message"]["content"] or "",)
-            except (KeyError, IndexError, TypeError) as error:
-                raise BadInput(f"the judge at {self.url} answers in another form: {str(response)[:200]}") from error
-            with self.replies:  # commits
-                self.replies.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", (key, text, *kept))
+            kept = (self._take(response, lambda r: r["choices"][0]["message"]["content"]) or "",)
+            self._sql("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", key, text, *kept)
         verdict = VERDICT.search(kept[0])
         return bool(verdict) and verdict[1] == "YES"
+
+    def _take(self, response, part):
+        try:
+            return part(response)
+        except (KeyError, IndexError, TypeError) as error:
+            raise BadInput(f"the judge at {self.url} answers in another form: {str(response)[:200]}") from error
 
     def _ask(self, path, body):
         """-> the endpoint's answer, decoded; None when it is away and may be. Raises BadInput when it refuses a request."""

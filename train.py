@@ -21,6 +21,7 @@ Where we depart from the papers, or had to choose
 - Masking comes before clipping, so when clipping binds the other weights get a larger share of the step.
 - DAPO: surplus groups of dynamic sampling are dropped, not kept for the next step. Rewards are mapped to 2 r - 1 (+1
   correct, -1 not) before the overlong punishment is added, whose range of 1 is relative to that.
+- Clip-Cov and KL-Cov choose their tokens once per update, by the sampler's log-probabilities (cov.py says why).
 - vLLM's log-probabilities and ours differ by rounding; truncated importance sampling corrects it (--importance-cap).
 
 metrics.jsonl, one object a step
