@@ -40,7 +40,7 @@ import stats
 from cli import BadInput, one_line_errors, option, parse
 
 TRAIN = (
-    "--steps 16 --prompts 8 --completions 16 --updates 2 --warmup 2 "
+    "--steps 16 --prompts 8 --completions 16 --updates 2 --warmup 2 --epsilon-low 0.2 --epsilon-high 0.28 "
     "--eval-filler 17 32 45 --eval-prompts 64 --eval-completions 8 --no-eval-before"
 )
 TASKS = {"recall": "--task recall --facts 17 --filler 17", "tracking": "--task tracking --facts 16 --filler 16"}

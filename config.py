@@ -2,10 +2,18 @@
 
 from dataclasses import dataclass
 
+import cov
+import dapo
 import grpo
+import gspo
 import saliency
 import tasks
 from cli import BadInput, option
+
+ALGORITHMS = ("dapo", "grpo", "gspo", "sapo", "clip-cov", "kl-cov")
+EPSILONS = {"dapo": dapo.EPSILONS, "grpo": grpo.EPSILONS, "gspo": gspo.EPSILONS, "clip-cov": cov.EPSILONS}  # others: none
+DYNAMIC_SAMPLING = ("dapo", "clip-cov", "kl-cov")
+NEED_UPDATES = ("gspo", "sapo", "kl-cov")  # differ from a plain policy gradient only where ratios are not 1
 
 
 @dataclass
@@ -35,15 +43,15 @@ class Config:
         [], "task: filler sentences of held-out passages, evaluated each (default: --filler)", least=0
     )
     # the algorithm
-    algorithm: str = option("dapo", "dapo: clip-higher, token mean, dynamic sampling, overlong punishment", ["dapo", "grpo"])
+    algorithm: str = option("dapo", "the README lists what belongs to each", list(ALGORITHMS))
     temperature: float = option(1.0, "sampling temperature; the trainer's log-probabilities use the same", above=0)
-    epsilon_low: float = option(0.2, "ratio clipping below 1", least=0)
-    epsilon_high: float = option(0.28, "ratio clipping above 1 (DAPO 0.28; GRPO's paper 0.2)", least=0)
-    dual_clip: float = option(10.0, "for negative advantages the loss is capped at this times |advantage|", above=0)
+    epsilon_low: float = option(0.0, "ratio clipping below 1 (0: the algorithm's own, see README)", least=0)
+    epsilon_high: float = option(0.0, "ratio clipping above 1 (0: the algorithm's own, see README)", least=0)
+    dual_clip: float = option(10.0, "dapo, grpo: for A < 0 the loss is at most this times |A|", above=0)
     normalize_std: bool = option(True, "divide advantages by the group's standard deviation (no: Dr. GRPO)")
-    aggregation: str = option("sequence", "grpo only; dapo is always the token mean", list(grpo.AGGREGATIONS))
+    aggregation: str = option("sequence", "grpo only; the others have their own", list(grpo.AGGREGATIONS))
     beta: float = option(0.0, "grpo only: weight of the KL term to the starting model (GRPO's paper 0.04)", least=0)
-    max_rounds: int = option(10, "dapo: generation rounds after which a batch that does not fill is an error", least=1)
+    max_rounds: int = option(10, "dynamic sampling: rounds after which a batch that is not full is an error", least=1)
     overlong_cache: int = option(4, "dapo: the last tokens of max_completion over which the punishment grows to -1", least=0)
     importance_cap: float = option(
         2.0, "cap of the token-level importance weights pi_old / pi_sampler; 0 turns them off", least=0
@@ -109,5 +117,12 @@ def check(config, world, cuda):
         raise BadInput("--eval-data needs --data; --task makes its own held-out prompts")
     if config.eval_filler and config.data:
         raise BadInput("--eval-filler is of --task; with --data give held-out files by --eval-data")
-    if config.beta and config.algorithm == "dapo":
-        raise BadInput("--beta needs --algorithm grpo: DAPO has no KL term")
+    if config.beta and config.algorithm != "grpo":
+        raise BadInput(f"--beta needs --algorithm grpo: {config.algorithm} has no KL term")
+    if config.algorithm in NEED_UPDATES and config.updates == 1:
+        raise BadInput(
+            f"--algorithm {config.algorithm} needs --updates 2 or more: with 1 every ratio is 1, and it is a plain policy "
+            "gradient (--algorithm grpo)"
+        )
+    if config.algorithm not in EPSILONS and (config.epsilon_low or config.epsilon_high):
+        raise BadInput(f"--epsilon-low and --epsilon-high are not for --algorithm {config.algorithm}: it does not clip")

@@ -2,14 +2,14 @@
 
 import grpo
 
+EPSILONS = 0.2, 0.28  # clip-higher (section 4.1)
 
-def loss(logprobs, old_logprobs, advantages, tokens, epsilon_low=0.2, epsilon_high=0.28, dual_clip=10.0, **terms):
-    """grpo.loss with DAPO's constants (eq. 8; section 4.1; dual_clip from the authors' recipe) -> (loss, LossStats).
 
-    tokens: completion tokens of the whole optimizer step, over all groups and ranks. The KL term is left out.
-    """
-    weights = logprobs.new_full(logprobs.shape, 1.0 / tokens)
-    return grpo.loss(logprobs, old_logprobs, advantages, weights, epsilon_low, epsilon_high, dual_clip, **terms)
+def loss(logprobs, old_logprobs, advantages, lengths, totals, importance=1.0, epsilons=EPSILONS, dual_clip=10.0):
+    """grpo.loss with DAPO's constants and a token mean (eq. 8; dual_clip from the authors' recipe) -> (loss, LossStats).
+    The KL term is left out."""
+    terms = logprobs, old_logprobs, advantages, lengths, totals, importance
+    return grpo.loss(*terms, epsilons, dual_clip, aggregation="token")
 
 
 def keep_group(rewards):

@@ -6,10 +6,20 @@ caller, so any split into micro-batches or ranks gives the same gradient.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 AGGREGATIONS = ("token", "sequence", "constant")
+EPSILONS = 0.2, 0.2  # how far a ratio may fall below 1 and rise above it before clipping stops its gradient
+
+
+class Totals(NamedTuple):
+    """Of a whole optimizer step, over all ranks: completions, their tokens; and the most tokens a completion may have."""
+
+    sequences: int
+    tokens: int
+    max_length: int
 
 
 def advantages(rewards, normalize_std=True, eps=1e-6):
@@ -24,18 +34,17 @@ def advantages(rewards, normalize_std=True, eps=1e-6):
     return centered / (rewards.std() + eps)
 
 
-def token_weights(lengths, how, sequences, tokens, max_length):
-    """What each token's loss is multiplied by before the sum -> (N,) fp32.
+def token_weights(lengths, how, totals):
+    """What each token's loss is multiplied by before the sum -> (N,) fp32, on the CPU.
 
     "token": 1 / tokens, the mean over all tokens of the step (DAPO). "sequence": 1 / (sequences * R_i), the mean over
-    sequences of the mean over tokens (GRPO). "constant": 1 / (sequences * max_length) (Dr. GRPO). `sequences`, `tokens`:
-    counts of the whole optimizer step over all ranks.
+    sequences of the mean over tokens (GRPO). "constant": 1 / (sequences * max_length) (Dr. GRPO).
     """
     sizes = torch.as_tensor(lengths)
     per_completion = {
-        "token": torch.full(sizes.shape, 1.0 / tokens),
-        "sequence": 1.0 / (sequences * sizes.float()),
-        "constant": torch.full(sizes.shape, 1.0 / (sequences * max_length)),
+        "token": torch.full(sizes.shape, 1.0 / totals.tokens),
+        "sequence": 1.0 / (totals.sequences * sizes.float()),
+        "constant": torch.full(sizes.shape, 1.0 / (totals.sequences * totals.max_length)),
     }[how]
     return per_completion.repeat_interleave(sizes)
 
@@ -49,45 +58,61 @@ class LossStats:
     kl: torch.Tensor  # k3 estimate of KL(pi || reference)
 
 
+def token_ratios(logprobs, old_logprobs):
+    """pi / pi_old of each token, (N,)."""
+    return (logprobs - old_logprobs).clamp(-20, 20).exp()
+
+
+def clipped_term(ratio, advantages, epsilons):
+    """-min(r A, clip(r, 1 - low, 1 + high) A), (N,), and where clipping took the gradient away, (N,) bool."""
+    low, high = epsilons
+    unclipped = -ratio * advantages
+    per_token = torch.maximum(unclipped, -ratio.clamp(1 - low, 1 + high) * advantages)
+    return per_token, per_token > unclipped
+
+
+def aggregate(per_token, lengths, how, totals, ratio, clipped, kl=None):
+    """Loss of each token (N,) -> (0-dim loss, LossStats): how every algorithm's loss ends."""
+    weights = token_weights(lengths, how, totals).to(per_token.device)
+    kl = per_token.new_zeros(()) if kl is None else kl.detach().sum()
+    return (per_token * weights).sum(), LossStats(ratio.detach().sum(), clipped.sum(), kl)
+
+
 def loss(
     logprobs,
     old_logprobs,
     advantages,
-    weights,
-    epsilon_low=0.2,
-    epsilon_high=0.2,
+    lengths,
+    totals,
+    importance=1.0,
+    epsilons=EPSILONS,
     dual_clip=None,
-    importance=None,
+    aggregation="sequence",
     beta=0.0,
     ref_logprobs=None,
 ):
-    """The policy loss of some tokens -> (0-dim loss, LossStats). Minimise the sum of it over the step.
+    """The policy loss of some completions -> (0-dim loss, LossStats). Minimise the sum of it over the step.
 
     logprobs (N,): differentiable; old_logprobs (N,): of the policy that the update started from; advantages (N,): each
-    token has its completion's; weights (N,): from token_weights. All fp32.
-    loss_t = -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A), r = exp(logprobs - old)     (eq. 3 of the paper)
-    dual_clip: for A < 0 the loss is at most -dual_clip * A (arXiv 1912.09729). importance (N,): factor on the policy
-    term that corrects for the sampler, see `importance_weights`. beta > 0 adds beta * k3, k3 = exp(d) - d - 1 with
-    d = ref - logprobs (eq. 4).
+    token has its completion's; all fp32. lengths: R_i of each completion, N in all.
+    loss_t = -min(r A, clip(r, 1 - low, 1 + high) A), r = exp(logprobs - old)     (eq. 3 of the paper)
+    importance (N,): factor on the policy term that corrects for the sampler, see `importance_weights`.
+    dual_clip: for A < 0 the loss is at most -dual_clip * A (arXiv 1912.09729). beta > 0 adds beta * k3,
+    k3 = exp(d) - d - 1 with d = ref - logprobs (eq. 4).
     """
-    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
-    unclipped = -ratio * advantages
-    per_token = torch.maximum(unclipped, -ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages)
-    clipped = per_token > unclipped
+    ratio = token_ratios(logprobs, old_logprobs)
+    per_token, clipped = clipped_term(ratio, advantages, epsilons)
     if dual_clip is not None:
         ceiling = -dual_clip * advantages
         too_far = (advantages < 0) & (per_token > ceiling)
         per_token = torch.where(too_far, ceiling, per_token)
         clipped |= too_far
-    if importance is not None:
-        per_token = per_token * importance
-    kl = torch.zeros_like(logprobs)
+    per_token, kl = per_token * importance, None
     if beta > 0:
         d = (ref_logprobs - logprobs).clamp(-20, 20)
         kl = d.exp() - d - 1
         per_token = per_token + beta * kl
-    stats = LossStats(ratio.detach().sum(), clipped.sum(), kl.detach().sum())
-    return (per_token * weights).sum(), stats
+    return aggregate(per_token, lengths, aggregation, totals, ratio, clipped, kl)
 
 
 @torch.no_grad()

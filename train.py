@@ -7,9 +7,10 @@
 
 It reads top to bottom, one step of training as the data flows: prompts -> groups of completions (rollout.py) -> rewards
 (rewards.py) -> advantages (grpo.py) -> who trains what, in which passes (schedule.py) -> log-probabilities (model.py) ->
-loss (dapo.py, grpo.py) -> backward -> masks from this step's activations (saliency.py) -> masked gradients -> clip -> AdamW
--> weights to vLLM. A group's prompt is read once; its completions follow in passes of --tokens-per-pass, each with its own
-backward, and the prompt's backward comes last: memory depends on the prompt and a pass, not on the number of completions.
+loss (dapo.py, grpo.py, gspo.py, sapo.py, cov.py) -> backward -> masks from this step's activations (saliency.py) -> masked
+gradients -> clip -> AdamW -> weights to vLLM. A group's prompt is read once; its completions follow in passes of
+--tokens-per-pass, each with its own backward, and the prompt's backward comes last: memory depends on the prompt and a pass,
+not on the number of completions.
 
 Where we depart from the papers, or had to choose
 - LongAct does not say which tokens count: every real token of prompt and completions does, once per sequence (--tokens). It
@@ -21,6 +22,7 @@ Where we depart from the papers, or had to choose
 - Masking comes before clipping, so when clipping binds the other weights get a larger share of the step.
 - DAPO: surplus groups of dynamic sampling are dropped, not kept for the next step. Rewards are mapped to 2 r - 1 (+1
   correct, -1 not) before the overlong punishment is added, whose range of 1 is relative to that.
+- Clip-Cov and KL-Cov choose their tokens once per update, by the sampler's log-probabilities (cov.py says why).
 - vLLM's log-probabilities and ours differ by rounding; truncated importance sampling corrects it (--importance-cap).
 
 metrics.jsonl, one object a step
@@ -32,7 +34,8 @@ metrics.jsonl, one object a step
   loss                         the policy loss. With one update per rollout every ratio is 1 and a group's advantages sum to
                                0, so it reads near 0 (with equal lengths exactly 0) however well training goes: watch
                                reward. Its gradient is not 0.
-  ratio, clip_fraction         mean pi / pi_old; share of tokens whose gradient clipping removed
+  ratio, clip_fraction         mean pi / pi_old (gspo: of completions, by tokens); share of tokens whose gradient clipping,
+                               or clip-cov, removed
   entropy, kl                  mean entropy of the policy per token, nats; mean k3 to the reference model (0 if --beta 0)
   mismatch_mean, mismatch_max  |trainer - sampler| log-probability of sampled tokens, nats: proves vLLM has our weights
   mismatch_k3                  k3 estimate of KL(sampler || trainer) per token
@@ -59,23 +62,27 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import cov
 import dapo
 import data
 import grpo
+import gspo
 import plan
 import plot
 import saliency
+import sapo
 import schedule
 import tasks
 from checkpoint import check_weights
 from cli import BadInput, one_line_errors, parse
-from config import Config, check
+from config import DYNAMIC_SAMPLING, EPSILONS, Config, check
 from model import Qwen3, Qwen3Config
 from rewards import load_reward, score
 
@@ -90,6 +97,7 @@ class Group:
     rewards: torch.Tensor  # (G,) as the reward function gave them
     advantages: torch.Tensor = None  # (G,)
     old_logprobs: list = None  # G times (R_i,), on the rank that trains it
+    chosen: list = None  # G times (R_i,) bool: tokens that clip-cov or kl-cov holds back
 
     @property
     def lengths(self):  # R_i of each completion
@@ -147,10 +155,28 @@ else:
         held_out_source = tasks.Source(config.task, "held out", config.facts, filler)
         held_out[f"filler {filler}"] = [held_out_source[i] for i in range(config.eval_prompts)]
     rows = [source[0]]
-# A prompt that is too long shows now, not in hours.
+# A row that the reward cannot use shows now, not in hours; and so does a prompt that is too long.
+for row in [*rows, *(row for own in held_out.values() for row in own)]:
+    score(reward, "", row)
 lengths_of = lambda rows: [len(data.encode_prompt(tokenizer, row, config.thinking, prompt_limit)) for row in rows]  # noqa: E731
 held_out_tokens = {name: sum(lengths_of(own)) / len(own) for name, own in held_out.items()}
 longest_prompt = max(lengths_of(rows))
+
+# ------------------------------------------------------------------------------------------------------- algorithm
+
+usual = EPSILONS.get(config.algorithm, (0.0, 0.0))
+config.epsilon_low, config.epsilon_high = config.epsilon_low or usual[0], config.epsilon_high or usual[1]
+clipping = {"epsilons": (config.epsilon_low, config.epsilon_high)}
+dual = {**clipping, "dual_clip": config.dual_clip}
+policy_loss = {
+    "dapo": partial(dapo.loss, **dual),
+    "grpo": partial(grpo.loss, **dual, aggregation=config.aggregation, beta=config.beta),
+    "gspo": partial(gspo.loss, **clipping),
+    "sapo": sapo.loss,
+    "clip-cov": partial(cov.clip_loss, **clipping),
+    "kl-cov": cov.kl_loss,
+}[config.algorithm]
+choose = {"clip-cov": cov.choose_clip, "kl-cov": cov.choose_kl}.get(config.algorithm)
 
 # ----------------------------------------------------------------------------------------------- engine, then model
 
@@ -305,7 +331,7 @@ for step in range(1, config.steps + 1):
     seconds.clear()
     started = time.perf_counter()
 
-    # Rollout and reward. DAPO draws until the batch is full of groups whose completions differ in correctness.
+    # Rollout and reward. Dynamic sampling draws until the batch is full of groups whose completions differ in correctness.
     batch, sampled, rounds = [], [], 0
     while len(batch) < config.prompts:
         if rounds == config.max_rounds:
@@ -316,7 +342,7 @@ for step in range(1, config.steps + 1):
             )
         indices = list(range(drawn, drawn + config.prompts))
         groups = sample([source[i] for i in indices], indices, config.completions, config.temperature)
-        batch += [group for group in groups if config.algorithm == "grpo" or dapo.keep_group(group.rewards)]
+        batch += [g for g in groups if config.algorithm not in DYNAMIC_SAMPLING or dapo.keep_group(g.rewards)]
         sampled += groups
         drawn += config.prompts
         rounds += 1
@@ -343,9 +369,13 @@ for step in range(1, config.steps + 1):
 
     step_sums, update_means = torch.zeros(8, dtype=torch.float64), defaultdict(float)
     worst_mismatch = torch.zeros(1, dtype=torch.float64)
-    for minibatch in minibatches:
+    for update, minibatch in enumerate(minibatches):
         tokens = sum(sum(group.lengths) for group in minibatch)  # completion tokens over all ranks
-        sequences = len(minibatch) * config.completions
+        totals = grpo.Totals(len(minibatch) * config.completions, tokens, config.max_completion)
+        if choose:
+            seed = config.seed * 2**32 + step * config.updates + update
+            for group, chosen in zip(minibatch, cov.choose(minibatch, choose, seed), strict=True):
+                group.chosen = chosen
         sums = torch.zeros(8, dtype=torch.float64, device=device)  # of loss, ratio, clipped, kl, entropy, |d|, k3, capped
         worst = torch.zeros(1, dtype=torch.float64, device=device)
         with saliency.Tracker(model, config.site, config.tokens) as tracker:
@@ -361,18 +391,14 @@ for step in range(1, config.steps + 1):
                     sampler = torch.cat([torch.tensor(group.completions[i].logprobs) for i in part]).to(device)
                     lengths = [group.lengths[i] for i in part]
                     advantages = group.advantages[part].repeat_interleave(torch.tensor(lengths)).to(device)
-                    terms = {"dual_clip": config.dual_clip}
+                    terms = {}
                     if config.importance_cap:
                         terms["importance"] = grpo.importance_weights(old, sampler, config.importance_cap)
                     if reference:
-                        terms |= {"beta": config.beta, "ref_logprobs": torch.cat([ref_logprobs[i] for i in part])}
-                    epsilons = config.epsilon_low, config.epsilon_high
-                    if config.algorithm == "dapo":
-                        loss, stats = dapo.loss(logprobs, old, advantages, tokens, *epsilons, **terms)
-                    else:
-                        how = lengths, config.aggregation, sequences, tokens, config.max_completion
-                        weights = grpo.token_weights(*how).to(device)
-                        loss, stats = grpo.loss(logprobs, old, advantages, weights, *epsilons, **terms)
+                        terms["ref_logprobs"] = torch.cat([ref_logprobs[i] for i in part])
+                    if choose:
+                        terms["chosen"] = torch.cat([group.chosen[i] for i in part]).to(device)
+                    loss, stats = policy_loss(logprobs, old, advantages, lengths, totals, **terms)
                     with stage("backward"), explain_out_of_memory(len(group.prompt)):
                         (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
                     d = (old - sampler).double()

@@ -28,9 +28,10 @@ tokens = sum(len(c) for _, completions in groups for c in completions)
 
 def loss(i, part, logprobs, scale):
     """The loss of some completions of group i, given the log-probabilities of their tokens."""
-    lengths = torch.tensor([len(groups[i][1][j]) for j in part])
-    weights = grpo.token_weights(lengths, "token", 18, tokens, 8)
-    return grpo.loss(logprobs, logprobs.detach(), advantages[i][part].repeat_interleave(lengths), weights)[0] * scale
+    lengths = [len(groups[i][1][j]) for j in part]
+    totals = grpo.Totals(18, tokens, 8)
+    per_token = advantages[i][part].repeat_interleave(torch.tensor(lengths))
+    return grpo.loss(logprobs, logprobs.detach(), per_token, lengths, totals, aggregation="token")[0] * scale
 
 
 def step(model, indices, scale, checkpointing, two_stage):

@@ -1,4 +1,4 @@
-"""data.py, rewards.py, tasks.py: ChatML, rewards, sources, and the refusals a user meets."""
+"""data.py, tasks.py: ChatML, sources, and the refusals a user meets."""
 
 import json
 import random
@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-import rewards
 import tasks
 from cli import BadInput
 
@@ -58,14 +57,6 @@ def test_the_answer_follows_the_last_think_tag():
     assert data.answer_text("<think>\nno\n</think>\n\n yes ", thinking=True) == "yes"
     assert data.answer_text("never ended thinking about yes", thinking=True) == ""
     assert data.answer_text(" yes\n", thinking=False) == "yes"
-
-
-@pytest.mark.parametrize("answer, gold, value", [
-    ("The Cat.", "cat", 1), ("cat", ["dog", "a cat"], 1), ("cats", "cat", 0), ("", "cat", 0), ("the", "cat", 0),
-    ("cat dog", "cat", 0), ("c", "cat", 0),
-])  # fmt: skip
-def test_exact_reward(answer, gold, value):
-    assert rewards.exact(answer, {"answer": gold}) == value
 
 
 # ------------------------------------------------------------------------------------------------------- recall task
@@ -162,15 +153,3 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInput, match="cannot be read"):
         data.load_tokenizer(tmp_path, 100)
-
-
-@pytest.mark.parametrize("spec", ["data", "nowhere:f", "data:nothing", "data:NAMES", ":", "data:"])
-def test_rewards_that_do_not_exist_are_refused(spec):
-    with pytest.raises(BadInput, match="--reward"):
-        rewards.load_reward(spec)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "high"])
-def test_a_reward_that_is_no_finite_number_names_the_row(value):
-    with pytest.raises(BadInput, match="row line 3"):
-        rewards.score(lambda answer, row: value, "a", {"id": "line 3"})

@@ -1,14 +1,19 @@
-"""grpo.py and dapo.py against the vectors of the papers and against hand-written loops."""
+"""The losses of all algorithms against the vectors of the papers and against hand-written loops."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cov
 import dapo
 import grpo
+import gspo
+import sapo
 
 
 def test_advantages_of_the_known_vector():
@@ -79,8 +84,8 @@ def test_loss_and_gradient_equal_a_loop_by_hand(lengths, seed, how, clip, dual, 
     expected = by_hand(logprobs, old, advantages, lengths, how, *clip, dual, beta, ref, importance, 10)
     (expected_gradient,) = torch.autograd.grad(expected, logprobs)
     per_token = advantages.repeat_interleave(torch.tensor(lengths))
-    weights = grpo.token_weights(lengths, how, len(lengths), sum(lengths), 10)
-    loss, stats = grpo.loss(logprobs, old, per_token, weights, *clip, dual, importance, beta, ref)
+    totals = grpo.Totals(len(lengths), sum(lengths), 10)
+    loss, stats = grpo.loss(logprobs, old, per_token, lengths, totals, importance, clip, dual, how, beta, ref)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(torch.autograd.grad(loss, logprobs)[0], expected_gradient)
     assert stats.ratio.item() == pytest.approx((logprobs - old).exp().sum().item(), rel=1e-5)
@@ -90,7 +95,7 @@ def test_dapo_loss_is_grpo_with_clip_higher_and_a_token_mean():
     logprobs, old, advantages, _, _ = random_batch([2, 3], 1)
     per_token = advantages.repeat_interleave(torch.tensor([2, 3]))
     expected = by_hand(logprobs, old, advantages, [2, 3], "token", 0.2, 0.28, 10.0, 0, None, torch.ones(5), 1)
-    torch.testing.assert_close(dapo.loss(logprobs, old, per_token, tokens=5)[0], expected)
+    torch.testing.assert_close(dapo.loss(logprobs, old, per_token, [2, 3], grpo.Totals(2, 5, 1))[0], expected)
 
 
 @pytest.mark.parametrize("advantage, ratio, moves", [
@@ -99,38 +104,194 @@ def test_dapo_loss_is_grpo_with_clip_higher_and_a_token_mean():
 ])  # fmt: skip
 def test_clipping_stops_the_gradient_exactly_where_it_should(advantage, ratio, moves):
     logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
-    arguments = torch.zeros(1), torch.tensor([advantage]), torch.ones(1)
-    loss, stats = grpo.loss(logprobs, *arguments, epsilon_low=0.2, epsilon_high=0.28, dual_clip=3.0)
+    arguments = torch.zeros(1), torch.tensor([advantage]), [1], grpo.Totals(1, 1, 1)
+    loss, stats = grpo.loss(logprobs, *arguments, epsilons=(0.2, 0.28), dual_clip=3.0)
     loss.backward()
     assert (logprobs.grad.item() != 0) == moves
     assert stats.clipped.item() == (not moves)
 
 
-def test_gradient_at_ratio_one_is_the_policy_gradient():
-    logprobs, advantages = torch.randn(7, requires_grad=True), torch.randn(7)
-    dapo.loss(logprobs, logprobs.detach(), advantages, tokens=7)[0].backward()
-    torch.testing.assert_close(logprobs.grad, -advantages / 7)
+LOSSES = {
+    **{f"grpo {how}": partial(grpo.loss, aggregation=how, beta=0.1) for how in grpo.AGGREGATIONS},
+    "dapo": dapo.loss,
+    "gspo": gspo.loss,
+    "sapo": sapo.loss,
+    "clip-cov": cov.clip_loss,
+    "kl-cov": cov.kl_loss,
+}
 
 
-@pytest.mark.parametrize("how", grpo.AGGREGATIONS)
-def test_any_split_into_micro_batches_gives_the_same_gradient(how):
+def terms_of(name, ref, chosen):
+    if name.startswith("grpo"):
+        return {"ref_logprobs": ref}
+    return {"chosen": chosen} if "cov" in name else {}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_at_ratio_one_is_the_policy_gradient(name):
+    """Where the policy has not moved since the rollout, all algorithms are one, up to the mean that they take."""
+    lengths, logprobs = [2, 1, 4], torch.randn(7, requires_grad=True)
+    advantages = torch.tensor([1.0, -0.5, 2.0]).repeat_interleave(torch.tensor(lengths))
+    terms = terms_of(name, logprobs.detach(), torch.zeros(7, dtype=torch.bool))
+    loss, stats = LOSSES[name](logprobs, logprobs.detach(), advantages, lengths, grpo.Totals(3, 7, 9), **terms)
+    loss.backward()
+    by_sequence = torch.tensor([1 / (3 * n) for n in lengths for _ in range(n)])
+    mean = {"grpo token": 1 / 7, "dapo": 1 / 7, "clip-cov": 1 / 7, "kl-cov": 1 / 7, "grpo constant": 1 / (3 * 9)}
+    torch.testing.assert_close(logprobs.grad, -advantages * mean.get(name, by_sequence))
+    assert stats.ratio.item() == 7 and stats.clipped.item() == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_split_into_micro_batches_gives_the_same_gradient(name):
     lengths = [3, 1, 4, 2, 5, 6]
     logprobs, old, advantages, ref, importance = random_batch(lengths, 3)
+    chosen = importance > 1
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
 
     def gradient(splits):
         for first, last in splits:
             part, span = slice(first, last), slice(starts[first], starts[last])
-            weights = grpo.token_weights(lengths[part], how, len(lengths), sum(lengths), 8)
             per_token = advantages[part].repeat_interleave(torch.tensor(lengths[part]))
-            terms = logprobs[span], old[span], per_token, weights
-            grpo.loss(*terms, importance=importance[span], beta=0.1, ref_logprobs=ref[span])[0].backward()
+            arguments = logprobs[span], old[span], per_token, lengths[part], grpo.Totals(6, 21, 8), importance[span]
+            LOSSES[name](*arguments, **terms_of(name, ref[span], chosen[span]))[0].backward()
         result, logprobs.grad = logprobs.grad, None
         return result
 
     whole = gradient([(0, 6)])
+    assert whole.abs().max() > 0
     torch.testing.assert_close(gradient([(i, i + 1) for i in range(6)]), whole)
     torch.testing.assert_close(gradient([(0, 2), (2, 4), (4, 6)]), whole)
+
+
+# -------------------------------------------------------------------------------------------------------- GSPO, SAPO
+
+
+def test_gspo_ratio_of_the_known_vector():
+    log_ratios = torch.tensor([0.1, -0.05, 0.02])
+    loss, stats = gspo.loss(log_ratios, torch.zeros(3), -torch.ones(3), [3], grpo.Totals(1, 3, 3))
+    assert loss.item() == pytest.approx(1.023608, abs=1e-6) and stats.ratio.item() / 3 == pytest.approx(1.023608, abs=1e-6)
+
+
+def test_gspo_clips_whole_completions_and_at_its_own_epsilons():
+    old = torch.zeros(4)
+    logprobs = torch.tensor([5e-4, 5e-4, 2e-4, 2e-4], requires_grad=True)  # s: 1.0005 and 1.0002, bounds 0.9997 and 1.0004
+    loss, stats = gspo.loss(logprobs, old, torch.ones(4), [2, 2], grpo.Totals(2, 4, 4))
+    loss.backward()
+    assert stats.clipped.item() == 2 and (logprobs.grad != 0).tolist() == [False, False, True, True]
+    s = math.exp(2e-4)
+    torch.testing.assert_close(logprobs.grad[2:], torch.full((2,), -s / (2 * 2)))  # -s A / (R B)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 10**6), st.sampled_from([gspo.EPSILONS, (0.1, 0.2)])
+)
+def test_gspo_loss_and_gradient_equal_a_loop_by_hand(lengths, seed, epsilons):
+    logprobs, old, advantages, _, importance = random_batch(lengths, seed)
+    expected, start = 0.0 * logprobs.sum(), 0
+    for a, n in zip(advantages.tolist(), lengths, strict=True):
+        span = slice(start, start + n)
+        s = (sum(logprobs[span] - old[span]) / n).exp()
+        clipped = min(max(s.item(), 1 - epsilons[0]), 1 + epsilons[1])
+        objective = s * a if s.item() * a <= clipped * a else torch.tensor(clipped * a)
+        expected = expected - objective * (sum(importance[span]) / n) / len(lengths)
+        start += n
+    per_token = advantages.repeat_interleave(torch.tensor(lengths))
+    loss, _ = gspo.loss(logprobs, old, per_token, lengths, grpo.Totals(len(lengths), sum(lengths), 9), importance, epsilons)
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(value, logprobs)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("advantage, ratio, value, slope", [
+    (1.0, 1.0, 2.0, 1.0), (-1.0, 1.0, 2 / 1.05, 1.0), (1.0, 1.5, 2.48984, 0.94001), (-1.0, 1.5, None, 0.93414),
+])  # fmt: skip
+def test_sapo_gate_of_the_known_vector(advantage, ratio, value, slope):
+    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss, _ = sapo.loss(logprobs, torch.zeros(1), torch.tensor([advantage]), [1], grpo.Totals(1, 1, 1))
+    loss.backward()
+    if value:
+        assert loss.item() == pytest.approx(-advantage * value, abs=1e-5)
+    assert logprobs.grad.item() == pytest.approx(-advantage * slope * ratio, abs=2e-5)  # d r / d log pi = r
+
+
+def test_sapo_equals_a_loop_by_hand():
+    lengths = [2, 3, 1]
+    logprobs, old, advantages, _, importance = random_batch(lengths, 4)
+    expected, t = 0.0, 0
+    for a, n in zip(advantages.tolist(), lengths, strict=True):
+        for _ in range(n):
+            tau, r = (1.0 if a > 0 else 1.05), math.exp((logprobs[t] - old[t]).item())
+            expected -= 4 / (tau * (1 + math.exp(-tau * (r - 1)))) * a * importance[t].item() / (n * 3)
+            t += 1
+    per_token = advantages.repeat_interleave(torch.tensor(lengths))
+    loss, _ = sapo.loss(logprobs, old, per_token, lengths, grpo.Totals(3, 6, 9), importance)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ Clip-Cov and KL-Cov
+
+
+def test_covariance_of_the_known_vector():
+    """(A - 1) (log pi + 2) by hand."""
+    covariances = cov.covariance(torch.tensor([3.0, 1.0, -1.0]), torch.tensor([-1.0, -2.0, -3.0]))
+    assert covariances.tolist() == [2.0, 0.0, 2.0]
+
+
+def test_clip_cov_chooses_so_many_at_random_between_the_bounds():
+    covariances = torch.linspace(-10, 10, 20_001)
+    chosen = cov.choose_clip(covariances, seed=1)
+    assert chosen.sum() == 4  # floor(2e-4 * 20001)
+    assert ((covariances[chosen] > 1) & (covariances[chosen] < 5)).all()
+    assert torch.equal(chosen, cov.choose_clip(covariances, seed=1))  # ranks agree
+    assert not torch.equal(chosen, cov.choose_clip(covariances, seed=2))
+    assert cov.choose_clip(covariances[:100], seed=1).sum() == 0  # none between the bounds
+    assert cov.choose_clip(torch.tensor([0.0, 2.0, 3.0]), seed=1).sum() == 1  # at least one, of those that may be
+
+
+def test_kl_cov_chooses_the_largest():
+    covariances = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    chosen = cov.choose_kl(covariances, seed=0)
+    assert chosen.sum() == 10 and covariances[chosen].min() > covariances[~chosen].max()
+    assert cov.choose_kl(covariances[:9], seed=0).sum() == 1
+
+
+def test_choose_is_over_the_whole_minibatch_and_hands_back_what_belongs_to_each_completion():
+    def group(advantages, *logprobs):
+        completions = [SimpleNamespace(logprobs=row) for row in logprobs]
+        lengths = [len(row) for row in logprobs]
+        return SimpleNamespace(advantages=torch.tensor(advantages), completions=completions, lengths=lengths)
+
+    groups = [group([1.0, -1.0], [-3.0, -2.0], [-2.5]), group([2.0, -2.0], [-1.0, -0.1, -2.0], [-1.5])]
+    chosen = cov.choose(groups, cov.choose_kl, seed=0)  # largest A times largest log pi, both above their means
+    lists = [[part.tolist() for part in own] for own in chosen]
+    assert lists == [[[False, False], [False]], [[False, True, False], [False]]]
+
+
+def test_cov_losses_equal_a_loop_by_hand():
+    lengths = [4, 2, 5]
+    logprobs, old, advantages, _, importance = random_batch(lengths, 6)
+    per_token, chosen = advantages.repeat_interleave(torch.tensor(lengths)), importance > 1
+    clip_expected = kl_expected = 0.0 * logprobs.sum()
+    for t in range(11):
+        r, a, w = (logprobs[t] - old[t]).exp(), per_token[t].item(), importance[t].item()
+        if not chosen[t]:
+            objective = r * a if r.item() * a <= min(r.item(), 1.2) * a else torch.tensor(1.2 * a)
+            clip_expected = clip_expected - objective * w / 11
+        kl_expected = kl_expected - r * a * w / 11
+        if chosen[t]:
+            kl_expected = kl_expected + 0.5 * (logprobs[t] - old[t]).abs() / 11
+    arguments = logprobs, old, per_token, lengths, grpo.Totals(3, 11, 9), importance
+    clip, stats = cov.clip_loss(*arguments, chosen=chosen, epsilons=(1.0, 0.2))
+    kl, _ = cov.kl_loss(*arguments, chosen=chosen, coefficient=0.5)
+    for loss, expected in ((clip, clip_expected), (kl, kl_expected)):
+        torch.testing.assert_close(loss, expected.detach())
+        gradients = [torch.autograd.grad(value, logprobs, retain_graph=True)[0] for value in (loss, expected)]
+        torch.testing.assert_close(*gradients)
+    assert stats.clipped.item() == (torch.autograd.grad(clip, logprobs)[0] == 0).sum()
+
+
+# ----------------------------------------------------------------------------------------- what the sampler's rounding does
 
 
 def test_importance_weights_are_one_on_policy_capped_above_and_without_gradient():
@@ -139,13 +300,13 @@ def test_importance_weights_are_one_on_policy_capped_above_and_without_gradient(
     torch.testing.assert_close(weights, torch.tensor([1.0, 2.0, 0.25]))
     assert not weights.requires_grad
     logprobs, reference, advantages, _, _ = random_batch([4], 5)
-    plain = dapo.loss(logprobs, reference, advantages.repeat(4), 4)[0]
-    assert dapo.loss(logprobs, reference, advantages.repeat(4), 4, importance=torch.ones(4))[0] == plain
+    arguments = logprobs, reference, advantages.repeat(4), [4], grpo.Totals(1, 4, 4)
+    assert dapo.loss(*arguments, importance=torch.ones(4))[0] == dapo.loss(*arguments)[0]
 
 
 def test_importance_weights_leave_the_kl_term_alone():
     logprobs, old, advantages, ref, _ = random_batch([5], 7)
-    arguments = logprobs, old, torch.zeros(5), torch.full((5,), 0.2)
+    arguments = logprobs, old, torch.zeros(5), [5], grpo.Totals(1, 5, 5)
     with_zero = grpo.loss(*arguments, importance=torch.zeros(5), beta=0.5, ref_logprobs=ref)[0]
     assert with_zero.item() == pytest.approx(grpo.loss(*arguments, beta=0.5, ref_logprobs=ref)[0].item())
     assert with_zero.item() > 0

@@ -10,6 +10,8 @@ import torch
 import transformers
 from conftest import ROOT, refusal, run_ranks, run_script
 
+from cli import BadInput
+from config import Config, check
 from model import Qwen3
 
 TINY = ROOT / "assets" / "tiny"
@@ -90,10 +92,10 @@ def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
 
 
 def test_two_ranks_give_the_metrics_of_one_process(runs):
-    """Several updates per rollout, dynamic sampling, KL to a reference: everything that crosses ranks. Passes so small that
-    each rank would need another number of them."""
-    frozen = ["--updates", 2, "--unselected", "frozen", "--tokens", "not-first"]
-    for label, flags in (("dapo", frozen), ("grpo", ["--algorithm", "grpo", "--beta", 0.04])):
+    """Several updates per rollout, dynamic sampling, a choice among all tokens, KL to a reference: everything that crosses
+    ranks. Passes so small that each rank would need another number of them."""
+    cov = ["--algorithm", "clip-cov", "--updates", 2, "--unselected", "frozen", "--tokens", "not-first"]
+    for label, flags in (("cov", cov), ("grpo", ["--algorithm", "grpo", "--beta", 0.04])):
         alone, _ = train(runs(f"{label}-1"), *flags)
         name = runs(f"{label}-2")
         result = run_ranks(2, "train.py", "--name", name, *SHORT, *flags, "--tokens-per-pass", 25)
@@ -103,8 +105,9 @@ def test_two_ranks_give_the_metrics_of_one_process(runs):
                 expected = one[key] if one[key] is None else pytest.approx(one[key], rel=2e-3, abs=2e-5)
                 assert two[key] == expected, (label, key)
             assert two["mismatch_mean"] < 1e-5
-        if label == "dapo":
+        if label == "cov":
             assert any(m["ratio"] != 1 for m in read_metrics(alone))
+            assert any(m["clip_fraction"] > 0 for m in read_metrics(alone))
         else:
             assert read_metrics(alone)[1]["kl"] > 0
 
@@ -115,7 +118,7 @@ def test_own_data_and_reward_through_a_toml_file(runs, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def length(answer, row):\n    assert row['wanted'] == 'The'\n    return (len(answer) % 7) / 7\n"
     )
-    toml = f'data = "{tmp_path}/rows.jsonl"\nreward = "mine:length"\ntemperature = 1\nalgorithm = "grpo"\n'
+    toml = f'data = "{tmp_path}/rows.jsonl"\nreward = "mine:length"\ntemperature = 1\nalgorithm = "sapo"\nupdates = 2\n'
     (tmp_path / "config.toml").write_text(toml)
     run, result = train(runs("own"), "--config", tmp_path / "config.toml", env={"PYTHONPATH": str(tmp_path)})
     assert "held-out" not in result.stdout  # no --eval-data, no accuracy
@@ -147,8 +150,12 @@ def test_running_out_of_memory_in_the_first_step_says_what_to_lower(runs, tmp_pa
 
 
 def test_small_passes_give_the_metrics_of_one(runs):
-    whole, _ = train(runs("whole"))
-    parts, _ = train(runs("parts"), "--tokens-per-pass", 20, "--checkpointing")
+    """GSPO's ratio and clipping need whole completions, which every pass has."""
+    gspo = ["--algorithm", "gspo", "--updates", 2, "--warmup", 0]
+    whole, _ = train(runs("whole"), *gspo)
+    parts, _ = train(runs("parts"), *gspo, "--tokens-per-pass", 20, "--checkpointing")
+    assert any(m["clip_fraction"] > 0 for m in read_metrics(whole))
+    assert json.loads((whole / "config.json").read_text())["epsilon_high"] == 4e-4
     for one, two in zip(read_metrics(whole), read_metrics(parts), strict=True):
         for key in one.keys() - {"mismatch_mean", "mismatch_max", "mismatch_k3"}:
             assert two[key] == (one[key] if one[key] is None else pytest.approx(one[key], rel=2e-3, abs=2e-5)), key
@@ -218,6 +225,17 @@ def test_a_refusal_is_one_line_and_exit_code_1(runs):
     (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
     assert result.returncode == 1 and "train.py: error: step 1: " in line and "raise --max-rounds" in line
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"algorithm": "gspo"}, "--algorithm gspo needs --updates 2 or more"),
+    ({"algorithm": "kl-cov"}, "--algorithm kl-cov needs --updates 2 or more"),
+    ({"algorithm": "sapo", "updates": 2, "epsilon_high": 0.2}, "not for --algorithm sapo: it does not clip"),
+    ({"algorithm": "gspo", "updates": 2, "beta": 0.1}, "--beta needs --algorithm grpo: gspo has no KL term"),
+])  # fmt: skip
+def test_settings_that_do_not_go_with_an_algorithm_are_refused(settings, message):
+    with pytest.raises(BadInput, match=message):
+        check(Config(**settings), world=1, cuda=False)
 
 
 def test_unknown_flags_and_used_names_are_refused(runs):
