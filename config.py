@@ -12,8 +12,11 @@ class Config:
     # what
     model: str = option("assets/tiny", "checkpoint directory to start from: config.json, safetensors, tokenizer.json")
     name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
-    data: str = option("", "JSONL of prompts, see data.py (default: the recall task, made on the fly)")
-    eval_data: str = option("", "JSONL of held-out prompts, evaluated before and after (needed only with --data)")
+    data: list[str] = option([], "files of prompts, see sources.py (default: the recall task, made on the fly)")
+    data_rows: list[int] = option([], "rows to use of each file, chosen by the seed; 0: all (default: all of all)", least=0)
+    data_weights: list[float] = option([], "share of each file among the prompts drawn (default: one pool of all rows)")
+    truncate_prompts: bool = option(False, "cut the middle out of prompts that are too long, instead of dropping them")
+    eval_data: str = option("", "file of held-out prompts, evaluated before and after (needed only with --data)")
     reward: str = option("rewards:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
     thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
     facts: int = option(17, "recall task: facts in a passage")

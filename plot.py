@@ -35,6 +35,18 @@ def reward_curve(run):
     plt.close(figure)
 
 
+def loss_curve(run):
+    """metrics.jsonl of sft.py in the directory `run` -> loss.png: the loss of each step."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="tab:blue")
+    axes.set(xlabel="training step", ylabel="cross entropy of the assistant's tokens, nats")
+    axes.set_title(run.name, parse_math=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(run / "loss.png", dpi=120)
+    plt.close(figure)
+
+
 def save_magnitudes(path, magnitudes, masks):
     """Magnitudes {name: (H, D)} and masks {name.weight: (H * D,)} of one step -> a safetensors file."""
     rows = {f"{name}.selected": masks[f"{name}.weight"].view_as(m).contiguous() for name, m in magnitudes.items()}

@@ -49,6 +49,7 @@ metrics.jsonl, one object a step
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -68,6 +69,7 @@ import plan
 import plot
 import saliency
 import schedule
+import sources
 import tasks
 from checkpoint import check_weights
 from cli import BadInput, one_line_errors, parse
@@ -132,17 +134,28 @@ stop_ids = data.stop_ids(tokenizer)
 reward = load_reward(config.reward)
 prompt_limit = config.context - config.max_completion
 
+
+def encode(row, limit=prompt_limit):
+    return data.encode_prompt(tokenizer, row, config.thinking, limit, config.truncate_prompts)
+
+
 if config.data:
-    source = data.JsonlSource(config.data, config.seed)
-    held_out = data.read_jsonl(config.eval_data) if config.eval_data else []
-    rows = [*source.rows, *held_out]
+    measure = lambda row: len(encode(row, math.inf))  # noqa: E731
+    how = config.data_rows, config.seed, measure, prompt_limit, config.truncate_prompts, main
+    files, longest_prompt, lines = data.load(config.data, sources.prompt_row, *how)
+    source = sources.Mixture(files, config.data_weights, config.seed)
+    held_out = sources.read(config.eval_data, sources.prompt_row) if config.eval_data else []
+    if both := sources.shared(held_out, files):
+        lines.append(f"data: {both:,} held-out prompts of {config.eval_data} are trained on as well")
+    if main:
+        print("\n".join(lines))
 else:
     source = tasks.RecallSource(f"train {config.seed}", config.facts, config.filler)
     held_out_source = tasks.RecallSource("held out", config.facts, config.filler)
     held_out = [held_out_source[i] for i in range(config.eval_prompts)]
-    rows = [source[0], *held_out]
+    longest_prompt = len(encode(source[0]))
 # A prompt that is too long shows now, not in hours.
-longest_prompt = max(len(data.encode_prompt(tokenizer, row, config.thinking, prompt_limit)) for row in rows)
+longest_prompt = max([longest_prompt, *(len(encode(row)) for row in held_out)])
 
 # ----------------------------------------------------------------------------------------------- engine, then model
 
@@ -195,7 +208,7 @@ def sample(rows, indices, n, temperature, progress=False):
     share, shares = rank // config.tensor_parallel, world // config.tensor_parallel
     rows, indices = rows[share::shares], indices[share::shares]
     with stage("rollout"):
-        prompts = [data.encode_prompt(tokenizer, row, config.thinking, prompt_limit) for row in rows]
+        prompts = [encode(row) for row in rows]
         seeds = [config.seed * 2**32 + index * config.completions for index in indices]
         limits = temperature, config.max_completion, seeds, stop_ids, progress and main
         sampled = engine.generate(prompts, n, *limits) if prompts else []
