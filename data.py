@@ -147,7 +147,7 @@ def load(paths, parse_row, counts, seed, measure, limit, keep_long=False, progre
         tokens = [measure(row) for row in tqdm(chosen, desc=name, unit="row", disable=not progress, leave=False)]
         fit = [row for row, n in zip(chosen, tokens) if keep_long or n <= limit]
         if not fit:
-            raise BadInput(f"{path}: all {len(chosen)} rows have more than the {limit} tokens that the context leaves")
+            raise BadInput(f"{path}: not one of {len(chosen)} rows fits in the {limit} tokens that the context leaves")
         files.append(fit)
         longest = max(longest, *(min(n, limit) for n in tokens if keep_long or n <= limit))
         over = sum(n > limit for n in tokens)
@@ -173,30 +173,33 @@ def inspect(config):
     if not config.file:
         raise BadInput("name a file: python data.py inspect FILE")
     tokenizer = load_tokenizer(config.model, math.inf)
-    chats = "messages" in sources.read(config.file, lambda value, where: value)[0]
-    rows = sources.read(config.file, sources.messages_row if chats else sources.prompt_row)
-    if chats:
-        encoded = [encode_conversation(tokenizer, row["messages"]) for row in tqdm(rows, unit="row", leave=False)]
-        lengths, what = [len(ids) for ids, _ in encoded], "a conversation"
-    else:
-        encode = lambda row: encode_prompt(tokenizer, row, config.thinking, math.inf)  # noqa: E731
-        lengths, what = [len(encode(row)) for row in tqdm(rows, unit="row", leave=False)], "a prompt"
+    rows = sources.read(config.file, sources.any_row)
+    lengths, said = [], 0  # tokens of each row; of the assistant in all
+    for row in tqdm(rows, unit="row", leave=False):
+        ids, trained = encode_row(tokenizer, row, config.thinking)
+        lengths.append(len(ids))
+        said += sum(trained)
     print(f"{config.file}: {len(rows):,} rows, {sources.duplicates(rows):,} repeat an earlier one")
     for key in ("data_source", "ability"):
         for value, count in Counter(str(row[key]) for row in rows if key in row).most_common():
             print(f"  {key} {value}: {count:,}")
-    if chats:
-        print(f"  {sum(sum(trained) for _, trained in encoded):,} of {sum(lengths):,} tokens are the assistant's")
-    print(f"tokens of {what} by {config.model}: {sum(lengths):,} in all, {min(lengths):,} to {max(lengths):,}")
+    print(f"tokens of a row by {config.model}: {min(lengths):,} to {max(lengths):,}, {sum(lengths):,} in all", end="")
+    print(f", of them {said:,} the assistant's" if said else "")
     print(histogram(lengths), end="")
     for i in sorted({0, len(rows) // 2, len(rows) - 1}):
         title = f"--- {rows[i]['id']}, {lengths[i]:,} tokens "
         print(f"\n{title:-<100}")
-        if chats:
-            print(shortened(tokenizer.decode(encoded[i][0], skip_special_tokens=False)))
-        else:
-            print(shortened(tokenizer.decode(encode(rows[i]), skip_special_tokens=False)))
-            print(f"\n--- answer: {shortened(str(rows[i]['answer']))}")
+        ids, _ = encode_row(tokenizer, rows[i], config.thinking)
+        print(shortened(tokenizer.decode(ids, skip_special_tokens=False)))
+        if "answer" in rows[i]:
+            print(f"--- answer: {shortened(str(rows[i]['answer']))}")
+
+
+def encode_row(tokenizer, row, thinking):
+    """A chat or a prompt -> token ids, and which of them SFT trains on (none of a prompt)."""
+    if "messages" in row:
+        return encode_conversation(tokenizer, row["messages"])
+    return encode_prompt(tokenizer, row, thinking, math.inf), []
 
 
 def histogram(lengths):

@@ -136,6 +136,11 @@ def messages_row(value, where):
     return value
 
 
+def any_row(value, where):
+    """A chat or a row of prompt and answer, by what it has. Raises BadInput that begins with `where`."""
+    return messages_row(value, where) if "messages" in value else prompt_row(value, where)
+
+
 def check_messages(messages, last, what):
     roles = ("system", "user", "assistant")
     good = isinstance(messages, list) and all(

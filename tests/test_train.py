@@ -185,6 +185,7 @@ def jsonl(tmp_path, *lines):
 
 
 GOOD = '{"prompt": "p", "answer": "a"}'
+LONG = GOOD.replace('"p"', f'"{"p" * 99}"')
 REFUSALS = {
     "no checkpoint": (lambda t: ["--model", t / "none"], "none is not a checkpoint"),
     "not a Qwen3": (lambda t: ["--model", checkpoint_with(t, model_type="llama")], "'llama' is not supported"),
@@ -195,9 +196,9 @@ REFUSALS = {
     "empty data": (lambda t: ["--data", jsonl(t, "")], "has no rows"),
     "bad line": (lambda t: ["--data", jsonl(t, GOOD, "{")], "line 2 is not JSON"),
     "long prompt": (lambda t: ["--context", 300], "tokens; the context leaves 276"),
-    "long row": (
-        lambda t: ["--context", 60, "--data", jsonl(t, GOOD, GOOD.replace(': "p"', ': "' + "p" * 99 + '"'))],
-        "prompt line 2 has",
+    "long held-out row": (
+        lambda t: ["--context", 60, "--data", jsonl(t, GOOD, LONG), "--eval-data", jsonl(t, GOOD, LONG)],
+        "prompt rows.jsonl line 2 has",
     ),
     "context": (lambda t: ["--context", 9999], "more than the 4096 tokens"),
     "uneven": (lambda t: ["--prompts", 5, "--updates", 2], "--prompts 5 cannot be shared"),

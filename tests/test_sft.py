@@ -1,0 +1,191 @@
+"""sft.py run as a script, on real chats: a golden loss, ranks, a kill and what resumes after it, and what it refuses."""
+
+import ast
+import json
+import random
+import re
+import runpy
+import signal
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import transformers
+from conftest import ROOT, make_small, run_ranks, run_script
+from safetensors.torch import load_file
+
+import curriculum
+import data
+import resume
+import tasks
+from cli import BadInput
+from model import Qwen3
+
+TINY = ROOT / "assets" / "tiny"
+GOLDEN = 4.2553  # nats a token of assets/tiny on the first six chats, measured
+FLAGS = "--steps 5 --batch 6 --tokens-per-pass 400 --learning-rate 1e-3 --warmup 2 --save-every 2".split()
+
+
+def chats():
+    """Twenty chats, some of two turns, some that think."""
+    rng, rows = random.Random("chats"), []
+    for i in range(20):
+        passage, asked = tasks.recall(rng, 3 + i % 5, 3, asked=2)
+        messages = []
+        for question, answer in asked[: 1 + i % 2]:
+            messages += [{"role": "user", "content": f"{passage} {question}"}]
+            messages += [{"role": "assistant", "content": ("<think>\nhm\n</think>\n\n" if i % 3 else "") + answer}]
+        rows.append({"messages": messages})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A directory with the chats in it and the run `whole`, never interrupted, of one process."""
+    directory = tmp_path_factory.mktemp("sft")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats()), directory / "chats.parquet")
+    sft(directory, "whole")
+    return directory
+
+
+def sft(directory, name, *flags):
+    """sft.py in this process, on the chats of `directory`; its run is directory/name."""
+    arguments = ["--data", directory / "chats.parquet", "--out", directory / name, *FLAGS, *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sft.py", *map(str, arguments)])
+        patch.setattr(sys, "excepthook", sys.excepthook)  # put back afterwards
+        runpy.run_path(str(ROOT / "sft.py"), run_name="__main__")
+
+
+def read_metrics(run):
+    """metrics.jsonl without the wall-clock keys."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: m[key] for key in m if key not in ("seconds", "tokens_per_second")} for m in lines]
+
+
+def test_the_first_loss_is_the_models_by_transformers_and_a_fixed_number(runs):
+    """Unpacked: transformers' own loss of every document alone, with labels where the assistant speaks."""
+    first, rows = read_metrics(runs / "whole")[0], chats()
+    order = list(range(20))
+    random.Random("1 part 0 epoch 0").shuffle(order)
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    tokenizer = data.load_tokenizer(TINY, 10**6)
+    total, trained, tokens = 0.0, 0, 0
+    for i in order[:6]:
+        ids, mask = (torch.tensor(x)[None] for x in data.encode_conversation(tokenizer, rows[i]["messages"]))
+        n = mask.sum().item()
+        total += model(input_ids=ids, labels=ids.where(mask, -100)).loss.item() * n
+        trained, tokens = trained + n, tokens + ids.numel()
+    assert (first["tokens"], first["tokens_trained"], first["documents"]) == (tokens, trained, 6)
+    assert first["passes"] > 1
+    assert first["loss"] == pytest.approx(total / trained, abs=1e-5)
+    assert first["loss"] == pytest.approx(GOLDEN, abs=1e-4)
+
+
+def test_a_run_leaves_what_it_promises(runs):
+    run = runs / "whole"
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint", "config.json", "loss.png", "metrics.jsonl"]
+    metrics = read_metrics(run)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5] and metrics[-1]["epoch"] == 1.5
+    rates = [m["learning_rate"] for m in metrics]
+    assert rates[0] == pytest.approx(5e-4) and max(rates) == rates[1] and rates[4] == pytest.approx(1.859e-4, rel=1e-3)
+    documented = ast.get_docstring(ast.parse((ROOT / "sft.py").read_text()))
+    keys = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert not [key for key in keys if not re.search(rf"\b{key}\b", documented)]
+    start, end = Qwen3.from_pretrained(TINY), Qwen3.from_pretrained(run / "checkpoint")
+    assert all((a != b).any() for a, b in zip(start.parameters(), end.parameters(), strict=True))
+    assert transformers.AutoTokenizer.from_pretrained(run / "checkpoint").chat_template
+
+
+def test_two_ranks_small_passes_and_recomputed_blocks_give_the_metrics_of_one_process(runs):
+    flags = *FLAGS, "--tokens-per-pass", 250, "--checkpointing"
+    result = run_ranks(2, "sft.py", "--data", runs / "chats.parquet", "--out", runs / "two", *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for one, two in zip(read_metrics(runs / "whole"), read_metrics(runs / "two"), strict=True):
+        assert two.pop("passes") > one.pop("passes")
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+DIE = """
+import os, runpy, signal, sys
+replace = os.replace
+def die(source, target):
+    if target.name == "step-000004":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = die
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(runs):
+    """It dies with four steps in metrics.jsonl, the state of step 2 whole and that of step 4 not yet."""
+    arguments = ["sft.py", "--data", str(runs / "chats.parquet"), "--out", str(runs / "killed"), *FLAGS]
+    code = f"import sys\nsys.argv = {arguments!r}\n{DIE}"
+    result = run_script("-c", code)
+    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+    killed, whole = runs / "killed", runs / "whole"
+    assert len(read_metrics(killed)) == 4
+    assert sorted(path.name for path in (killed / "resume").iterdir()) == ["step-000002", "step-000004.partial"]
+    with pytest.raises(BadInput, match=r"--resume: batch was 6, now it is 8"):
+        sft(runs, "killed", "--resume", "--batch", 8)
+    with pytest.raises(BadInput, match=r"exists already; --resume goes on with it"):
+        sft(runs, "killed")
+    sft(runs, "killed", "--resume", "--checkpointing")
+    assert read_metrics(killed) == read_metrics(whole)
+    files = [load_file(run / "checkpoint" / "model.safetensors") for run in (whole, killed)]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    with pytest.raises(BadInput, match="has no saved state"):
+        sft(runs, "killed", "--resume")
+
+
+def test_states_of_other_ranks_or_models_are_refused(tmp_path, small):
+    optimizer = torch.optim.AdamW(small.parameters())
+    small(torch.arange(5)[None]).sum().backward()
+    optimizer.step()
+    resume.save(tmp_path, 7, small, optimizer, {})
+    step, state = resume.newest(tmp_path)
+    assert (step.name, state) == ("step-000007", {"step": 7, "ranks": 1})
+    with pytest.raises(BadInput, match="does not hold this model's tensors"):
+        resume.load(step, make_small(num_hidden_layers=1), optimizer)
+    (step / "rank-0-of-1.safetensors").write_bytes(b"cut")
+    with pytest.raises(BadInput, match="rank-0-of-1.safetensors cannot be read"):
+        resume.load(step, small, optimizer)
+    (step / "state.json").write_text('{"ranks": 2}')
+    with pytest.raises(BadInput, match="was written by 2 ranks"):
+        resume.newest(tmp_path)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--layers", 4], "--layers has no meaning with --data"),
+    (["--context", 5000], "more than the 4096 tokens"),
+    (["--context", 50], "not one of 20 rows fits"),
+    (["--data", ROOT / "assets" / "longbench-sample.json"], "longbench-sample.json, line 1"),
+    (["--data-weights", 1, 2], "2 numbers for 1 files"),
+    (["--model", "nowhere"], "nowhere is not a checkpoint"),
+    (["--resume"], "has no saved state"),
+])  # fmt: skip
+def test_bad_input_gets_one_clear_line(flags, message, runs):
+    with pytest.raises(BadInput, match=message):
+        sft(runs, "refused", *flags)
+    assert not (runs / "refused").exists()
+
+
+def test_the_curriculum_makes_a_model_without_data(tmp_path, monkeypatch):
+    """A step of each stage; its conversations are the text of the chat template, its answers what is trained on."""
+    flags = "--copy-until 99 --steps 2 --batch 2 --vocab-size 600 --hidden-size 16".split()
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--out", str(tmp_path / "new"), *flags])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "sft.py"), run_name="__main__")
+    assert [m["stage"] for m in read_metrics(tmp_path / "new")] == ["copy", "recall", "recall"]
+    made = tmp_path / "new" / "checkpoint"
+    assert Qwen3.from_pretrained(made).config.vocab_size == 600
+    tokenizer, config = data.load_tokenizer(TINY, 10**6), curriculum.Settings()
+    ids, trained = curriculum.conversation(tokenizer, random.Random(0), config, 0.5)
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert tokenizer.encode(text, add_special_tokens=False).ids == ids
+    answers = tokenizer.decode([i for i, t in zip(ids, trained) if t], skip_special_tokens=False).split("<|im_end|>")
+    turns = text.split("</think>\n\n")[1:]
+    assert len(turns) > 1 and answers == [*(turn.split("<|im_end|>")[0] for turn in turns), ""]
