@@ -114,15 +114,14 @@ def encode_conversation(tokenizer, messages):
     ids, trained = [], []
     for i, message in enumerate(messages):
         role, content = message["role"], message["content"]
-        parts = [("\n", False)] if i else []
-        if role == "assistant":
-            begin = role + "\n" + ("" if "</think>" in content else NO_THOUGHT)
-            parts += [("<|im_start|>", True), (begin, False), (content, False), ("<|im_end|>", True)]
-        else:
-            parts += [("<|im_start|>", True), (f"{role}\n{content}", False), ("<|im_end|>", True)]
-        for k, piece in enumerate(encode_parts(tokenizer, parts)):
-            ids += piece
-            trained += [role == "assistant" and k >= len(parts) - 2] * len(piece)
+        speaks = role == "assistant"
+        given = role + "\n" + (content if not speaks else "" if "</think>" in content else NO_THOUGHT)
+        read = [("\n", False)] * (i > 0) + [("<|im_start|>", True), (given, False)]
+        said = [(content, False)] * speaks + [("<|im_end|>", True)]
+        for parts, train in ((read, False), (said, speaks)):
+            for piece in encode_parts(tokenizer, parts):
+                ids += piece
+                trained += [train] * len(piece)
     return ids, trained
 
 

@@ -157,7 +157,7 @@ optimizer = torch.optim.AdamW(
 )
 
 # What must be the same when a run goes on; the others may change.
-free = ("out", "resume", "save_every", "tokens_per_pass", "checkpointing")
+free = ("out", "data", "resume", "save_every", "tokens_per_pass", "checkpointing")
 fixed = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
 fixed["digest of data"] = sources.digest(config.data)
 done = 0
@@ -238,6 +238,10 @@ for step in range(done + 1, config.steps + 1):
 bar.close()
 model.save_pretrained(out / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
+    # Whatever a base model stops at, this one ends its turn.
+    path = out / "checkpoint" / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
     shutil.rmtree(out / "resume", ignore_errors=True)
     plot.loss_curve(out)
     print(f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")

@@ -129,7 +129,9 @@ def test_own_data_and_reward_through_a_toml_file(runs, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def length(answer, row):\n    assert row['wanted'] == 'The'\n    return (len(answer) % 7) / 7\n"
     )
-    toml = f'data = "{tmp_path}/rows.jsonl"\nreward = "mine:length"\ntemperature = 1\nalgorithm = "grpo"\n'
+    toml = (
+        f'data = "{tmp_path}/rows.jsonl"\nreward = "mine:length"\ndata_weights = [1]\ntemperature = 1\nalgorithm = "grpo"\n'
+    )
     (tmp_path / "config.toml").write_text(toml)
     run, result = train(runs("own"), "--config", tmp_path / "config.toml", env={"PYTHONPATH": str(tmp_path)})
     assert "held-out" not in result.stdout  # no --eval-data, no accuracy
