@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import grpo
 import saliency
+import tasks
 from cli import BadInput, option
 
 
@@ -12,15 +13,16 @@ class Config:
     # what
     model: str = option("assets/tiny", "checkpoint directory to start from: config.json, safetensors, tokenizer.json")
     name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
-    data: list[str] = option([], "files of prompts, see sources.py (default: the recall task, made on the fly)")
+    data: list[str] = option([], "files of prompts, see sources.py (default: --task, made on the fly)")
     data_rows: list[int] = option([], "rows to use of each file, chosen by the seed; 0: all (default: all of all)", least=0)
     data_weights: list[float] = option([], "share of each file among the prompts drawn (default: one pool of all rows)")
     truncate_prompts: bool = option(False, "cut the middle out of prompts that are too long, instead of dropping them")
-    eval_data: str = option("", "file of held-out prompts, evaluated before and after (needed only with --data)")
+    eval_data: list[str] = option([], "files of held-out prompts, each evaluated before and after (default: none)")
     reward: str = option("rewards:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
     thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
-    facts: int = option(17, "recall task: facts in a passage")
-    filler: int = option(17, "recall task: filler sentences in a passage", least=0)
+    task: str = option("recall", "without --data: recall a fact of a passage, or track one that changes", list(tasks.TASKS))
+    facts: int = option(17, "task: facts in a passage")
+    filler: int = option(17, "task: filler sentences in a passage", least=0)
     seed: int = option(0, "seed of prompts, sampling and random rows", least=0)
     # how much
     steps: int = option(60, "training steps, each one rollout", least=1)
@@ -29,7 +31,12 @@ class Config:
     updates: int = option(1, "optimizer updates per rollout; each takes prompts / updates groups", least=1)
     context: int = option(0, "most tokens of prompt + completion (0: what the model's config allows)", least=0)
     max_completion: int = option(24, "most tokens of a completion", least=1)
-    eval_prompts: int = option(256, "held-out prompts for the accuracy before and after (recall task)", least=0)
+    eval_before: bool = option(True, "evaluate the starting model too")
+    eval_completions: int = option(1, "completions of a held-out prompt at temperature 1", least=1)
+    eval_prompts: int = option(256, "task: held-out prompts for the accuracy before and after", least=0)
+    eval_filler: list[int] = option(
+        [], "task: filler sentences of held-out passages, evaluated each (default: --filler)", least=0
+    )
     # the algorithm
     algorithm: str = option("dapo", "dapo: clip-higher, token mean, dynamic sampling, overlong punishment", ["dapo", "grpo"])
     temperature: float = option(1.0, "sampling temperature; the trainer's log-probabilities use the same", above=0)
@@ -47,7 +54,23 @@ class Config:
     # LongAct
     rule: str = option("top", "rows of W_Q, W_K that are updated: top is LongAct, all is dense", list(saliency.RULES))
     fraction: float = option(0.3, "share of each head's dimensions that is selected (paper: 0.3)")
-    site: str = option("proj", "magnitudes of the projections' outputs, or after q_norm and k_norm", ["proj", "norm"])
+    site: str = option(
+        "proj",
+        "magnitudes of the projections' outputs (the paper's reading), or after q_norm and k_norm: there "
+        "the scale of a head, which attention does not see, is gone",
+        list(saliency.SITES),
+    )
+    tokens: str = option(
+        "all",
+        "tokens whose magnitudes count: all; the prompt's; all but each first, an attention sink",
+        list(saliency.TOKENS),
+    )
+    unselected: str = option(
+        "grad",
+        "rows not selected: grad masks the gradient (the paper), so momentum still moves a row "
+        "selected before; frozen keeps row and moments as they were",
+        list(saliency.UNSELECTED),
+    )
     # the optimizer
     learning_rate: float = option(3e-4, "AdamW's learning rate, constant after warm-up (8B: 1e-6)", above=0)
     warmup: int = option(10, "steps of linear warm-up", least=0)
@@ -86,6 +109,8 @@ def check(config, world, cuda):
     if config.tensor_parallel > 1 and not cuda and not config.plan:
         raise BadInput(f"--tensor-parallel {config.tensor_parallel} needs a GPU per rank, and there is none")
     if config.eval_data and not config.data:
-        raise BadInput("--eval-data needs --data; the recall task makes its own held-out prompts")
+        raise BadInput("--eval-data needs --data; --task makes its own held-out prompts")
+    if config.eval_filler and config.data:
+        raise BadInput("--eval-filler is of --task; with --data give held-out files by --eval-data")
     if config.beta and config.algorithm == "dapo":
         raise BadInput("--beta needs --algorithm grpo: DAPO has no KL term")

@@ -35,18 +35,18 @@ HEAD_CHUNK_ELEMENTS = 2**27  # logits that exist at a time: 512 MiB in fp32, 883
 
 class Squares:
     """One layer's sums of squares over the tokens of each sequence: q (B, H, D) and k (B, Hk, D), fp32; site as in
-    saliency.Tracker. The layer's first forward fills it; when activation checkpointing runs the layer again in backward, it
-    is full, so nothing is counted or computed twice."""
+    saliency.Tracker, from position `start` on. The layer's first forward fills it; when activation checkpointing runs the
+    layer again in backward, it is full, so nothing is counted or computed twice."""
 
-    def __init__(self, site):
-        self.site, self.q, self.k = site, None, None
+    def __init__(self, site, start):
+        self.site, self.start, self.q, self.k = site, start, None, None
 
     @torch.no_grad()
     def fill(self, q, k, layout):
         """q (B, T, H, D), k (B, T, Hk, D): a sequence a row; with a Layout, its G completions -> (G, H, D), (G, Hk, D)."""
         if self.q is None:
             rows = (layout.pad(x) if layout else x for x in (q, k))
-            self.q, self.k = (x.float().square().sum(1) for x in rows)
+            self.q, self.k = (x[:, self.start :].float().square().sum(1) for x in rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -298,7 +298,10 @@ class Qwen3(nn.Module):
         each layer's keys and values."""
         x = self.model.embed_tokens(ids)  # (B, T, C)
         cos, sin = rope_tables(self.config, positions, x.dtype)
-        squares = [Squares(self.tracker.site) if self.tracker else None for _ in self.model.layers]
+        squares = [None] * len(self.model.layers)
+        if self.tracker:
+            start = 1 if self.tracker.tokens == "not-first" and not prompt else 0
+            squares = [Squares(self.tracker.site, start) for _ in squares]
         recompute = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
             past = (prompt.keys[i], prompt.values[i]) if prompt else None

@@ -26,7 +26,10 @@ def reward_curve(run):
     if (run / "results.json").exists():
         results = json.loads((run / "results.json").read_text())
         for x, when in ((0, "before"), (steps[-1], "after")):
-            axes.plot(x, results[when]["accuracy"], "o", color="tab:red", label="held-out accuracy" if x == 0 else None)
+            if results[when] is None:  # --no-eval-before
+                continue
+            first = next(iter(results[when].values()))  # the first set of held-out prompts
+            axes.plot(x, first["accuracy"], "o", color="tab:red", label="held-out accuracy" if when == "after" else None)
     axes.set(xlabel="training step", ylabel="reward")
     axes.set_title(run.name, parse_math=False)
     axes.grid(alpha=0.3)
@@ -44,6 +47,26 @@ def loss_curve(run):
     axes.set_title(run.name, parse_math=False)
     axes.grid(alpha=0.3)
     figure.savefig(run / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+def reward_bands(path, panels):
+    """{panel title: {label: runs x steps of rewards}} -> path: mean over runs, shaded by its standard error."""
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 4), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
+        for label, runs in curves.items():
+            rewards = torch.tensor(runs)  # (runs, steps)
+            steps, mean = range(1, rewards.size(1) + 1), rewards.mean(0)
+            error = rewards.std(0) / len(runs) ** 0.5 if len(runs) > 1 else torch.zeros_like(mean)
+            (line,) = axes.plot(steps, mean, label=f"{label} ({len(runs)} runs)")
+            axes.fill_between(steps, mean - error, mean + error, alpha=0.2, color=line.get_color(), linewidth=0)
+        axes.set(xlabel="training step", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", fontsize="small")
+    grid[0, 0].set_ylabel("mean reward of sampled completions")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

@@ -16,19 +16,26 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 RULES = ("top", "bottom", "random", "all")
+SITES = ("proj", "norm")
+TOKENS = ("all", "prompt", "not-first")
+UNSELECTED = ("grad", "frozen")
 
 
 class Tracker:
     """Context manager that gathers a model's Q/K activation norms.
 
     site "proj" measures the outputs of q_proj and k_proj, one to one with the rows of their weights (the paper's
-    reading); "norm" measures after q_norm and k_norm. Neither is mixed by RoPE.
+    reading); "norm" measures after q_norm and k_norm. Neither is mixed by RoPE. tokens "all" counts every token, "prompt"
+    those of prompts only (a sequence that is not a group's is all prompt), "not-first" leaves out the first of each
+    sequence, an attention sink.
     """
 
-    def __init__(self, model, site="proj"):
-        if site not in ("proj", "norm"):
+    def __init__(self, model, site="proj", tokens="all"):
+        if site not in SITES:
             raise ValueError(f"site must be 'proj' or 'norm', not {site!r}")
-        self.model, self.site = model, site
+        if tokens not in TOKENS:
+            raise ValueError(f"tokens must be one of {TOKENS}, not {tokens!r}")
+        self.model, self.site, self.tokens = model, site, tokens
         self.sums, self.sequences = None, 0
 
     def __enter__(self):
@@ -45,7 +52,8 @@ class Tracker:
         the tokens of S sequences; prompt: the same of the one prompt (S = 1) that all of them share."""
         sums = [each for layer in squares for each in (layer.q, layer.k)]
         if prompt:
-            sums = [own + shared for own, shared in zip(sums, (each for layer in prompt for each in (layer.q, layer.k)))]
+            own = 0 if self.tokens == "prompt" else 1
+            sums = [own * each + shared for each, shared in zip(sums, (x for layer in prompt for x in (layer.q, layer.k)))]
         norms = [each.sqrt().sum(0) for each in sums]  # of each sequence, added up
         self.sums = norms if self.sums is None else [total + norm for total, norm in zip(self.sums, norms, strict=True)]
         self.sequences += len(sums[0])
@@ -101,10 +109,52 @@ def mask_gradients(model, masks):
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         gradient = parameters[name].grad
-        rows = mask.to(gradient.dtype)[:, None]
-        if isinstance(gradient, DTensor):
-            rows = distribute_tensor(rows, gradient.device_mesh, gradient.placements, src_data_rank=None)
-        gradient.mul_(rows)
+        local(gradient).mul_(local_rows(mask, gradient))
+
+
+@torch.no_grad()
+def masked_step(optimizer, model, masks, unselected="grad"):
+    """optimizer.step() after mask_gradients, and how far it moved W_Q and W_K -> root mean square change of a weight in
+    selected rows and in the others; two 0-dim tensors, NaN where there are no such rows.
+
+    unselected "grad": the optimizer moves a row without gradient as it does, AdamW by the momentum of steps that had
+    selected it and by weight decay. "frozen": the row and its moments are afterwards what they were before. Every rank must
+    call it. It holds a copy of W_Q and W_K ("frozen": and of their moments) during the step.
+    """
+    parameters = dict(model.named_parameters())
+    kept = []
+    for name, mask in masks.items():
+        weight = parameters[name]
+        moments = (
+            [x for x in optimizer.state[weight].values() if x.shape == weight.shape] if weight in optimizer.state else []
+        )
+        tensors = [local(x) for x in (weight, *(moments if unselected == "frozen" else ()))]
+        kept.append((local_rows(mask, weight), tensors, [x.clone() for x in tensors]))
+    optimizer.step()
+    sums = torch.zeros(4, dtype=torch.float64, device=kept[0][0].device)  # squared change and weights, selected and not
+    for rows, tensors, before in kept:
+        if unselected == "frozen":
+            for now, old in zip(tensors, before):
+                now.copy_(torch.where(rows, now, old))
+        change = (tensors[0] - before[0]).square().sum(1, keepdim=True, dtype=torch.float64)
+        parts = [part for r in (rows, ~rows) for part in ((change * r).sum(), r.sum() * tensors[0].size(1))]
+        sums += torch.stack(parts)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1]).sqrt(), (sums[2] / sums[3]).sqrt()
+
+
+def local(tensor):
+    """This rank's part of a DTensor; a plain tensor is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(mask, weight):
+    """mask (rows,) bool -> (rows, 1) bool, of the rows of `weight` that this rank holds."""
+    rows = mask[:, None]
+    if isinstance(weight, DTensor):
+        rows = distribute_tensor(rows, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+    return rows
 
 
 def selected_share(magnitudes, masks):

@@ -35,25 +35,54 @@ def recall(rng, facts, filler, asked=1):
     -> (passage, [(question, answer), ...]). A fact and a filler sentence take 9 tokens each of assets/tiny's tokenizer.
     """
     names = rng.sample(NAMES, facts)
-    facts_told = [f"The code for {name} is {' '.join(rng.sample(WORDS, 3))}." for name in names]
-    sentences = facts_told.copy()
+    facts_told = [fact(rng, name) for name in names]
+    passage = hide(rng, facts_told, filler)
+    picked = rng.sample(range(facts), asked)
+    return " ".join(passage), [(question(names[i]), facts_told[i]) for i in picked]
+
+
+def tracking(rng, facts, filler):
+    """Recall of what is changed on the way: each name's code is told twice, and the later one holds. As `recall`, with one
+    question. The tiny model never saw this in its warm start; it answers with either."""
+    names = rng.sample(NAMES, facts // 2)
+    passage = hide(rng, [fact(rng, name) for name in names for _ in range(2)], filler)
+    asked = rng.choice(names)
+    told = [sentence for sentence in passage if sentence.startswith(f"The code for {asked} is ")]
+    return " ".join(passage), [(question(asked), told[-1])]
+
+
+def fact(rng, name):
+    return f"The code for {name} is {' '.join(rng.sample(WORDS, 3))}."
+
+
+def question(name):
+    return f"What is the code for {name}?"
+
+
+def hide(rng, facts, filler):
+    """Facts and `filler` sentences in random order."""
+    sentences = facts.copy()
     for _ in range(filler):
         time = rng.choice(("morning", "evening"))
         sentences.append(f"The {rng.choice(PEOPLE)} {rng.choice(VERBS)} in the {rng.choice(PLACES)} every {time}.")
     rng.shuffle(sentences)
-    picked = rng.sample(range(facts), asked)
-    return " ".join(sentences), [(f"What is the code for {names[i]}?", facts_told[i]) for i in picked]
+    return sentences
 
 
-class RecallSource:
-    """The recall task without end: source[i] depends on (seed, i) only, so equal seeds give equal prompts."""
+TASKS = {"recall": recall, "tracking": tracking}
+MOST_FACTS = {"recall": len(NAMES), "tracking": 2 * len(NAMES)}
 
-    def __init__(self, seed, facts, filler):
-        if not 1 <= facts <= len(NAMES):
-            raise BadInput(f"--facts {facts}: there are names for 1 to {len(NAMES)}")
-        self.seed, self.facts, self.filler = seed, facts, filler
+
+class Source:
+    """A task without end: source[i] depends on (task, seed, i) only, so equal seeds give equal prompts. Raises BadInput for
+    more facts than there are names, or fewer than the task needs."""
+
+    def __init__(self, task, seed, facts, filler):
+        least = 2 if task == "tracking" else 1
+        if not least <= facts <= MOST_FACTS[task]:
+            raise BadInput(f"--facts {facts}: the task {task} can have {least} to {MOST_FACTS[task]}")
+        self.task, self.seed, self.facts, self.filler = task, seed, facts, filler
 
     def __getitem__(self, i):
-        passage, questions = recall(random.Random(f"{self.seed} recall {i}"), self.facts, self.filler)
-        question, answer = questions[0]
-        return {"id": f"recall-{self.seed}-{i}", "prompt": f"{passage}\n\n{question}", "answer": answer}
+        passage, [(asked, answer)] = TASKS[self.task](random.Random(f"{self.seed} {self.task} {i}"), self.facts, self.filler)
+        return {"id": f"{self.task}-{self.seed}-{i}", "prompt": f"{passage}\n\n{asked}", "answer": answer}

@@ -12,10 +12,11 @@ loss (dapo.py, grpo.py) -> backward -> masks from this step's activations (salie
 backward, and the prompt's backward comes last: memory depends on the prompt and a pass, not on the number of completions.
 
 Where we depart from the papers, or had to choose
-- LongAct does not say which tokens count: every real token of prompt and completions does, once per sequence. It rounds
-  fraction * head size in a way it does not say: down, at least one row.
-- Its mask is on gradients, so AdamW's momentum still moves a row that was selected before. Weight decay is 0 by default:
-  it would move every row.
+- LongAct does not say which tokens count: every real token of prompt and completions does, once per sequence (--tokens). It
+  rounds fraction * head size in a way it does not say: down, at least one row.
+- Its mask is on gradients, so AdamW's momentum still moves a row that was selected before (--unselected grad;
+  moved_unselected says how far). Weight decay is 0 by default: it would move every row. --unselected frozen changes neither
+  the row nor its moments.
 - The mask of a step comes from that step's own forward; with several updates per rollout, from each update's.
 - Masking comes before clipping, so when clipping binds the other weights get a larger share of the step.
 - DAPO: surplus groups of dynamic sampling are dropped, not kept for the next step. Rewards are mapped to 2 r - 1 (+1
@@ -39,6 +40,8 @@ metrics.jsonl, one object a step
   grad_norm, grad_norm_masked  gradient norm before and after masking (before clipping)
   selected_share, mask_overlap share of squared Q/K magnitude in the selected rows; share of selected rows selected in the
                                previous update too (null in the first)
+  moved_selected               root mean square change of a weight of W_Q, W_K in one update, in selected rows
+  moved_unselected             and in the others: momentum's doing with --unselected grad (null if all are selected)
   learning_rate                of the last update
   tokens_trained               tokens through the network in one training forward: sum over groups of P + sum(R_i)
   tokens_unshared              what it would be with the prompt repeated per completion: sum of G * P + sum(R_i)
@@ -144,18 +147,20 @@ if config.data:
     how = config.data_rows, config.seed, measure, prompt_limit, config.truncate_prompts, main
     files, longest_prompt, lines = data.load(config.data, sources.prompt_row, *how)
     source = sources.Mixture(files, config.data_weights, config.seed)
-    held_out = sources.read(config.eval_data, sources.prompt_row) if config.eval_data else []
-    if both := sources.shared(held_out, files):
-        lines.append(f"data: {both:,} held-out prompts of {config.eval_data} are trained on as well")
+    held_out = {path: sources.read(path, sources.prompt_row) for path in config.eval_data}  # name -> rows
+    both = ((path, sources.shared(rows, files)) for path, rows in held_out.items())
+    lines += [f"data: {count:,} held-out prompts of {path} are trained on as well" for path, count in both if count]
     if main:
         print("\n".join(lines))
 else:
-    source = tasks.RecallSource(f"train {config.seed}", config.facts, config.filler)
-    held_out_source = tasks.RecallSource("held out", config.facts, config.filler)
-    held_out = [held_out_source[i] for i in range(config.eval_prompts)]
+    source = tasks.Source(config.task, f"train {config.seed}", config.facts, config.filler)
+    held_out = {}
+    for filler in (config.eval_filler or [config.filler]) if config.eval_prompts else []:
+        held_out_source = tasks.Source(config.task, "held out", config.facts, filler)
+        held_out[f"filler {filler}"] = [held_out_source[i] for i in range(config.eval_prompts)]
     longest_prompt = len(encode(source[0]))
-# A prompt that is too long shows now, not in hours.
-longest_prompt = max([longest_prompt, *(len(encode(row)) for row in held_out)])
+# A held-out prompt that is too long shows now, not in hours.
+held_out_tokens = {name: sum(len(encode(row)) for row in rows) / len(rows) for name, rows in held_out.items()}
 
 # ----------------------------------------------------------------------------------------------- engine, then model
 
@@ -226,17 +231,22 @@ def sample(rows, indices, n, temperature, progress=False):
 
 
 def evaluate():
-    """Accuracy on the held-out prompts, one completion each: at temperature 1, as the paper evaluates, and greedily."""
-    result = {"prompts": len(held_out)}
-    for key, temperature in (("accuracy", 1.0), ("accuracy_greedy", 0.0)):
-        groups = sample(held_out, [2**24 + i for i in range(len(held_out))], 1, temperature, progress=True)
-        result[key] = sum(group.rewards.item() >= 1 for group in groups) / len(groups)
-    return result
+    """Accuracy on each set of held-out prompts: at temperature 1, as the paper evaluates, and greedily, one completion
+    -> {name: {"prompts", "prompt_tokens" (mean), "accuracy", "accuracy_greedy"}}."""
+    results = {}
+    for name, rows in held_out.items():
+        results[name] = {"prompts": len(rows), "prompt_tokens": held_out_tokens[name]}
+        for key, n, temperature in (("accuracy", config.eval_completions, 1.0), ("accuracy_greedy", 1, 0.0)):
+            groups = sample(rows, [2**24 + i for i in range(len(rows))], n, temperature, progress=True)
+            results[name][key] = torch.stack([group.rewards >= 1 for group in groups]).float().mean().item()
+    return results
 
 
-def accuracy_line(when, result):
-    sampled, greedy, n = result["accuracy"], result["accuracy_greedy"], result["prompts"]
-    return f"{when} {sampled:.3f} of {n} held-out prompts right at temperature 1, {greedy:.3f} greedy"
+def print_accuracy(when, results):
+    for name, result in results.items():
+        sampled, greedy, n = result["accuracy"], result["accuracy_greedy"], result["prompts"]
+        which = f" ({name})" if len(results) > 1 else ""
+        print(f"{when} {sampled:.3f} of {n} held-out prompts right at temperature 1, {greedy:.3f} greedy{which}")
 
 
 def ids_of(group, part):
@@ -291,9 +301,9 @@ if main:
     settings = {**asdict(config), "ranks": world, "device": str(device)}
     (run / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     print(f"run directory: {run}", flush=True)
-before = evaluate() if held_out else None
+before = evaluate() if held_out and config.eval_before else None
 if main and before:
-    print(accuracy_line("before:", before))
+    print_accuracy("before:", before)
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
@@ -348,7 +358,7 @@ for step in range(1, config.steps + 1):
         sequences = len(minibatch) * config.completions
         sums = torch.zeros(8, dtype=torch.float64, device=device)  # of loss, ratio, clipped, kl, entropy, |d|, k3, capped
         worst = torch.zeros(1, dtype=torch.float64, device=device)
-        with saliency.Tracker(model, config.site) as tracker:
+        with saliency.Tracker(model, config.site, config.tokens) as tracker:
             for group, parts in schedule.turns(minibatch, rank, world, config.tokens_per_pass):
                 with stage("logprobs"), explain_out_of_memory(len(group.prompt)):
                     prompt = model.read(torch.tensor(group.prompt, device=device))  # its keys and values, once
@@ -401,12 +411,14 @@ for step in range(1, config.steps + 1):
             saliency.mask_gradients(model, masks)
         with stage("step"), explain_out_of_memory(longest_prompt):
             masked_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
+            moved = saliency.masked_step(optimizer, model, masks, config.unselected)
             optimizer.zero_grad()
         step_sums += sums.cpu()
         worst_mismatch = torch.maximum(worst_mismatch, worst.cpu())
         update_means["grad_norm"] += unmasked_norm.item() / config.updates
         update_means["grad_norm_masked"] += masked_norm.item() / config.updates
+        update_means["moved_selected"] += moved[0].item() / config.updates
+        update_means["moved_unselected"] += moved[1].item() / config.updates
         update_means["selected_share"] += saliency.selected_share(magnitudes, masks).item() / config.updates
         mask_overlap = saliency.overlap(masks, previous_masks).item() if previous_masks else None
         previous_masks = masks
@@ -445,7 +457,7 @@ for step in range(1, config.steps + 1):
             "mismatch_max": worst_mismatch.item(),
             "mismatch_k3": k3 / tokens,
             "importance_capped": capped / tokens,
-            **update_means,
+            **{key: value if math.isfinite(value) else None for key, value in update_means.items()},
             "mask_overlap": mask_overlap,
             "learning_rate": learning_rate,
             "tokens_trained": sum(group.tokens for group in batch),
@@ -464,7 +476,7 @@ after = evaluate() if held_out else None
 model.save_pretrained(run / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
     if after:
-        print(accuracy_line("after: ", after))
+        print_accuracy("after: ", after)
         (run / "results.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
     plot.save_magnitudes(run / "magnitudes.safetensors", magnitudes, masks)
     plot.reward_curve(run)

@@ -53,7 +53,7 @@ model = Qwen3.from_pretrained(config.model, dtype, device)
 model.checkpointing = config.checkpointing
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 tokenizer = data.load_tokenizer(config.model, model.config.vocab_size)
-rows = tasks.RecallSource("bench", 17, 17)
+rows = tasks.Source("recall", "bench", 17, 17)
 prompts = [data.encode_prompt(tokenizer, rows[i], False, config.context) for i in range(config.prompts)]
 stop = [tokenizer.token_to_id("<|im_end|>")]
 

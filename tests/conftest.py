@@ -1,9 +1,12 @@
 """What tests share: small random Qwen3 models, and scripts run as scripts."""
 
+import contextlib
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # two tests run at a
 if "GPU_TESTS" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on every machine
 
+from cli import BadInput  # noqa: E402
 from model import Qwen3, Qwen3Config  # noqa: E402
 
 torch.set_num_threads(1)
@@ -51,6 +55,25 @@ def run_script(*arguments, timeout=600, env=None):
     command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, **(env or {})}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def run_here(script, *arguments):
+    """Run a script in this process: to import torch again takes seconds."""
+    argv = [script, *map(str, arguments)]
+    with (
+        contextlib.chdir(ROOT),
+        mock.patch.dict(os.environ),
+        mock.patch.multiple(sys, argv=argv, excepthook=sys.excepthook),
+    ):
+        runpy.run_path(script, run_name="__main__")
+
+
+def refusal(script, *arguments):
+    """The message of the BadInput a script ends with, run in this process. That the message comes out as one line and exit
+    code 1 is cli.py's, and tested there."""
+    with pytest.raises(BadInput) as caught:
+        run_here(script, *arguments)
+    return str(caught.value)
 
 
 def run_ranks(ranks, code, *arguments, timeout=300):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import grpo
 from checkpoint import full_tensor
 from model import Qwen3
-from saliency import Tracker, mask_gradients, select_rows
+from saliency import Tracker, mask_gradients, masked_step, select_rows
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # a mismatch fails, it does not hang
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -77,6 +77,14 @@ sharded.save_pretrained(export)
 dist.barrier()  # rank 0 writes
 for a, b in zip(Qwen3.from_pretrained(export).parameters(), whole.parameters(), strict=True):
     assert torch.equal(a, b)
+# Steps with other rows each: the first leaves momentum in rows that the second does not select.
+optimizers = {model: torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1) for model in (whole, sharded)}
+for unselected, rule in (("grad", "top"), ("frozen", "bottom"), ("grad", "random")):
+    masks = select_rows(expected_magnitudes, 0.3, rule, torch.Generator().manual_seed(1))
+    moved = [masked_step(optimizer, model, masks, unselected) for model, optimizer in optimizers.items()]
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-12)
+for (name, parameter), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+    torch.testing.assert_close(full_tensor(other), parameter, rtol=1e-4, atol=1e-6, msg=name)
 if rank == world - 1:
     print(f"agree; empty shards: {empty}")
 dist.destroy_process_group()

@@ -47,7 +47,9 @@ def test_chat_equals_the_template_shipped_with_the_tiny_model(thinking):
 
 def test_the_tiny_tokenizer_is_the_same_in_transformers():
     ours, theirs = data.load_tokenizer(TINY, 10**6), transformers.AutoTokenizer.from_pretrained(TINY)
-    text = data.chat([{"role": "user", "content": tasks.RecallSource(1, 8, 8)[0]["prompt"] + " Zürich 123 don't"}], False)
+    text = data.chat(
+        [{"role": "user", "content": tasks.Source("recall", 1, 8, 8)[0]["prompt"] + " Zürich 123 don't"}], False
+    )
     ids = ours.encode(text, add_special_tokens=False).ids
     assert ids == theirs(text, add_special_tokens=False)["input_ids"]
     assert ours.decode(ids, skip_special_tokens=False) == text
@@ -82,8 +84,8 @@ def test_every_recall_question_has_its_answer_in_the_passage_once(seed, facts, f
 
 
 def test_recall_rows_are_fixed_by_seed_and_index_and_held_out_ones_are_others():
-    train, again = tasks.RecallSource("train 0", 24, 24), tasks.RecallSource("train 0", 24, 24)
-    held_out = tasks.RecallSource("held out", 24, 24)
+    train, again = tasks.Source("recall", "train 0", 24, 24), tasks.Source("recall", "train 0", 24, 24)
+    held_out = tasks.Source("recall", "held out", 24, 24)
     assert train[5] == again[5] and train[5] != train[6]
     drawn = {train[i]["prompt"] for i in range(3000)}
     assert len(drawn) == 3000
@@ -92,7 +94,7 @@ def test_recall_rows_are_fixed_by_seed_and_index_and_held_out_ones_are_others():
 
 def test_recall_prompts_are_several_hundred_tokens():
     tokenizer = data.load_tokenizer(TINY, 10**6)
-    source = tasks.RecallSource("x", 24, 24)
+    source = tasks.Source("recall", "x", 24, 24)
     lengths = [len(data.encode_prompt(tokenizer, source[i], False, 4096)) for i in range(20)]
     assert 400 < min(lengths) <= max(lengths) < 600
 
@@ -193,7 +195,7 @@ def test_long_rows_are_dropped_and_counted_or_kept_and_repeats_are_reported(tmp_
 
 
 def test_inspect_shows_counts_lengths_and_three_prompts(tmp_path, capsys):
-    source = tasks.RecallSource("x", 3, 3)
+    source = tasks.Source("recall", "x", 3, 3)
     rows = [{"prompt": source[i]["prompt"], "answer": source[i]["answer"], "data_source": f"s{i % 2}"} for i in range(9)]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
     data.inspect(data.Config(file=tmp_path / "r.jsonl", model=TINY))

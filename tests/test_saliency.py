@@ -6,11 +6,11 @@ from conftest import make_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saliency import Tracker, mask_gradients, overlap, select_rows, selected_share
+from saliency import Tracker, mask_gradients, masked_step, overlap, select_rows, selected_share
 
 
-def magnitudes_by_hand(model, sequences, site):
-    """The paper's M from hooks on the projections, one sequence at a time, in float64."""
+def magnitudes_by_hand(model, sequences, site, counted=slice(None)):
+    """The paper's M from hooks on the projections, one sequence at a time, in float64; `counted`: of these tokens."""
     totals, captured = {}, {}
     modules = {"proj": ("q_proj", "k_proj"), "norm": ("q_norm", "k_norm")}[site]
     hooks = []
@@ -22,7 +22,7 @@ def magnitudes_by_hand(model, sequences, site):
     for sequence in sequences:
         model(sequence[None])
         for key, out in captured.items():
-            heads = out.reshape(len(sequence), -1, 16)  # (T, heads, D)
+            heads = out.reshape(len(sequence), -1, 16)[counted]  # (T, heads, D)
             totals[key] = totals.get(key, 0) + heads.square().sum(0).sqrt()
     for hook in hooks:
         hook.remove()
@@ -34,18 +34,20 @@ def magnitudes_by_hand(model, sequences, site):
     st.integers(1, 20),
     st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=4), min_size=1, max_size=3),
     st.sampled_from(["proj", "norm"]),
+    st.sampled_from(["all", "prompt", "not-first"]),
     st.booleans(),
 )
-def test_shared_prefix_magnitudes_equal_one_row_per_completion(prompt_length, groups, site, checkpointing):
+def test_shared_prefix_magnitudes_equal_one_row_per_completion(prompt_length, groups, site, tokens, checkpointing):
     model, sequences = make_small(), []
     model.checkpointing = checkpointing
-    with Tracker(model, site) as tracker:
+    with Tracker(model, site, tokens) as tracker:
         for lengths in groups:
             prompt = torch.randint(0, 101, (prompt_length,))
             completions = [torch.randint(0, 101, (n,)) for n in lengths]
             sequences += [torch.cat((prompt, completion)) for completion in completions]
             sum(lp.sum() for lp in model.group_logprobs(prompt, completions)).backward()  # recomputes the blocks
-    expected = magnitudes_by_hand(model, sequences, site)
+    counted = {"all": slice(None), "prompt": slice(prompt_length), "not-first": slice(1, None)}[tokens]
+    expected = magnitudes_by_hand(model, sequences, site, counted)
     magnitudes = tracker.magnitudes()
     assert magnitudes.keys() == expected.keys()
     for name, magnitude in magnitudes.items():
@@ -53,12 +55,14 @@ def test_shared_prefix_magnitudes_equal_one_row_per_completion(prompt_length, gr
         torch.testing.assert_close(magnitude.double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_plain_forwards_count_each_row_once(small):
+@pytest.mark.parametrize("tokens", ["all", "prompt", "not-first"])
+def test_plain_forwards_count_each_row_once(small, tokens):
     ids = torch.randint(0, 101, (3, 12))
-    with Tracker(small) as tracker:
+    with Tracker(small, "proj", tokens) as tracker:
         small(ids[:2])
         small(ids[2:])
-    for name, expected in magnitudes_by_hand(small, list(ids), "proj").items():
+    counted = slice(1 if tokens == "not-first" else 0, None)
+    for name, expected in magnitudes_by_hand(small, list(ids), "proj", counted).items():
         torch.testing.assert_close(tracker.magnitudes()[name].double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -75,6 +79,8 @@ def test_tracker_counts_only_what_is_inside_it(small):
 def test_tracker_misuse_is_refused(small):
     with pytest.raises(ValueError, match="site"):
         Tracker(small, "rope")
+    with pytest.raises(ValueError, match="tokens"):
+        Tracker(small, tokens="some")
     with pytest.raises(RuntimeError, match="no forward"):
         Tracker(small).magnitudes()
     with Tracker(small), pytest.raises(RuntimeError, match="another Tracker"), Tracker(small):
@@ -172,6 +178,53 @@ def test_after_an_adamw_step_only_selected_rows_have_moved(small):
             assert torch.equal(moved, masks[name]), name
         elif "embed" not in name:
             assert moved.any(), name
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("unselected", ["grad", "frozen"])
+def test_unselected_rows_after_several_steps_are_what_is_promised(small, unselected, decay):
+    """Against AdamW written out by hand in float64, row by row: under "grad" a row selected before goes on moving, under
+    "frozen" neither it nor its moments change, weight decay included."""
+    optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2, weight_decay=decay)
+    parameters = dict(small.named_parameters())
+    generator = torch.Generator().manual_seed(3)
+    magnitudes = backward(small)
+    names = list(select_rows(magnitudes, 0.3))
+    weights = {name: parameters[name].detach().double() for name in names}
+    first, second = ({name: torch.zeros_like(weights[name]) for name in names} for _ in range(2))
+    for t in range(1, 6):
+        masks = select_rows(backward(small), 0.3, "random", generator)  # a fresh draw each step
+        mask_gradients(small, masks)
+        gradients = {name: parameters[name].grad.double() for name in names}
+        before = {name: parameters[name].detach().clone() for name in names}
+        moved = masked_step(optimizer, small, masks, unselected)
+        for name in names:
+            m, v = 0.9 * first[name] + 0.1 * gradients[name], 0.999 * second[name] + 0.001 * gradients[name] ** 2
+            new = weights[name] * (1 - 1e-2 * decay) - 1e-2 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+            rows = masks[name][:, None] if unselected == "frozen" else torch.tensor(True)
+            weights[name] = torch.where(rows, new, weights[name])
+            first[name], second[name] = torch.where(rows, m, first[name]), torch.where(rows, v, second[name])
+            state = optimizer.state[parameters[name]]
+            torch.testing.assert_close(parameters[name].double(), weights[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(state["exp_avg"].double(), first[name], rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(state["exp_avg_sq"].double(), second[name], rtol=1e-4, atol=1e-9)
+            if unselected == "frozen":
+                assert torch.equal(parameters[name][~masks[name]], before[name][~masks[name]])
+        change = {name: (parameters[name].detach() - before[name]).square() for name in names}
+        for value, wanted in zip(moved, (True, False), strict=True):
+            rows = torch.cat([change[name][masks[name] == wanted].flatten() for name in names])
+            assert value.item() == pytest.approx(rows.double().mean().sqrt().item(), rel=1e-5)
+    if unselected == "grad":
+        assert moved[0] > moved[1] > 0
+    else:
+        assert moved[0] > 0 == moved[1]
+
+
+def test_with_all_rows_selected_no_other_row_has_moved(small):
+    optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2)
+    masks = select_rows(backward(small), 0.3, "all")
+    selected, others = masked_step(optimizer, small, masks, "frozen")
+    assert selected > 0 and others.isnan()
 
 
 def test_momentum_still_moves_a_row_that_was_selected_before(small):

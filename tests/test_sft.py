@@ -4,39 +4,41 @@ import ast
 import json
 import random
 import re
-import runpy
 import signal
-import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_small, run_ranks, run_script
+from conftest import ROOT, make_small, refusal, run_here, run_ranks, run_script
 from safetensors.torch import load_file
 
 import curriculum
 import data
 import resume
-import tasks
 from cli import BadInput
 from model import Qwen3
 
 TINY = ROOT / "assets" / "tiny"
-GOLDEN = 4.2553  # nats a token of assets/tiny on the first six chats, measured
+GOLDEN = 2.5916  # nats a token of assets/tiny on the first six chats, measured
 FLAGS = "--steps 3 --batch 6 --tokens-per-pass 400 --learning-rate 1e-3 --warmup 2 --save-every 1".split()
 
 
 def chats():
-    """Twenty chats, some of two turns, some that think."""
+    """Twenty chats, some of two turns, some that think; their text is fixed here, as the golden loss depends on it."""
+    names, words = (
+        ("Maria", "Peter", "Anna", "Victor", "Clara", "Simon", "Laura"),
+        ("lamp", "river", "stone", "cloud", "apple"),
+    )
     rng, rows = random.Random("chats"), []
     for i in range(20):
-        passage, asked = tasks.recall(rng, 3 + i % 5, 3, asked=2)
+        facts = [f"The code for {name} is {' '.join(rng.choices(words, k=3))}." for name in names[: 2 + i % 6]]
         messages = []
-        for question, answer in asked[: 1 + i % 2]:
-            messages += [{"role": "user", "content": f"{passage} {question}"}]
-            messages += [{"role": "assistant", "content": ("<think>\nhm\n</think>\n\n" if i % 3 else "") + answer}]
+        for k in range(1 + i % 2):
+            thought = "<think>\nhm\n</think>\n\n" if i % 3 == 0 else ""
+            messages += [{"role": "user", "content": f"{' '.join(facts)}\n\nWhat is the code for {names[k]}?"}]
+            messages += [{"role": "assistant", "content": thought + facts[k]}]
         rows.append({"messages": messages})
     return rows
 
@@ -46,17 +48,13 @@ def runs(tmp_path_factory):
     """A directory with the chats in it and the run `whole`, never interrupted, of one process."""
     directory = tmp_path_factory.mktemp("sft")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats()), directory / "chats.parquet")
-    sft(directory, "whole")
+    run_here(*command(directory, "whole"))
     return directory
 
 
-def sft(directory, name, *flags):
-    """sft.py in this process, on the chats of `directory`; its run is directory/name."""
-    arguments = ["--data", directory / "chats.parquet", "--out", directory / name, *FLAGS, *flags]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["sft.py", *map(str, arguments)])
-        patch.setattr(sys, "excepthook", sys.excepthook)  # put back afterwards
-        runpy.run_path(str(ROOT / "sft.py"), run_name="__main__")
+def command(directory, name, *flags):
+    """A run on the chats of `directory` that goes to directory/name."""
+    return ["sft.py", "--data", directory / "chats.parquet", "--out", directory / name, *FLAGS, *flags]
 
 
 def read_metrics(run):
@@ -100,8 +98,7 @@ def test_a_run_leaves_what_it_promises(runs):
 
 
 def test_two_ranks_small_passes_and_recomputed_blocks_give_the_metrics_of_one_process(runs):
-    flags = *FLAGS, "--tokens-per-pass", 250, "--checkpointing"
-    result = run_ranks(2, "sft.py", "--data", runs / "chats.parquet", "--out", runs / "two", *flags)
+    result = run_ranks(2, *command(runs, "two", "--tokens-per-pass", 250, "--checkpointing"))
     assert result.returncode == 0, result.stderr[-3000:]
     for one, two in zip(read_metrics(runs / "whole"), read_metrics(runs / "two"), strict=True):
         assert two.pop("passes") > one.pop("passes")
@@ -110,6 +107,7 @@ def test_two_ranks_small_passes_and_recomputed_blocks_give_the_metrics_of_one_pr
 
 DIE = """
 import os, runpy, signal, sys
+del sys.argv[0]
 replace = os.replace
 def die(source, target):
     if target.name == "step-000002":
@@ -122,23 +120,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(runs):
     """It dies with two steps in metrics.jsonl, the state of step 1 whole and that of step 2 not yet."""
-    arguments = ["sft.py", "--data", str(runs / "chats.parquet"), "--out", str(runs / "killed"), *FLAGS]
-    code = f"import sys\nsys.argv = {arguments!r}\n{DIE}"
-    result = run_script("-c", code)
+    (runs / "die.py").write_text(DIE)
+    result = run_script(runs / "die.py", *command(runs, "killed"), env={"PYTHONPATH": str(ROOT)})
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
     killed, whole = runs / "killed", runs / "whole"
     assert len(read_metrics(killed)) == 2
     assert sorted(path.name for path in (killed / "resume").iterdir()) == ["step-000001", "step-000002.partial"]
-    with pytest.raises(BadInput, match=r"--resume: batch was 6, now it is 8"):
-        sft(runs, "killed", "--resume", "--batch", 8)
-    with pytest.raises(BadInput, match=r"exists already; --resume goes on with it"):
-        sft(runs, "killed")
-    sft(runs, "killed", "--resume", "--checkpointing")
+    assert refusal(*command(runs, "killed", "--resume", "--batch", 8)) == "--resume: batch was 6, now it is 8"
+    assert "exists already; --resume goes on with it" in refusal(*command(runs, "killed"))
+    run_here(*command(runs, "killed", "--resume", "--checkpointing"))
     assert read_metrics(killed) == read_metrics(whole)
     files = [load_file(run / "checkpoint" / "model.safetensors") for run in (whole, killed)]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-    with pytest.raises(BadInput, match="has no saved state"):
-        sft(runs, "killed", "--resume")
+    assert "has no saved state" in refusal(*command(runs, "killed", "--resume"))
 
 
 def test_states_of_other_ranks_or_models_are_refused(tmp_path, small):
@@ -168,17 +162,15 @@ def test_states_of_other_ranks_or_models_are_refused(tmp_path, small):
     (["--resume"], "has no saved state"),
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line(flags, message, runs):
-    with pytest.raises(BadInput, match=message):
-        sft(runs, "refused", *flags)
+    assert message in refusal(*command(runs, "refused", *flags))
     assert not (runs / "refused").exists()
 
 
-def test_the_curriculum_makes_a_model_without_data(tmp_path, monkeypatch):
+def test_the_curriculum_makes_a_model_without_data(tmp_path):
     """A step of each stage; its conversations are the text of the chat template, its answers what is trained on."""
     flags = "--copy-until 99 --steps 2 --batch 2 --vocab-size 600 --hidden-size 16".split()
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--out", str(tmp_path / "new"), *flags])
     with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / "sft.py"), run_name="__main__")
+        run_here("sft.py", "--out", tmp_path / "new", *flags)
     assert [m["stage"] for m in read_metrics(tmp_path / "new")] == ["copy", "recall", "recall"]
     made = tmp_path / "new" / "checkpoint"
     assert Qwen3.from_pretrained(made).config.vocab_size == 600

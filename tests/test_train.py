@@ -8,27 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, run_ranks, run_script
+from conftest import ROOT, refusal, run_ranks, run_script
 
 from model import Qwen3
 
 TINY = ROOT / "assets" / "tiny"
-SHORT = [
-    "--steps",
-    "2",
-    "--prompts",
-    "4",
-    "--completions",
-    "4",
-    "--eval-prompts",
-    "8",
-    "--facts",
-    "6",
-    "--filler",
-    "6",
-    "--max-rounds",
-    "30",
-]
+SHORT = "--steps 2 --prompts 4 --completions 4 --eval-prompts 8 --facts 6 --filler 6 --max-rounds 30".split()
 
 
 @pytest.fixture
@@ -107,7 +92,8 @@ def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
 def test_two_ranks_give_the_metrics_of_one_process(runs):
     """Several updates per rollout, dynamic sampling, KL to a reference: everything that crosses ranks. Passes so small that
     each rank would need another number of them."""
-    for label, flags in (("dapo", ["--updates", 2]), ("grpo", ["--algorithm", "grpo", "--beta", 0.04])):
+    frozen = ["--updates", 2, "--unselected", "frozen", "--tokens", "not-first"]
+    for label, flags in (("dapo", frozen), ("grpo", ["--algorithm", "grpo", "--beta", 0.04])):
         alone, _ = train(runs(f"{label}-1"), *flags)
         name = runs(f"{label}-2")
         result = run_ranks(2, "train.py", "--name", name, *SHORT, *flags, "--tokens-per-pass", 25)
@@ -207,7 +193,9 @@ REFUSALS = {
     "no GPU": (lambda t: ["--tensor-parallel", 2], "--tensor-parallel 2"),
     "no reward": (lambda t: ["--reward", "nowhere:f"], "--reward nowhere:f"),
     "no step": (lambda t: ["--steps", 0], "--steps must be at least 1, not 0"),
-    "degenerate": (lambda t: ["--facts", 48, "--filler", 200, "--max-rounds", 1, "--completions", 2], "--max-rounds"),
+    "facts": (lambda t: ["--facts", 49], "--facts 49: the task recall can have 1 to 48"),
+    "no pair": (lambda t: ["--task", "tracking", "--facts", 1], "the task tracking can have 2 to 96"),
+    "eval filler": (lambda t: ["--data", jsonl(t, GOOD), "--eval-filler", 3], "--eval-filler is of --task"),
     "toml key": (lambda t: ["--config", toml(t, "learning_rat = 1")], "unknown key 'learning_rat'"),
     "toml type": (lambda t: ["--config", toml(t, 'steps = "3"')], "steps must be a int"),
     "no toml": (lambda t: ["--config", t / "none.toml"], "none.toml"),
@@ -220,12 +208,18 @@ def toml(tmp_path, text):
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_bad_input_gets_one_clear_line_and_a_nonzero_exit(case, runs, tmp_path):
+def test_bad_input_is_refused_before_anything_takes_time(case, tmp_path):
     make, message = REFUSALS[case]
-    result = run_script("train.py", "--name", runs("refused"), "--eval-prompts", 4, *make(tmp_path))
-    assert result.returncode != 0
-    errors = [line for line in result.stderr.splitlines() if "train.py: error: " in line]
-    assert len(errors) == 1 and message in errors[0], result.stderr[-2000:]
+    assert message in refusal("train.py", "--name", "test-refused", "--eval-prompts", 4, *make(tmp_path))
+    assert not (ROOT / "runs" / "test-refused").exists()
+
+
+def test_a_refusal_is_one_line_and_exit_code_1(runs):
+    """Here one that comes late: a batch that does not fill."""
+    flags = "--max-rounds", 1, "--temperature", 0.01, "--eval-prompts", 0  # all completions of a group are the same
+    result = run_script("train.py", "--name", runs("refused"), *SHORT, *flags)
+    (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert result.returncode == 1 and "train.py: error: step 1: " in line and "raise --max-rounds" in line
     assert "Traceback" not in result.stderr
 
 

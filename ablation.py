@@ -1,0 +1,263 @@
+"""Do high-magnitude rows matter? Runs of train.py that differ in one thing, from the same checkpoint, paired by seed.
+
+    python ablation.py sweep         # learning rates for dense training and for LongAct alike, on seeds of their own
+    python ablation.py compare       # rules and fractions, each at the learning rate that won, over --seeds seeds
+    python ablation.py report        # the table and the figure again, from what was run
+    python ablation.py compare --train "--config 8b.toml" --ranks 8 --jobs 1 --out runs/ablation-8b     # the same at 8B
+
+What is run is at the top of the file: SWEEP and COMPARE. A seed fixes the prompts, their order, and the random numbers of
+sampling; arms of one seed differ in nothing but their flags. GRPO trains on every prompt it draws, so its arms see equal
+prompts; DAPO draws until enough groups differ, so its arms see prompts of the same sequence, more or fewer of them. Each
+rollout feeds two updates: with one, all ratios are 1 and clipping does nothing (rl.md A.1). A learning rate wins by the mean
+reward of the last quarter of the sweep's steps, on prompts that it meets for the first time; held-out prompts do not take
+part. bottom and random run at top's.
+
+A run that is in results.jsonl is not run again; one that was interrupted starts anew. --out holds
+    results.jsonl   a run a line: task, algorithm, rule, fraction, learning_rate, seed; flags; rewards (mean reward of all
+                    sampled completions in each step), held_out (train.py's results.json, after), prompts_drawn,
+                    tokens_trained, moved_selected and moved_unselected (means over the steps), seconds
+    report.md       the tables; ablation.png the reward curves and their bands
+Runs themselves are in runs/ablation/.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+import plot
+import stats
+from cli import BadInput, one_line_errors, option, parse
+
+TRAIN = (
+    "--steps 16 --prompts 8 --completions 16 --updates 2 --warmup 2 "
+    "--eval-filler 17 32 45 --eval-prompts 64 --eval-completions 8 --no-eval-before"
+)
+TASKS = {"recall": "--task recall --facts 17 --filler 17", "tracking": "--task tracking --facts 16 --filler 16"}
+TARGET = 0.7  # reward whose first reaching is counted in steps
+
+
+class Arm(NamedTuple):
+    task: str
+    algorithm: str
+    rule: str
+    fraction: float
+
+    @property
+    def flags(self):
+        return f"{TASKS[self.task]} --algorithm {self.algorithm} --rule {self.rule} --fraction {self.fraction}"
+
+
+FAMILIES = [("recall", "dapo"), ("recall", "grpo"), ("tracking", "dapo")]
+SWEEP = [Arm(*family, rule, 0.3) for family in FAMILIES for rule in ("all", "top")]
+LEARNING_RATES, SWEEP_SEEDS = (1e-4, 3e-4, 1e-3), (1000, 1001)
+COMPARE = [Arm(*family, rule, 0.3) for family in FAMILIES for rule in ("all", "top", "bottom", "random")]
+COMPARE += [Arm("recall", "dapo", "top", fraction) for fraction in (0.1, 0.2, 0.4)]  # 1.0 is all, 0.3 is there
+
+
+@dataclass
+class Config:
+    what: str = option("report", "sweep, compare or report", positional=True)
+    seeds: int = option(8, "compare: seeds 0, 1, ... of each arm", least=1)
+    train: str = option("", "flags for train.py after those above, so that they win")
+    ranks: int = option(1, "processes of a run, by torchrun", least=1)
+    jobs: int = option(2, "runs at a time, which share the cores", least=1)
+    out: str = option("runs/ablation", "directory of results.jsonl, report.md and the figure")
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def run(config, arm, learning_rate, seed):
+    """One run of train.py -> its line of results.jsonl. Raises BadInput with its last words if it fails."""
+    name = f"{arm.task}-{arm.algorithm}-{arm.rule}-{arm.fraction}-{learning_rate:g}-{seed}"
+    directory = Path("runs/ablation") / name
+    flags = f"{TRAIN} {arm.flags} --learning-rate {learning_rate} --seed {seed} {config.train}"
+    if not (directory / "results.json").exists():
+        shutil.rmtree(directory, ignore_errors=True)  # interrupted
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.ranks)]
+        command = [sys.executable, *(start if config.ranks > 1 else []), "train.py", *shlex.split(flags)]
+        threads = str(max(1, os.cpu_count() // (config.jobs * config.ranks)))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        made = subprocess.run(
+            [*command, "--name", f"ablation/{name}"], env=environment, capture_output=True, text=True, errors="replace"
+        )
+        if made.returncode:
+            raise BadInput(f"{' '.join(command)} failed: {made.stderr.strip().splitlines()[-1:]}")
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    mean = lambda key: float(np.mean([m[key] for m in steps])) if steps[0][key] is not None else None  # noqa: E731
+    return {
+        **arm._asdict(),
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "flags": flags,
+        "rewards": [m["reward"] for m in steps],
+        "held_out": json.loads((directory / "results.json").read_text())["after"],
+        "prompts_drawn": steps[-1]["prompts_drawn"],
+        "tokens_trained": sum(m["tokens_trained"] for m in steps),
+        "moved_selected": mean("moved_selected"),
+        "moved_unselected": mean("moved_unselected"),
+        "seconds": round(sum(m["seconds"]["total"] for m in steps), 1),
+    }
+
+
+def key(record):
+    return Arm(*(record[field] for field in Arm._fields)), record["learning_rate"], record["seed"]
+
+
+def run_all(config, out, wanted, done):
+    """Every (arm, learning rate, seed) of `wanted` that is not in `done`; each is written when it ends."""
+    todo = [each for each in wanted if each not in done]
+    with (
+        open(out / "results.jsonl", "a") as file,
+        ThreadPoolExecutor(config.jobs) as pool,
+        tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=config.what, unit="run") as bar,
+    ):
+        try:
+            for record in pool.map(lambda each: run(config, *each), todo):
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def winners(records, out):
+    """{(family, whether dense): learning rate} by reward at the end of the sweep, and the rewards."""
+    rewards = defaultdict(list)
+    for record in records:
+        arm, learning_rate, seed = key(record)
+        if arm in SWEEP and seed in SWEEP_SEEDS and learning_rate in LEARNING_RATES:
+            last = record["rewards"][-max(1, len(record["rewards"]) // 4) :]
+            rewards[(arm[:2], arm.rule == "all"), learning_rate].append(float(np.mean(last)))
+    missing = len(SWEEP) * len(LEARNING_RATES) * len(SWEEP_SEEDS) - sum(map(len, rewards.values()))
+    if missing:
+        raise BadInput(f"{out}/results.jsonl lacks {missing} runs of the sweep: python ablation.py sweep first")
+    table = defaultdict(dict)  # (family, dense) -> {learning rate: reward}
+    for (who, learning_rate), values in rewards.items():
+        table[who][learning_rate] = float(np.mean(values))
+    return table, {who: max(by_rate, key=by_rate.get) for who, by_rate in table.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+HEAD = f"""# Ablation: which rows of W_Q and W_K are updated
+
+Means over seeds ± half a 95% interval (Student's t). acc. at N: accuracy on held-out prompts of N tokens at temperature
+1, per cent; accuracy: mean over those lengths. reward area: mean training reward over the steps, per cent. steps to
+{TARGET:g}: the first whose training reward reaches it (one more than there were if none does). moved: root mean square
+change of a weight in an update, in selected rows and in others. Differences are to `all` of the same seed; p: random sign
+flips.
+"""
+
+
+def interval(values):
+    """Mean of independent values and half the width of its 95% interval by Student's t, whose quantile is simulated."""
+    values, n = np.asarray(values, dtype=float), len(values)
+    if n < 2:
+        return float(values.mean()), float("nan")
+    t = np.quantile(np.random.default_rng(0).standard_t(n - 1, 1_000_000), 0.975)
+    return float(values.mean()), float(t * values.std(ddof=1) / np.sqrt(n))
+
+
+def outcomes(record):
+    """What a run is judged by -> {column: number}."""
+    sets = record["held_out"].values()
+    reached = [step for step, reward in enumerate(record["rewards"], 1) if reward >= TARGET]
+    return {
+        **{f"acc. at {each['prompt_tokens']:.0f}": 100 * each["accuracy"] for each in sets},
+        "accuracy": 100 * float(np.mean([each["accuracy"] for each in sets])),
+        "reward area": 100 * float(np.mean(record["rewards"])),
+        f"steps to {TARGET:g}": reached[0] if reached else len(record["rewards"]) + 1,
+    }
+
+
+def tables(runs, rates, winning):
+    """runs: {arm: {seed: record}} -> lines of report.md."""
+    yield HEAD
+    for family in FAMILIES:
+        own = {arm: by_seed for arm, by_seed in runs.items() if arm[:2] == family}
+        if not own:
+            continue
+        columns = list(outcomes(next(iter(next(iter(own.values())).values()))))
+        rows = [["rows updated", "seeds", *columns, "moved", "others moved"]]
+        pairs = [["rows updated", "seeds", "accuracy - all", "p", "reward area - all", "p"]]
+        for arm, by_seed in own.items():
+            label = arm.rule if arm.rule == "all" else f"{arm.rule} {arm.fraction:.0%}"
+            cells = [interval([outcomes(r)[column] for r in by_seed.values()]) for column in columns]
+            moved = [[r[name] for r in by_seed.values()] for name in ("moved_selected", "moved_unselected")]
+            moved = ["-" if None in values else f"{np.mean(values):.1e}" for values in moved]
+            rows.append([label, str(len(by_seed)), *[f"{mean:.1f} ±{half:.1f}" for mean, half in cells], *moved])
+            dense = runs.get(Arm(*family, "all", 0.3), {})
+            both = [seed for seed in by_seed if seed in dense]
+            if arm.rule == "all" or len(both) < 2:
+                continue
+            pairs.append([label, str(len(both))])
+            for column in ("accuracy", "reward area"):
+                a, b = [[outcomes(source[seed])[column] for seed in both] for source in (dense, by_seed)]
+                mean, half = interval(np.subtract(b, a))
+                pairs[-1] += [f"{mean:+.2f} ±{half:.2f}", f"{stats.paired(a, b)['p']:.3f}"]
+        yield f"## {family[0]}, {family[1]}\n"
+        yield f"```\n{stats.table(rows)}\n\n{stats.table(pairs)}\n```\n"
+        yield "Learning rates, by reward of the sweep's last quarter: " + "; ".join(
+            f"{'all' if dense else 'top'}: "
+            + ", ".join(f"{rate:g} {reward:.3f}" for rate, reward in sorted(rates[family, dense].items()))
+            + f" -> {winning[family, dense]:g}"
+            for dense in (True, False)
+        )
+        yield ""
+
+
+def report(records, out):
+    rates, winning = winners(records, out)
+    runs = defaultdict(dict)
+    for record in records:
+        arm, learning_rate, seed = key(record)
+        if arm in COMPARE and learning_rate == winning[arm[:2], arm.rule == "all"] and seed not in SWEEP_SEEDS:
+            runs[arm][seed] = record
+    runs = {arm: runs[arm] for arm in COMPARE if arm in runs}
+    text = "\n".join(tables(runs, rates, winning))
+    (out / "report.md").write_text(text)
+    print(text)
+    of = lambda label, arms: {label(arm): [r["rewards"] for r in runs[arm].values()] for arm in arms if arm in runs}  # noqa: E731
+    panels = {}
+    for family in FAMILIES:
+        panels[", ".join(family)] = of(lambda a: a.rule, [a for a in COMPARE if a[:2] == family and a.fraction == 0.3])
+    of_top = [a for a in COMPARE if a[:2] == FAMILIES[0] and a.rule in ("top", "all")]
+    panels["recall, dapo, top rows"] = of(lambda a: a.rule if a.rule == "all" else f"{a.fraction:.0%}", of_top)
+    plot.reward_bands(out / "ablation.png", {title: curves for title, curves in panels.items() if curves})
+    print(f"{out}/report.md  {out}/ablation.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+if __name__ == "__main__":
+    one_line_errors()
+    config = parse(Config, __doc__)
+    if config.what not in ("sweep", "compare", "report"):
+        raise BadInput(f"{config.what!r} is none of sweep, compare, report")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {key(record) for record in records}
+    if config.what == "sweep":
+        run_all(config, out, [(arm, rate, seed) for seed in SWEEP_SEEDS for arm in SWEEP for rate in LEARNING_RATES], done)
+    elif config.what == "compare":
+        _, winning = winners(records, out)
+        rate = lambda arm: winning[arm[:2], arm.rule == "all"]  # noqa: E731
+        run_all(config, out, [(arm, rate(arm), seed) for seed in range(config.seeds) for arm in COMPARE], done)
+    if config.what == "sweep":
+        sys.exit()
+    report([json.loads(line) for line in path.read_text().splitlines()], out)
