@@ -39,7 +39,7 @@ def local(path):
     try:
         return Path(hf_hub_download(f"{parts[0]}/{parts[1]}", parts[2], repo_type="dataset"))
     except (OSError, ValueError) as error:  # what the hub's client raises: no network, no such file, no such name
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise BadInput(f"{path} cannot be fetched from the hub: {reason}; or download it and give its path") from error
 
 

@@ -3,10 +3,11 @@
 import json
 from collections import Counter
 
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sources
@@ -136,6 +137,18 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
             sources.read(name, prompt_row)
 
 
+def test_a_file_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
+    """As the hub's client leaves it there after a download, the part that needs the network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "datasets--Tongyi-Zhiwen--DocQA-RL-1.6K", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    write_parquet(repository / "snapshots" / commit / "train.parquet", *DOCQA)
+    rows = sources.read("hf://Tongyi-Zhiwen/DocQA-RL-1.6K/train.parquet", prompt_row)
+    assert len(rows) == 3 and rows[0]["id"] == "train.parquet row 1"
+
+
 # --------------------------------------------------------------------------------------------------------------- order
 
 
@@ -149,6 +162,7 @@ def test_rows_come_in_a_new_order_each_epoch_and_the_same_for_a_seed():
     assert [other[i] for i in range(20)] != first
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.05, 20), min_size=1, max_size=4), st.integers(0, 300), st.integers(1, 60), st.integers(0, 9))
 def test_weights_hold_in_every_stretch_and_a_draw_depends_on_its_place_only(weights, start, n, seed):
     sizes = [3 + 4 * part for part in range(len(weights))]
