@@ -15,7 +15,9 @@ class Config:
     name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
     data: list[str] = option([], "files of prompts, see sources.py (default: --task, made on the fly)")
     data_rows: list[int] = option([], "rows to use of each file, chosen by the seed; 0: all (default: all of all)", least=0)
-    data_weights: list[float] = option([], "share of each file among the prompts drawn (default: one pool of all rows)")
+    data_weights: list[float] = option(
+        [], "share of each file among the prompts drawn (default: one pool of all rows)", above=0
+    )
     truncate_prompts: bool = option(False, "cut the middle out of prompts that are too long, instead of dropping them")
     eval_data: list[str] = option([], "files of held-out prompts, each evaluated before and after (default: none)")
     reward: str = option("rewards:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
@@ -108,6 +110,8 @@ def check(config, world, cuda):
         raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")
     if config.tensor_parallel > 1 and not cuda and not config.plan:
         raise BadInput(f"--tensor-parallel {config.tensor_parallel} needs a GPU per rank, and there is none")
+    if (config.data_rows or config.data_weights or config.truncate_prompts) and not config.data:
+        raise BadInput("--data-rows, --data-weights and --truncate-prompts need --data")
     if config.eval_data and not config.data:
         raise BadInput("--eval-data needs --data; --task makes its own held-out prompts")
     if config.eval_filler and config.data:

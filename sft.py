@@ -55,7 +55,9 @@ class Chats:
 
     data: list[str] = option([], "files of chats, see sources.py (default: none, a model is made from nothing)")
     data_rows: list[int] = option([], "rows to use of each file, chosen by the seed; 0: all (default: all of all)", least=0)
-    data_weights: list[float] = option([], "share of each file among the documents drawn (default: one pool of all rows)")
+    data_weights: list[float] = option(
+        [], "share of each file among the documents drawn (default: one pool of all rows)", above=0
+    )
     model: str = option("assets/tiny", "checkpoint directory to start from")
     context: int = option(0, "tokens of the longest document (0: what the model's config allows)", least=0)
     tokens_per_pass: int = option(16384, "tokens of documents that train at once; sets the peak of memory", least=1)

@@ -175,7 +175,7 @@ class Mixture:
     """The rows of several files without end: mixture[i] is the i-th draw, and depends on (files, weights, seed, i) only, so
     a run that stops after i draws goes on at i.
 
-    files: lists of rows. Without weights all rows are one pool. With weights, one for each file, the next draw is from the
+    files: lists of rows. Without weights all rows are one pool. With weights, positive and one for each file, the next draw is from the
     file that is furthest behind its share, so that any stretch of draws is mixed as it should be. A pool's or file's rows
     come in a new random order each time they have all been drawn.
     """
@@ -183,8 +183,6 @@ class Mixture:
     def __init__(self, files, weights, seed):
         if weights and len(weights) != len(files):
             raise BadInput(f"--data-weights has {len(weights)} numbers for {len(files)} files")
-        if not all(weight > 0 for weight in weights):
-            raise BadInput("--data-weights must be positive; leave a file out instead")
         self.parts = files if weights else [[row for rows in files for row in rows]]
         self.shares = [weight / sum(weights) for weight in weights] or [1.0]
         self.seed, self.orders = seed, {}

@@ -27,10 +27,7 @@ FLAGS = "--steps 3 --batch 6 --tokens-per-pass 400 --learning-rate 1e-3 --warmup
 
 def chats():
     """Twenty chats, some of two turns, some that think; their text is fixed here, as the golden loss depends on it."""
-    names, words = (
-        ("Maria", "Peter", "Anna", "Victor", "Clara", "Simon", "Laura"),
-        ("lamp", "river", "stone", "cloud", "apple"),
-    )
+    names, words = "Maria Peter Anna Victor Clara Simon Laura".split(), "lamp river stone cloud apple".split()
     rng, rows = random.Random("chats"), []
     for i in range(20):
         facts = [f"The code for {name} is {' '.join(rng.choices(words, k=3))}." for name in names[: 2 + i % 6]]

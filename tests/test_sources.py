@@ -178,10 +178,9 @@ def test_weights_hold_in_every_stretch_and_a_draw_depends_on_its_place_only(weig
             assert sorted(own[epoch * sizes[part] :][: sizes[part]]) == list(range(sizes[part]))
 
 
-@pytest.mark.parametrize("weights, message", [([1.0], "1 numbers for 2 files"), ([1.0, 0.0], "must be positive")])
-def test_weights_that_do_not_fit_are_refused(weights, message):
-    with pytest.raises(BadInput, match=message):
-        Mixture([[1], [2]], weights, 0)
+def test_another_number_of_weights_is_refused():
+    with pytest.raises(BadInput, match="1 numbers for 2 files"):
+        Mixture([[1], [2]], [1.0], 0)
 
 
 def test_held_out_rows_that_are_trained_on_are_counted():

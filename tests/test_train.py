@@ -188,6 +188,8 @@ REFUSALS = {
         lambda t: ["--context", 60, "--data", jsonl(t, GOOD, LONG), "--eval-data", jsonl(t, GOOD, LONG)],
         "prompt rows.jsonl line 2 has",
     ),
+    "weights": (lambda t: ["--data", jsonl(t, GOOD), "--data-weights", 0], "--data-weights must be more than 0"),
+    "no weights": (lambda t: ["--data-weights", 1], "--truncate-prompts need --data"),
     "context": (lambda t: ["--context", 9999], "more than the 4096 tokens"),
     "uneven": (lambda t: ["--prompts", 5, "--updates", 2], "--prompts 5 cannot be shared"),
     "no GPU": (lambda t: ["--tensor-parallel", 2], "--tensor-parallel 2"),
