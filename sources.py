@@ -175,9 +175,9 @@ class Mixture:
     """The rows of several files without end: mixture[i] is the i-th draw, and depends on (files, weights, seed, i) only, so
     a run that stops after i draws goes on at i.
 
-    files: lists of rows. Without weights all rows are one pool. With weights, positive and one for each file, the next draw is from the
-    file that is furthest behind its share, so that any stretch of draws is mixed as it should be. A pool's or file's rows
-    come in a new random order each time they have all been drawn.
+    files: lists of rows. Without weights all rows are one pool. With weights, positive and one for each file, the next draw
+    is from the file that is furthest behind its share, so that any stretch of draws is mixed as it should be. A pool's or
+    file's rows come in a new random order each time they have all been drawn.
     """
 
     def __init__(self, files, weights, seed):

@@ -7,7 +7,7 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sources
@@ -162,7 +162,6 @@ def test_rows_come_in_a_new_order_each_epoch_and_the_same_for_a_seed():
     assert [other[i] for i in range(20)] != first
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.05, 20), min_size=1, max_size=4), st.integers(0, 300), st.integers(1, 60), st.integers(0, 9))
 def test_weights_hold_in_every_stretch_and_a_draw_depends_on_its_place_only(weights, start, n, seed):
     sizes = [3 + 4 * part for part in range(len(weights))]
