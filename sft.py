@@ -209,7 +209,7 @@ for step in range(done + 1, config.steps + 1):
         dist.all_reduce(loss_sum)
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()
     if not math.isfinite(norm):
-        raise BadInput(f"step {step}: the gradient is not finite; lower --learning-rate, and --resume from the last state")
+        raise BadInput(f"step {step}: the gradient is not finite; start anew with a lower --learning-rate")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step - 1, config.steps)
     optimizer.step()
