@@ -11,8 +11,9 @@
     thinking  the same with thinking; what follows the last </think> is scored, and nothing if thinking did not end
     base      the eight examples of Wei et al. (2022), then "Q: ... A:"; what the model says before its next "Q:" is scored
 --sampling default is greedy, and 0.6, top_p 0.95, top_k 20 for thinking; paper is temperature 1, the whole distribution.
-The answer is the number after the last ####, "The answer is" or \\boxed{; it must equal the file's as a number. A completion
-without one is wrong, and counted below the score.
+The answer is the last number after ####, "The answer is" or \\boxed{; it must equal the file's as a number. A completion
+without one is wrong, and counted below the score; so is half a number (of 1/2, 2 + 3, 3:00, 1e3), which the official pattern
+reads.
 
 Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json. The same command goes on where an
 interrupted one stopped, on any number of ranks.
@@ -30,8 +31,7 @@ import stats
 from cli import BadInput, one_line_errors, option, parse
 
 OFFICIAL_ITEMS = 1319
-PAPER = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "seeds")  # between the two of --compare
+MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "seeds")  # between the two of --compare
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Config:
     out: str = option("", "directory of the results (default: runs/gsm8k/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
 
@@ -63,8 +64,9 @@ if not config.data:
     raise BadInput("no --data is given: download grade_school_math/data/test.jsonl of github.com/openai/grade-school-math")
 evaluated.check_ranks(config.tensor_parallel)
 model_config, tokenizer, _ = evaluated.load(config.checkpoint)
+held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_parallel)
 thinking = config.mode == "thinking"
-sampling = PAPER if config.sampling == "paper" else evaluation.THINKING if thinking else evaluation.GREEDY
+sampling = evaluation.PAPER if config.sampling == "paper" else evaluation.THINKING if thinking else evaluation.GREEDY
 if config.seeds > 1 and sampling["temperature"] == 0:
     raise BadInput(f"--seeds {config.seeds} needs --mode thinking or --sampling paper: greedy completions are all the same")
 
@@ -77,28 +79,34 @@ def prompt_ids(question):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-rows = gsm8k.read(config.data)
+rows = evaluation.on_rank_0(lambda: gsm8k.read(config.data))
 max_tokens = config.max_tokens + (config.thinking_budget if thinking else 0)
 items = [
-    {"id": key, "task": "gsm8k", "length": 0, "prompt_ids": prompt_ids(question), "max_tokens": max_tokens, "gold": gold}
+    {
+        **{"id": key, "task": "gsm8k", "length": 0, "prompt_ids": prompt_ids(question), "max_tokens": max_tokens},
+        **{"expected": str(gold), "gold": gold},
+    }
     for key, question, gold in rows
 ]
-context = max_tokens + max(len(item["prompt_ids"]) for item in items)
+longest = max(items, key=lambda item: len(item["prompt_ids"]))
+context = len(longest["prompt_ids"]) + max_tokens
 if context > model_config.context_length:
     raise BadInput(
-        f"the longest prompt and {max_tokens} tokens of completion need {context}; {config.checkpoint} has a context of "
-        f"{model_config.context_length}: lower {'--thinking-budget' if thinking else '--max-tokens'}"
+        f"the longest prompt ({longest['id']}, {len(longest['prompt_ids'])} tokens) and {max_tokens} tokens of completion "
+        f"need {context}; {config.checkpoint} has a context of {model_config.context_length}: lower "
+        f"{'--thinking-budget' if thinking else '--max-tokens'}"
     )
 settings = {
     "benchmark": "GSM8K",
-    **evaluated.settings(config.checkpoint, model_config),
+    **evaluated.settings(config.checkpoint, model_config, clamped),
     "data": hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
     "mode": config.mode,
     "sampling": sampling,
     "max_tokens": max_tokens,
     "seeds": config.seeds,
 }
-results = evaluation.Results(config.out or f"runs/gsm8k/{evaluated.name(config.checkpoint)}", settings)
+expected = [(key, seed) for key, *_ in rows for seed in range(config.seeds)]
+results = evaluation.Results(config.out or f"runs/gsm8k/{evaluated.name(config.checkpoint)}", settings, expected)
 
 # --------------------------------------------------------------------------------------------------------- completions
 
@@ -115,7 +123,7 @@ def score(item, prediction):
 
 if len(results.done) < len(items) * config.seeds:
     engine = evaluation.Engine(
-        *(config.checkpoint, context, config.tensor_parallel, model_config.rope_scaling, config.vllm_share)
+        *(config.checkpoint, context, config.tensor_parallel, model_config.rope_scaling, config.vllm_share), clamp=held
     )
     stop_ids = data.stop_ids(tokenizer)
     evaluation.run(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
@@ -126,16 +134,15 @@ if evaluation.ranks()[0]:
 # -------------------------------------------------------------------------------------------------------------- report
 
 records = results.read()
-total = stats.summarize(records)
-by_seed = [stats.summarize([r for r in records if r["seed"] == seed])["score"] for seed in range(config.seeds)]
+total = stats.percent(stats.summarize(records))
+by_seed = [stats.percent(stats.summarize([r for r in records if r["seed"] == seed])) for seed in range(config.seeds)]
 without = sum(answer(r["prediction"]) is None for r in records)
 finished = sum(r["finished"] for r in records) / len(records)
-error = "" if total["stderr"] is None else f" ±{100 * total['stderr']:.2f}"
-print(f"GSM8K of {config.checkpoint}, ± standard error over problems")
+print(f"GSM8K of {evaluated.described(config.checkpoint, clamped)}, ± standard error over problems")
 print(f"mode {config.mode}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}")
-print(f"\naccuracy {100 * total['score']:.2f}{error}, {total['n']} problems")
+print(f"\naccuracy {stats.shown(total, 2)}, {total['n']} problems")
 if config.seeds > 1:
-    print("by seed: " + ", ".join(f"{100 * value:.2f}" for value in by_seed))
+    print("by seed: " + ", ".join(stats.shown(seed, 2) for seed in by_seed))
 print(f"{without} of {len(records)} completions give no readable number; {finished:.1%} ended by themselves")
 if len(items) != OFFICIAL_ITEMS:
     print(f"Not GSM8K's score: {len(items)} problems, not its {OFFICIAL_ITEMS}.")
@@ -145,8 +152,8 @@ evaluation.write_json(
         "settings": settings,
         **evaluation.environment(config.tensor_parallel),
         "official_items": len(items) == OFFICIAL_ITEMS,
-        "score": {key: total[key] if key == "n" or total[key] is None else 100 * total[key] for key in total},
-        "score_by_seed": [100 * value for value in by_seed],
+        "score": total,
+        "score_by_seed": by_seed,
         "unreadable": without,
         "finished": finished,
     },

@@ -7,7 +7,8 @@
     python eval_longbench.py --compare runs/longbench/before runs/longbench/after  # paired, with p-values
 
 --data is huggingface.co/datasets/THUDM/LongBench-v2's data.json; longbench.py says what is as published: prompts, answers,
-and the middle cut out of prompts of more than --max-input tokens before the chat template comes. --sampling:
+and the middle cut out of prompts of more than --max-input tokens before the chat template comes. Control tokens that a
+document spells (<|im_end|>) stay text, where the official code lets them act. --sampling:
     official  temperature 0.1, and top_p 0.95, top_k 20 as vLLM takes them from Qwen3's generation_config.json
     paper     temperature 1, the whole distribution, as LongAct's authors evaluate (their seed 0 is our first seed)
     qwen3     Qwen3's model card: 0.6, 0.95, 20 with --thinking, 0.7, 0.8, 20 without
@@ -22,7 +23,6 @@ Left in --out: settings.json, results.jsonl (a line as each sample ends), result
 stage. The same command goes on where an interrupted one stopped, on any number of ranks.
 """
 
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -36,12 +36,12 @@ from cli import BadInput, one_line_errors, option, parse
 
 SAMPLING = {
     "official": {"temperature": 0.1, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
-    "paper": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+    "paper": evaluation.PAPER,
 }
 ANSWER_TOKENS, REASONING_TOKENS = 128, 1024
 SLACK = 64  # tokens: the chat template, and what a truncated prompt may gain when its text is encoded again
 IN_FLIGHT = 16  # requests in an engine at once: a GPU holds a few prompts of 120,000 tokens, and the next ones should wait
-MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "seeds")  # between the two of --compare
+MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "seeds")  # between the two of --compare
 
 
 @dataclass
@@ -62,13 +62,14 @@ class Config:
     out: str = option("", "directory of the results (default: runs/longbench/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
 
 one_line_errors()
 config = parse(Config, __doc__)
 if config.compare:
-    print(stats.compare(config.compare, MAY_DIFFER))
+    print(stats.compare(config.compare, MAY_DIFFER, longbench.CLASSES["length"]))
     sys.exit()
 
 # --------------------------------------------------------------------------------------------------- what can be asked
@@ -79,6 +80,7 @@ if not config.data:
     raise BadInput("no --data is given: download data.json of huggingface.co/datasets/THUDM/LongBench-v2")
 evaluated.check_ranks(config.tensor_parallel)
 model_config, tokenizer, trained = evaluated.load(config.checkpoint, config.yarn)
+held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_parallel)
 budget = config.thinking_budget if config.thinking else 0
 needed = (REASONING_TOKENS if config.cot else ANSWER_TOKENS) + budget + SLACK
 context = model_config.context_length
@@ -86,14 +88,14 @@ if config.max_input + needed > context:
     room = f", or --max-input {context - needed}" if context > needed + 1 else ""
     raise BadInput(
         f"--max-input {config.max_input} and {needed} tokens for template and completion: {config.checkpoint} has a "
-        f"context of {context}; give --yarn {math.ceil((config.max_input + needed) / trained)}{room}"
+        f"context of {context}; {evaluated.yarn_for(config.max_input + needed, trained)}{room}"
     )
 entries, digest = evaluation.on_rank_0(lambda: longbench.index(config.data))
 sampling = SAMPLING.get(config.sampling, evaluation.THINKING if config.thinking else evaluation.NON_THINKING)
 
 settings = {
     "benchmark": "LongBench v2",
-    **evaluated.settings(config.checkpoint, model_config),
+    **evaluated.settings(config.checkpoint, model_config, clamped),
     "data": digest,
     "cot": config.cot,
     "max_input": config.max_input,
@@ -103,10 +105,13 @@ settings = {
     "sampling": sampling,
     "seeds": config.seeds,
 }
-results = evaluation.Results(config.out or f"runs/longbench/{evaluated.name(config.checkpoint)}", settings)
-first = evaluation.Results(results.out / "reasoning", settings) if config.cot else results
+expected = [(entry.id, seed) for entry in entries for seed in range(config.seeds)]
+results = evaluation.Results(config.out or f"runs/longbench/{evaluated.name(config.checkpoint)}", settings, expected)
+first = evaluation.Results(results.out / "reasoning", settings, expected) if config.cot else results
 
 # --------------------------------------------------------------------------------------------------------- completions
+
+encode = longbench.encoder(tokenizer, config.thinking)
 
 
 def read(prediction):
@@ -115,20 +120,19 @@ def read(prediction):
 
 
 def score(item, prediction):
-    return float(longbench.extract(read(prediction)) == item["answer"])
+    return float(longbench.extract(read(prediction)) == item["expected"])
 
 
 def prompt(entry):
     template = longbench.COT if config.cot else longbench.ZERO_SHOT
-    text = longbench.fill(template, longbench.read_item(config.data, entry))
-    return longbench.encode(tokenizer, text, config.max_input, config.thinking)
+    return encode(longbench.fill(template, longbench.read_item(config.data, entry)), config.max_input)
 
 
 def answer_prompts(entry):
     """The second stage's: {seed: token ids}."""
     item = longbench.read_item(config.data, entry)
     texts = [longbench.fill(longbench.COT_ANSWER, item, reasoned[entry.id, seed]) for seed in range(config.seeds)]
-    return {s: longbench.encode(tokenizer, text, config.max_input, config.thinking) for s, text in enumerate(texts)}
+    return {seed: encode(text, config.max_input) for seed, text in enumerate(texts)}
 
 
 def ask(results, todo, prompt_ids, max_tokens, score):
@@ -139,7 +143,7 @@ def ask(results, todo, prompt_ids, max_tokens, score):
             "length": entry.length,
             "prompt_ids": lambda entry=entry: prompt_ids(entry),
             "max_tokens": max_tokens + budget,
-            "answer": entry.answer,
+            "expected": entry.answer,
         }
         for entry in todo
     ]
@@ -159,6 +163,7 @@ if len(results.done) < len(entries) * config.seeds:
         config.tensor_parallel,
         model_config.rope_scaling,
         config.vllm_share,
+        held,
         in_flight=IN_FLIGHT,
     )
     todo = unfinished(first)
@@ -199,33 +204,27 @@ COLUMNS = {
 
 def scores(records):
     """Column -> {"score", "stderr", "n"} in per cent, None for an empty class."""
-    columns = {}
-    for column, inside in COLUMNS.items():
-        chosen = [r for r in records if inside(r)]
-        columns[column] = stats.summarize(chosen) if chosen else None
-        for key in ("score", "stderr"):
-            if chosen and columns[column][key] is not None:
-                columns[column][key] *= 100
-    return columns
+    chosen = {column: [r for r in records if inside(r)] for column, inside in COLUMNS.items()}
+    return {column: stats.percent(stats.summarize(rs)) if rs else None for column, rs in chosen.items()}
 
 
-def shown(cell):
-    return "-" if cell is None else f"{cell['score']:.1f}" + ("" if cell["stderr"] is None else f" ±{cell['stderr']:.1f}")
+def shown(columns):
+    return [stats.shown(cell, 1) for cell in columns.values()]
 
 
 total = scores(counted)
 by_seed = [scores([r for r in counted if r["seed"] == seed]) for seed in range(config.seeds)]
 rows = [["", *COLUMNS]]
 if config.seeds > 1:
-    rows += [[f"seed {seed}", *map(shown, columns.values())] for seed, columns in enumerate(by_seed)]
-rows += [["mean" if config.seeds > 1 else "score", *map(shown, total.values())]]
+    rows += [[f"seed {seed}", *shown(columns)] for seed, columns in enumerate(by_seed)]
+rows += [["mean" if config.seeds > 1 else "score", *shown(total)]]
 rows += [["items", *[str(cell["n"]) if cell else "0" for cell in total.values()]], ["chance", *["25.0"] * len(COLUMNS)]]
 official = len(entries) == longbench.OFFICIAL_ITEMS
 variants = [name for name in ("keep_thinking", "skip_empty", "compensated") if getattr(config, name)]
 finished = sum(r["finished"] for r in records) / len(records)
 
 print(
-    f"LongBench v2 of {config.checkpoint}, ± standard error over items"
+    f"LongBench v2 of {evaluated.described(config.checkpoint, clamped)}, ± standard error over items"
     + "".join(f", --{v.replace('_', '-')}" for v in variants)
 )
 print(

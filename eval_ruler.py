@@ -2,8 +2,9 @@
 
     python eval_ruler.py Qwen3-8B --yarn 4 --data-dir data/ruler                    # 39,000 samples, 4K to 128K
     torchrun --nproc-per-node 8 eval_ruler.py Qwen3-8B --yarn 4 --data-dir data/ruler   # dealt to eight engines
-    python eval_ruler.py assets/tiny --lengths 1024 2048 --samples 25               # a laptop
-    python eval_ruler.py --compare runs/ruler/before runs/ruler/after               # paired, with p-values
+    python eval_ruler.py assets/tiny --lengths 2304 3584 --samples 10               # a laptop
+    python eval_ruler.py runs/NAME/checkpoint --lengths 2304 3584 --samples 10      # the same after train.py
+    python eval_ruler.py --compare runs/ruler/tiny runs/ruler/NAME                  # paired, with p-values
 
 Samples are made by ruler.py (docs/ruler.md: what equals RULER's own, which files it takes). Each is generated once, kept in
 --cache, and read by vLLM as token ids. The presets:
@@ -40,7 +41,7 @@ MODES = {
     "base": ("base", True, evaluation.GREEDY),
 }
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
-MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "samples", "seeds")  # between the two of --compare
+MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "samples", "seeds")  # between the two of --compare
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Config:
     out: str = option("", "directory of the results (default: runs/ruler/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
 
@@ -75,50 +77,58 @@ if config.compare:
 
 if not config.checkpoint:
     raise BadInput("no checkpoint is given: python eval_ruler.py CHECKPOINT, its directory before lists like --lengths")
+if unknown := [name for name in config.tasks if name not in ruler.TASKS]:
+    raise BadInput(f"--tasks: {unknown[0]!r} is not a RULER task; they are {', '.join(ruler.TASKS)}")
 model_config, tokenizer, trained = evaluated.load(config.checkpoint, config.yarn)
 
 template, answer_prefix, sampling = MODES[config.mode]
 thinking = config.mode == "thinking"
 budget = config.thinking_budget if thinking else 0
 lengths = sorted(set(config.lengths))
-context = model_config.context_length
-fitting = [length for length in lengths if length + budget <= context]
-if fitting != lengths:
-    factor = math.ceil((lengths[-1] + budget) / trained)
-    raise BadInput(
-        f"--lengths {' '.join(map(str, lengths[len(fitting) :]))}{f' with --thinking-budget {budget}' if thinking else ''}: "
-        f"{config.checkpoint} has a context of {context} tokens; give --yarn {factor}"
-        + (f", or --lengths {' '.join(map(str, fitting))}" if fitting else f", or --lengths up to {context - budget}")
-    )
 if config.seeds > 1 and not thinking:
     raise BadInput(f"--seeds {config.seeds} needs --mode thinking: greedy completions are all the same")
 evaluated.check_ranks(config.tensor_parallel)
-
-corpora = ruler.Corpora(config.data_dir or None)
-if unknown := [name for name in config.tasks if name not in ruler.TASKS]:
-    raise BadInput(f"--tasks: {unknown[0]!r} is not a RULER task; they are {', '.join(ruler.TASKS)}")
-blocked = corpora.blocked(ruler.TASKS.values(), lengths)
-for name in config.tasks:
-    if name in blocked:
-        raise BadInput(f"--tasks {name}: {blocked[name]}")
-tasks = [name for name in ruler.TASKS if name in (config.tasks or ruler.TASKS) and name not in blocked]
-left_out = {name: "not asked for" if config.tasks else blocked[name] for name in ruler.TASKS if name not in tasks}
+context, validated = model_config.context_length, evaluated.YARN_VALIDATED * trained
+if beyond := [length for length in lengths if length + budget > context]:
+    ways, fits = {"": context}, []
+    if context < validated < lengths[-1] + budget:
+        ways[f" --yarn {evaluated.YARN_VALIDATED}"] = validated
+    for flag, most in ways.items():
+        if most > budget:
+            fitting = " ".join(str(length) for length in lengths if length + budget <= most)
+            fits.append(f"--lengths {fitting}{flag} (up to {most - budget})" if fitting else f"up to {most - budget}{flag}")
+    raise BadInput(
+        f"--lengths {' '.join(map(str, beyond))}{f' with --thinking-budget {budget}' if thinking else ''}: "
+        f"{config.checkpoint} has a context of {context} tokens; {evaluated.yarn_for(lengths[-1] + budget, trained)}; "
+        + (f"without that: {', or '.join(fits)}" if fits else "or lower --thinking-budget")
+    )
+held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_parallel)
 
 # ------------------------------------------------------------------------------------------------------------ samples
 
 
-def make_samples():
-    return ruler.build(
+def prepare():
+    """-> tasks, {task left out: why}, where essays come from, {(task, length): its samples}."""
+    corpora = ruler.Corpora(config.data_dir or None)
+    asked = config.tasks or list(ruler.TASKS)
+    blocked = corpora.blocked([ruler.TASKS[name] for name in asked], lengths)
+    for name, reason in blocked.items():
+        if config.tasks:
+            raise BadInput(f"--tasks {name}: {reason}")
+        print(f"warning: {name} is left out: {reason}", file=sys.stderr)
+    tasks = [name for name in ruler.TASKS if name in asked and name not in blocked]
+    paths = ruler.build(
         *(config.cache, tasks, lengths, config.samples, config.seed, config.checkpoint, template, corpora),
         workers=config.workers or None,
         answer_prefix=answer_prefix,
     )
+    return tasks, blocked, f"{corpora.essay_source}; sentences by {corpora.sentence_splitter}", paths
 
 
-paths = evaluation.on_rank_0(make_samples)
+tasks, left_out, essays, paths = evaluation.on_rank_0(prepare)
 settings = {
     "benchmark": "RULER",
-    **evaluated.settings(config.checkpoint, model_config),
+    **evaluated.settings(config.checkpoint, model_config, clamped),
     "mode": config.mode,
     "template": ruler.TEMPLATES[template],
     "answer_prefix": answer_prefix,
@@ -129,12 +139,14 @@ settings = {
     "samples": config.samples,
     "seed": config.seed,
     "seeds": config.seeds,
-    "essays": f"{corpora.essay_source}; sentences by {corpora.sentence_splitter}",
+    "essays": essays,
     # The sets' names carry hashes of all that they are made from: generator, tokenizer, data files, seed.
     "prompts": hashlib.sha256(" ".join(sorted(path.name for path in paths.values())).encode()).hexdigest()[:16],
 }
 name = evaluated.name(config.checkpoint)
-results = evaluation.Results(config.out or f"runs/ruler/{name}", settings)
+seeds = range(config.seeds)
+expected = [(f"{task}-{length}-{i}", s) for task, length in paths for i in range(config.samples) for s in seeds]
+results = evaluation.Results(config.out or f"runs/ruler/{name}", settings, expected)
 
 
 def items():
@@ -148,12 +160,12 @@ def items():
                 "length": length,
                 "prompt_ids": lambda text=text: tokenizer.encode(text, add_special_tokens=False).ids,
                 "max_tokens": ruler.TASKS[task].tokens_to_generate + budget,
-                "outputs": record["outputs"],
+                "expected": record["outputs"],
             }
 
 
 def score(item, prediction):
-    return ruler.score(item["task"], data.answer_text(prediction, True) if thinking else prediction, item["outputs"])
+    return ruler.score(item["task"], data.answer_text(prediction, True) if thinking else prediction, item["expected"])
 
 
 # --------------------------------------------------------------------------------------------------------- completions
@@ -161,7 +173,8 @@ def score(item, prediction):
 total = len(paths) * config.samples
 if len(results.done) < total * config.seeds:
     engine = evaluation.Engine(
-        config.checkpoint, lengths[-1] + budget, config.tensor_parallel, model_config.rope_scaling, config.vllm_share
+        *(config.checkpoint, lengths[-1] + budget, config.tensor_parallel, model_config.rope_scaling, config.vllm_share),
+        clamp=held,
     )
     evaluation.run(engine, results, items(), total, config.seeds, sampling, data.stop_ids(tokenizer), tokenizer, score)
     engine.close()
@@ -171,11 +184,12 @@ if evaluation.ranks()[0]:
 # -------------------------------------------------------------------------------------------------------------- report
 
 records = results.read()
-cells, errors = {}, {}  # (task, length) -> per cent, and its standard error
+cells, errors, found = {}, {}, {}  # (task, length) -> per cent, its standard error, samples
 for task, length in paths:
     summary = stats.summarize([r for r in records if (r["task"], r["length"]) == (task, length)])
     cells[task, length] = round(100 * summary["score"], 2)  # RULER rounds here, and averages what it rounded
     errors[task, length] = None if summary["stderr"] is None else 100 * summary["stderr"]
+    found[task, length] = summary["n"]
 
 
 def average(values, deviations, weights):
@@ -196,7 +210,7 @@ def averages(cells, errors):
 
 rows, overall = averages(cells, errors)
 per_seed = []
-for seed in range(config.seeds):
+for seed in seeds:
     own = {key: [r["score"] for r in records if (r["task"], r["length"], r["seed"]) == (*key, seed)] for key in paths}
     own = {key: round(100 * sum(scores) / len(scores), 2) for key, scores in own.items()}
     per_seed.append(averages(own, errors)[1]["Avg"]["score"])
@@ -212,7 +226,7 @@ def shown(value, error):
 text = [["task", *map(str, lengths)]]
 text += [[task, *[shown(cells[task, length], errors[task, length]) for length in lengths]] for task in tasks]
 text += [[f"average of {len(tasks)}", *[shown(*rows[length].values()) for length in lengths]]]
-print(f"RULER of {config.checkpoint}, {config.samples} samples a cell, ± standard error")
+print(f"RULER of {evaluated.described(config.checkpoint, clamped)}, {config.samples} samples a cell, ± standard error")
 print(
     f"mode {config.mode}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}"
     + (f", thinking budget {budget} tokens" if thinking else "")
@@ -235,9 +249,7 @@ evaluation.write_json(
         **evaluation.environment(config.tensor_parallel),
         "complete": complete,
         "left_out": left_out,
-        "scores": {
-            t: {n: {"score": cells[t, n], "stderr": errors[t, n], "n": config.samples} for n in lengths} for t in tasks
-        },
+        "scores": {t: {n: {"score": cells[t, n], "stderr": errors[t, n], "n": found[t, n]} for n in lengths} for t in tasks},
         "averages": {"tasks": len(tasks), "by_length": rows, **overall, "Avg_by_seed": per_seed},
         "finished": finished,
         "completion_tokens": completion_tokens,

@@ -1,15 +1,21 @@
-"""The checkpoint that an evaluation is about: its config with YaRN, its tokenizer, its name; wrong ones refused early."""
+"""The checkpoint that an evaluation is about: its config with YaRN, its tokenizer, its name, a clamp; wrong ones refused
+early."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+import clamp
 import data
 import evaluation
 from checkpoint import check_weights
 from cli import BadInput
 from model import Qwen3, Qwen3Config
+
+YARN_VALIDATED = 4  # the largest factor that Qwen3's model card speaks of
+CLAMP_HELP = "file of perturb.py: dimensions of Q and K that are held while vLLM generates, in eager mode (default: none)"
 
 
 def load(checkpoint, yarn=0.0):
@@ -29,6 +35,14 @@ def load(checkpoint, yarn=0.0):
     return config, tokenizer, scaling["original_max_position_embeddings"]
 
 
+def yarn_for(tokens, trained):
+    """What gives a checkpoint whose original context is `trained` one of `tokens`, as a part of a message."""
+    factor = math.ceil(tokens / trained)
+    if factor <= YARN_VALIDATED:
+        return f"give --yarn {factor}"
+    return f"{tokens} need a YaRN factor of {factor}, and Qwen3's model card validates no more than {YARN_VALIDATED}"
+
+
 def check_ranks(tensor_parallel):
     """Raises BadInput unless the ranks can be grouped into engines of `tensor_parallel`."""
     world = evaluation.ranks()[1]
@@ -38,14 +52,30 @@ def check_ranks(tensor_parallel):
         raise BadInput(f"--tensor-parallel {tensor_parallel} needs a GPU per rank, and there is none")
 
 
-def settings(checkpoint, config):
-    """What every evaluation's settings say about its model."""
+def load_clamp(path, config, tensor_parallel):
+    """--clamp -> (the clamp, how it was chosen), (None, None) for "". Raises BadInput for a file that is no clamp of the
+    Qwen3Config, and where ranks share an engine."""
+    if not path:
+        return None, None
+    if tensor_parallel > 1:
+        raise BadInput(f"--clamp needs whole heads on a rank: --tensor-parallel 1, not {tensor_parallel}")
+    return clamp.load(path, config)
+
+
+def settings(checkpoint, config, clamped=None):
+    """What every evaluation's settings say about its model; clamped: load_clamp's how."""
     return {
         "checkpoint": str(Path(checkpoint)),
         "weights": evaluation.on_rank_0(lambda: evaluation.weights_fingerprint(checkpoint)),
         "rope_scaling": config.rope_scaling,
         "dtype": evaluation.dtype(),
+        **({"clamp": clamped} if clamped else {}),
     }
+
+
+def described(checkpoint, clamped):
+    """The model in a report's first line."""
+    return f"{checkpoint}, clamp: {clamped['rule']}" if clamped else checkpoint
 
 
 def name(checkpoint):

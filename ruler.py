@@ -1,8 +1,9 @@
 """RULER (arXiv 2404.06654), generated to the token: sets of samples, their cache, and scores. The tasks: ruler_tasks.py.
 
+    import ruler
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file("assets/tiny/tokenizer.json")
-    rows = ruler.generate("vt", 4096, 500, 42, tokenizer, ruler.TEMPLATES["qwen3"], ruler.Corpora("data"))
+    rows = ruler.generate("vt", 4096, 500, 42, tokenizer, ruler.TEMPLATES["qwen3"], ruler.Corpora())
     ruler.score("vt", "ABCDE, FGHIJ", rows[0]["outputs"])
 
 Our own code, after the behaviour of github.com/NVIDIA/RULER since July 2025 (scripts/data/synthetic: niah.py,
@@ -12,16 +13,19 @@ which tasks are byte-equal to RULER's files, and how much of the window each fil
 haystack fits) this module raises BadInput, after drawing the smallest haystack `TRIES` times as RULER would.
 """
 
+import fcntl
 import hashlib
+import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
+import sys
 import tempfile
-import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -42,33 +46,44 @@ def generate(task_name, length, samples, seed, tokenizer, template, corpora, ans
     the prompt is input + answer_prefix, "outputs" the strings to be found, "length" its tokens + tokens_to_generate.
     Raises BadInput for a window too small, a missing or malformed file, or more samples than a QA file has questions.
     """
-    task = _checked(task_name, length, samples, template, corpora)
-    for fast in (True, False) if additive(tokenizer) else (False,):
-        job = _job(task, length, seed, Counter(tokenizer, fast), template, corpora, answer_prefix)
+    for records in _attempts(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix):
         try:
-            return _records(job, samples)
-        except _Disagreement:  # the counts of this tokenizer do not add up after all: count whole texts
+            return list(records)
+        except _Disagreement:
             continue
-        except TooSmall as error:
-            least = smallest_length(task_name, tokenizer, template, corpora, answer_prefix, above=length)
-            raise BadInput(f"{task_name}, sample {error}: {length} tokens are too few; from {least} on all fit") from error
 
 
-def smallest_length(task_name, tokenizer, template, corpora, answer_prefix=True, above=0):
-    """The least length in tokens, more than `above`, at which every sample's smallest haystack fits."""
-    task = _checked(task_name, 1, 1, template, corpora)
-    for lowest, highest in ((1, 4095), (4096, math.inf)):  # RULER's steps and lists are other ones below 4096
+def enough(task_name, tokenizer, template, corpora, answer_prefix=True, samples=500):
+    """The lengths in tokens that are enough for a task -> list of (from, to), both included, `to` may be infinite.
+
+    Enough is what the smallest haystack takes in the longest of 100 draws (qa: for the longest of the first `samples`
+    questions); `generate` draws again what comes out longer, so a few tokens less may do as well. There can be two ranges,
+    because RULER's steps and lists are other ones below 4096."""
+    task, ranges = _checked(task_name, 1, 1, template, corpora), []
+    for lowest, highest in ((1, 4095), (4096, math.inf)):
         probe = max(lowest, 500 if task.kind == "fwe" else 1)  # fwe: a vocabulary larger than its smallest haystack uses
         job = _job(task, probe, 42, Counter(tokenizer, additive(tokenizer)), template, corpora, answer_prefix)
         recipe = KINDS[task.kind](job)
-        # A draw that chance made longer than these 100 is drawn again; a question's documents are what they are.
-        indices = range(min(500, len(corpora.questions(task.needs[0])[0])) if task.kind == "qa" else 100)
+        indices = range(min(samples, len(corpora.questions(task.needs[0])[0])) if task.kind == "qa" else 100)
         size = max(recipe.step, recipe.least) if task.kind != "fwe" else recipe.least
         longest = max(job.count(recipe.draw(size, index)[0]) for index in indices) + task.tokens_to_generate
         if task.kind == "fwe":
             longest = max(longest, FWE_LEAST_BUDGET + task.tokens_to_generate)
-        if above < highest and longest <= highest:
-            return max(longest, lowest, above + 1)
+        if longest <= highest:
+            ranges.append((max(longest, lowest), highest))
+    return ranges
+
+
+def _told(ranges):
+    """[(1470, 4095), (5433, inf)] -> "1470 to 4095, or 5433 and more are enough" """
+    joined = ranges[:1]
+    for least, most in ranges[1:]:
+        if least == joined[-1][1] + 1:
+            joined[-1] = joined[-1][0], most
+        else:
+            joined.append((least, most))
+    texts = [f"{least} and more" if most == math.inf else f"{least} to {most}" for least, most in joined]
+    return f"{', or '.join(texts)} are enough"
 
 
 class _Disagreement(Exception):
@@ -94,30 +109,37 @@ def _job(task, length, seed, count, template, corpora, answer_prefix):
     return Job(task, length, seed, random.Random(seed), template, prefix, corpora, count)
 
 
+def _attempts(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix):
+    """Iterators over the same records: where the first raises _Disagreement, because the counts of this tokenizer's pieces
+    do not add up after all, the second counts whole texts."""
+    task = _checked(task_name, length, samples, template, corpora)
+    for fast in (True, False) if additive(tokenizer) else (False,):
+        yield _records(_job(task, length, seed, Counter(tokenizer, fast), template, corpora, answer_prefix), samples)
+
+
 def _records(job, samples):
-    task, budget = job.task, job.length - job.task.tokens_to_generate
-    if budget < 1 or (task.kind == "fwe" and budget < FWE_LEAST_BUDGET):
-        raise TooSmall(0)
-    recipe = KINDS[task.kind](job)
-    if task.kind == "fwe":
-        size = fit_fwe(recipe, job.count, budget)
-    else:
-        size = fit(recipe, job.count, job.length, task.tokens_to_generate)
-    job.corpora.check_words(task, size)
-    records = []
-    for index in range(samples):
-        try:
+    task, budget, index = job.task, job.length - job.task.tokens_to_generate, 0
+    try:
+        if budget < 1 or (task.kind == "fwe" and budget < FWE_LEAST_BUDGET):
+            raise TooSmall
+        recipe = KINDS[task.kind](job)
+        if task.kind == "fwe":
+            size = fit_fwe(recipe, job.count, budget)
+        else:
+            size = fit(recipe, job.count, job.length, task.tokens_to_generate)
+        job.corpora.check_words(task, size)
+        for index in range(samples):
             pieces, outputs = sample(recipe, size, index, job.count, job.length, task.tokens_to_generate)
-        except TooSmall as error:
-            raise TooSmall(index) from error
-        text = "".join(pieces)
-        tokens = job.count.full(text)
-        if job.count.fast and tokens != job.count(pieces):
-            raise _Disagreement
-        cut = text.rindex(job.prefix[:10]) if job.prefix else len(text)
-        record = {"index": index, "input": text[:cut], "answer_prefix": text[cut:], "outputs": outputs}
-        records.append({**record, "length": tokens + task.tokens_to_generate})
-    return records
+            text = "".join(pieces)
+            tokens = job.count.full(text)
+            if job.count.fast and tokens != job.count(pieces):
+                raise _Disagreement
+            cut = text.rindex(job.prefix[:10]) if job.prefix else len(text)
+            record = {"index": index, "input": text[:cut], "answer_prefix": text[cut:], "outputs": outputs}
+            yield {**record, "length": tokens + task.tokens_to_generate}
+    except TooSmall as error:
+        ranges = enough(task.name, job.count.tokenizer, job.model_template, job.corpora, bool(job.prefix), samples)
+        raise BadInput(f"{task.name}, sample {index}: {job.length} tokens are too few; {_told(ranges)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- build
@@ -140,97 +162,163 @@ def build(
 
     tokenizer_path: a tokenizer.json or the directory of a checkpoint. `read` reads a path. A set is made anew if it has
     fewer samples than asked for, or is damaged (then with a warning). Call it before an engine or CUDA is started: the
-    workers are forks. Raises BadInput as `generate` does, and removes what the failed worker wrote.
+    workers are forks. Two processes with one `cache_dir` make sets one after the other. Raises BadInput as `generate` does,
+    for all sets too small at once, and for a directory that cannot be written; a set is kept whole or not at all.
     """
     if template_name not in TEMPLATES:
         raise BadInput(f"{template_name!r} is not a template; they are {', '.join(TEMPLATES)}")
-    path = Path(tokenizer_path)
+    template, path = TEMPLATES[template_name], Path(tokenizer_path)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
         tokenizer, tokenizer_hash = Tokenizer.from_file(str(path)), hashlib.sha256(path.read_bytes()).hexdigest()
     except Exception as error:  # tokenizers raises plain Exception
         raise BadInput(f"{path} cannot be read as a tokenizer: {error}") from error
-    cache_dir = Path(cache_dir)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    paths, jobs = {}, []
+    cache_dir, paths, sets = Path(cache_dir), {}, []
     for length in sorted(set(lengths), reverse=True):  # the longest first: they end last
         for name in dict.fromkeys(tasks):
-            task = _checked(name, length, samples, TEMPLATES[template_name], corpora)
-            made_from = [VERSION, name, length, seed, TEMPLATES[template_name], answer_prefix, tokenizer_hash]
+            task = _checked(name, length, samples, template, corpora)
+            made_from = [VERSION, name, length, seed, template, answer_prefix, tokenizer_hash]
             key = hashlib.sha256(json.dumps([*made_from, corpora.fingerprint(task)]).encode()).hexdigest()[:16]
-            paths[name, length] = target = cache_dir / f"{name}-{length}-{key}.jsonl"
-            if _held(target) < samples:
-                arguments = (name, length, samples, seed, tokenizer, TEMPLATES[template_name], corpora, answer_prefix)
-                jobs.append((target, arguments))
-    with tqdm(total=sum(job[1][1] for job in jobs) * samples, desc="RULER", unit="token", unit_scale=True) as bar:
-        if workers == 1:
-            for job in jobs:
-                bar.update(_write(*job) * samples)
-        elif jobs:
-            _parallel(jobs, workers, lambda length: bar.update(length * samples))
+            paths[name, length] = cache_dir / f"{name}-{length}-{key}.jsonl"
+            arguments = (name, length, samples, seed, tokenizer, template, corpora, answer_prefix)
+            sets.append((paths[name, length], arguments))
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        missing = [(target, arguments) for target, arguments in sets if _held(target) < samples]
+        if missing:
+            _refuse_too_small(paths, tokenizer, template, corpora, answer_prefix, samples)
+            _make(cache_dir, missing, samples, workers)
+    except OSError as error:
+        raise BadInput(f"{cache_dir} cannot keep samples: {error.strerror} ({error.filename or 'writing'})") from error
     return paths
 
 
-_jobs = []  # what forked workers find; a tokenizer and essays are not sent through pipes
+def _refuse_too_small(sets, tokenizer, template, corpora, answer_prefix, samples):
+    """Raises BadInput if not all `sets`, (task, length), fit; it names those, and the tasks that do."""
+    small, fitting = [], []
+    for name in dict.fromkeys(name for name, _ in sets):
+        ranges = enough(name, tokenizer, template, corpora, answer_prefix, samples)
+        lengths = sorted(length for other, length in sets if other == name)
+        beside = [str(n) for n in lengths if not any(least <= n <= most for least, most in ranges)]
+        if beside:
+            small.append(f"{name} at {', '.join(beside)} ({_told(ranges)})")
+        else:
+            fitting.append(name)
+    if small:
+        mend = f"--tasks {' '.join(fitting)} fit" if fitting else "choose other --lengths"
+        raise BadInput(f"too few tokens for {'; '.join(small)}; {mend}")
 
 
-def _parallel(jobs, workers, done):
-    global _jobs
-    _jobs = jobs
+def _make(cache_dir, sets, samples, workers):
+    with open(cache_dir / "lock", "w") as lock:  # the system drops it with the process; forks do not inherit it
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process makes samples in {cache_dir}; waiting for it", file=sys.stderr)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            sets = [(target, arguments) for target, arguments in sets if _held(target) < samples]
+        for leftover in cache_dir.glob("*.tmp"):  # of processes that were killed
+            leftover.unlink()
+        total = sum(arguments[1] * samples for _, arguments in sets)
+        with tqdm(total=total, desc="RULER", unit="token", unit_scale=True) as bar:
+            if workers == 1:
+                for target, arguments in sets:
+                    _write(target, arguments, bar.update)
+            elif sets:
+                _parallel(sets, workers, bar)
+
+
+_sets, _made = [], None  # what forked workers find: a tokenizer and essays are not sent through pipes; tokens made so far
+
+
+def _parallel(sets, workers, bar):
+    global _sets, _made
+    fork = multiprocessing.get_context("fork")
+    _sets, _made = sets, fork.Value("q")
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    pool = ProcessPoolExecutor(min(workers or os.cpu_count(), len(jobs)), mp_context=multiprocessing.get_context("fork"))
+    pool = ProcessPoolExecutor(min(workers or os.cpu_count(), len(sets)), fork, initializer=_end_with_parent)
     try:
-        for future in as_completed([pool.submit(_write_number, i) for i in range(len(jobs))]):
-            done(future.result())
+        left = [pool.submit(_write_number, i) for i in range(len(sets))]
+        while left:
+            done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+            bar.update(_made.value - bar.n)
+            for future in done:
+                future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-        _jobs = []
+        _sets = []
         os.environ.pop("TOKENIZERS_PARALLELISM")
         if before is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
+def _end_with_parent():
+    """A worker whose parent was killed would wait for ever."""
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+
+
 def _write_number(i):
-    return _write(*_jobs[i])
+    def made(tokens):
+        with _made.get_lock():
+            _made.value += tokens
+
+    _write(*_sets[i], made)
 
 
-def _write(target, arguments):
-    """One JSON object a line, and a last line with the number of samples and the hash of the lines before it."""
-    records = generate(*arguments)
-    body = "".join(json.dumps(record) + "\n" for record in records).encode()
-    end = json.dumps({"samples": len(records), "sha256": hashlib.sha256(body).hexdigest()}) + "\n"
+def _write(target, arguments, made):
+    """One JSON object a line, written as it is made, and a last line with the number of samples and the hash of the lines
+    before it. made(tokens) is told of each sample."""
+    length = arguments[1]
     with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".tmp", delete=False) as file:
         try:
-            file.write(body + end.encode())
+            for records in _attempts(*arguments):
+                digest, number = hashlib.sha256(), 0
+                try:
+                    for record in records:
+                        number += 1
+                        line = (json.dumps(record) + "\n").encode()
+                        file.write(line)
+                        digest.update(line)
+                        made(length)
+                    break
+                except _Disagreement:
+                    made(-length * number)
+                    file.seek(0)
+                    file.truncate()
+            file.write((json.dumps({"samples": number, "sha256": digest.hexdigest()}) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, target)
         except BaseException:
             os.unlink(file.name)
             raise
-    return arguments[1]
 
 
 def _held(path):
     """The number of samples in a set; 0 if there is none or (with a warning) if it is damaged."""
     if not path.exists():
         return 0
-    *body, end = path.read_bytes().splitlines(keepends=True) or [b""]
+    digest, number, last = hashlib.sha256(), -1, b""
+    with open(path, "rb") as file:
+        for line in file:
+            digest.update(last)
+            number, last = number + 1, line
     try:
-        end = json.loads(end)
-        whole = (end["samples"], end["sha256"]) == (len(body), hashlib.sha256(b"".join(body)).hexdigest())
-    except (ValueError, KeyError, TypeError):
+        end = json.loads(last)
+        whole = (end["samples"], end["sha256"]) == (number, digest.hexdigest())
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
-        warnings.warn(f"{path} is damaged and is made anew", stacklevel=3)
-    return len(body) if whole else 0
+        print(f"warning: {path} is damaged and is made anew", file=sys.stderr)
+    return number if whole else 0
 
 
 def read(path, samples):
-    """The first `samples` records of a set that `build` made."""
+    """Yields the first `samples` records of a set that `build` made."""
     with open(path, encoding="utf-8") as file:
-        return [json.loads(next(file)) for _ in range(samples)]
+        yield from map(json.loads, itertools.islice(file, samples))
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring

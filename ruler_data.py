@@ -1,13 +1,8 @@
 """What RULER's tasks are made of: word lists, essays, question answering sets (ruler.py makes the tasks).
 
-Everything that cannot be shipped is read from --data-dir, under the names RULER's repository gives the files
-(scripts/data/synthetic/json) or the names their publishers give them:
-    PaulGrahamEssays.json   {"text": ...}; essay haystacks. Without it a generated substitute is used and said
-    squad.json              SQuAD 2.0's dev-v2.0.json; qa_1, no substitute
-    hotpotqa.json           HotpotQA's hotpot_dev_distractor_v1.json; qa_2, no substitute
-    english_words.json      a JSON object whose values are words; cwe beyond 8,166 different words
-The word lists come from the package wonderwords. Sentences are split by NLTK's punkt if it is installed with its data
-(punkt_tab), as RULER does, and by the rule of `_sentence_ends` if not.
+Everything that cannot be shipped is read from --data-dir (ruler_files.py). The word lists come from the package
+wonderwords. Sentences are split by NLTK's punkt if it is installed with its data (punkt_tab), as RULER does, and by the
+rule of `_sentence_ends` if not.
 """
 
 import bisect
@@ -21,26 +16,8 @@ import re
 from pathlib import Path
 
 from cli import BadInput
+from ruler_files import FILES, MissingFile, english_words, hotpotqa, squad, text_of
 
-# official name -> (names accepted, where people get it)
-FILES = {
-    "PaulGrahamEssays.json": (
-        ("PaulGrahamEssays.json",),
-        "made by download_paulgraham_essay.py of github.com/NVIDIA/RULER (scripts/data/synthetic/json)",
-    ),
-    "squad.json": (
-        ("squad.json", "dev-v2.0.json"),
-        "it is https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json",
-    ),
-    "hotpotqa.json": (
-        ("hotpotqa.json", "hotpot_dev_distractor_v1.json"),
-        "it is hotpot_dev_distractor_v1.json of hotpotqa.github.io",
-    ),
-    "english_words.json": (
-        ("english_words.json",),
-        "it is in github.com/NVIDIA/RULER (scripts/data/synthetic/json, by git lfs pull)",
-    ),
-}
 ENGLISH_WORDS_FROM = 131072  # up to here cwe's window is full before wonderwords' list ends; a few probes are longer
 
 # ----------------------------------------------------------------------------------------------------------- prompts
@@ -316,17 +293,18 @@ class Corpora:
         self.sentences = functools.lru_cache(maxsize=16)(self._sentences)
 
     def blocked(self, tasks, lengths):
-        """{task name: why it cannot run at one of `lengths`}, for those of `tasks` (ruler.Task) that cannot."""
+        """{task name: which file is missing}, for those of `tasks` (ruler.Task) that cannot run at one of `lengths`. Raises
+        BadInput for a malformed file."""
         reasons = {}
         for task in tasks:
             try:
                 self.check(task, max(lengths))
-            except BadInput as error:
+            except MissingFile as error:
                 reasons[task.name] = str(error)
         return reasons
 
     def check(self, task, length):
-        """Raises BadInput if a file that `task` needs at `length` tokens is missing or malformed."""
+        """Raises MissingFile or BadInput if a file that `task` needs at `length` tokens is missing or malformed."""
         if "PaulGrahamEssays.json" in task.needs:
             self.essay_words  # noqa: B018 - reading it is the check
         if task.kind == "qa":
@@ -356,10 +334,7 @@ class Corpora:
         if self.essay_source == "generated substitute":
             text = substitute_essay()
         else:
-            path, content = self._read("PaulGrahamEssays.json")
-            text = content.get("text") if isinstance(content, dict) else None
-            if not isinstance(text, str) or not text.strip():
-                raise BadInput(f'{path} must be an object with the essays in "text"; {FILES[path.name][1]}')
+            text = self._read("PaulGrahamEssays.json", lambda content: text_of(content, "text", "the file"))
         return re.sub(r"\s+", " ", text).split(" ")
 
     @functools.cached_property
@@ -388,24 +363,13 @@ class Corpora:
         """The words of english_words.json; an empty list where there is no such file."""
         if not self._find("english_words.json"):
             return []
-        path, content = self._read("english_words.json")
-        words = list(content.values()) if isinstance(content, dict) else []
-        if not words or not all(isinstance(word, str) and word for word in words):
-            raise BadInput(f"{path} must be an object whose values are words; {FILES[path.name][1]}")
-        return words
+        return self._read("english_words.json", english_words)
 
     @functools.cache  # noqa: B019 - a handful of objects a process
     def questions(self, name):
         """`name`: squad.json or hotpotqa.json -> (questions, documents): sorted different texts, and for each question
         (query, answers, its own documents, documents preferred as distractors), documents by index."""
-        path, content = self._read(name)
-        try:
-            questions, documents = (_squad if name == "squad.json" else _hotpotqa)(content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{path} does not have the published format ({error!r}); {FILES[name][1]}") from error
-        if not questions:
-            raise BadInput(f"{path} has no answerable questions; {FILES[name][1]}")
-        return questions, documents
+        return self._read(name, squad if name == "squad.json" else hotpotqa)
 
     def _find(self, name):
         paths = [self.data_dir / accepted for accepted in FILES[name][0]] if self.data_dir is not None else []
@@ -416,46 +380,20 @@ class Corpora:
         path = self._find(name)
         if path is None:
             where = f"not in {self.data_dir}" if self.data_dir is not None else "needed, and no data directory is given"
-            raise BadInput(f"{' or '.join(accepted)} is {where}; {source}; without it: no {tasks}")
+            raise MissingFile(f"{' or '.join(accepted)} is {where}; {source}; without it: no {tasks}")
         return path
 
-    def _read(self, name):
+    def _read(self, name, understand):
+        """understand(the JSON of a file), which raises ValueError with what is wrong where."""
         path = self._need(name, {"squad.json": "qa_1", "hotpotqa.json": "qa_2"}.get(name, name))
         try:
-            text = path.read_text(encoding="utf-8")
-            return path, json.loads(text)
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8 or not JSON
-            hint = (
-                "a git-LFS pointer, not the file"
-                if isinstance(error, json.JSONDecodeError) and text[:8] == "version "
-                else error
-            )
-            raise BadInput(f"{path} cannot be read: {hint}; {FILES[name][1]}") from error
-
-
-def _squad(content):
-    articles = content["data"]
-    documents = sorted({p["context"] for article in articles for p in article["paragraphs"]})
-    number = {text: i for i, text in enumerate(documents)}
-    questions = []
-    for article in articles:
-        own = [number[p["context"]] for p in article["paragraphs"]]
-        for paragraph in article["paragraphs"]:
-            gold = number[paragraph["context"]]
-            more = [i for i in own if i != gold]
-            for qa in paragraph["qas"]:
-                if not qa["is_impossible"]:
-                    questions.append((qa["question"], [a["text"] for a in qa["answers"]], [gold], more))
-    return questions, documents
-
-
-def _hotpotqa(content):
-    paragraphs = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in content]
-    documents = sorted({text for texts in paragraphs for text in texts})
-    number = {text: i for i, text in enumerate(documents)}
-    return [
-        (row["question"], [row["answer"]], [number[text] for text in texts], []) for row, texts in zip(content, paragraphs)
-    ], documents
+            content = path.read_bytes()
+            if content.startswith(b"version https://git-lfs"):
+                raise ValueError("a git-LFS pointer, not the file")
+            return understand(json.loads(content.decode("utf-8")))
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or another format
+            what = error.strerror if isinstance(error, OSError) else error
+            raise BadInput(f"{path} cannot be used: {what}; {FILES[name][1]}") from error
 
 
 def _sha256(path):

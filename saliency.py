@@ -167,3 +167,9 @@ def overlap(masks, others):
     """Share of the selected rows that `others` selected too; a 0-dim tensor in [0, 1]."""
     both = sum((mask & others[name]).sum() for name, mask in masks.items())
     return both / sum(mask.sum() for mask in masks.values())
+
+
+if __name__ == "__main__":  # python saliency.py CHECKPOINT --data FILE: what a checkpoint's magnitudes look like
+    import magnitudes
+
+    magnitudes.main()

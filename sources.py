@@ -57,7 +57,7 @@ def json_lines(path):
         where = f"{path}, line {number}"
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{where} is not JSON: {error}") from error
         try:
             json.dumps(value, ensure_ascii=False).encode()

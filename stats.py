@@ -2,12 +2,11 @@
 
 import math
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 
 from cli import BadInput
-from evaluation import different, read_json, read_results
+from evaluation import different, read_results, read_settings, results_file
 
 RESAMPLES = 10_000  # of the bootstrap, and sign flips of the permutation test
 
@@ -27,6 +26,18 @@ def summarize(records):
     return {"score": float(np.mean(scores)), "stderr": stderr, "n": len(scores)}
 
 
+def percent(summary):
+    """What `summarize` gives, with score and stderr in per cent."""
+    return {key: value if key == "n" or value is None else 100 * value for key, value in summary.items()}
+
+
+def shown(percent, digits):
+    """ "40.0 ±2.2" of what `percent` gives; "-" of None, which stands for no items."""
+    if percent is None:
+        return "-"
+    return f"{percent['score']:.{digits}f}" + ("" if percent["stderr"] is None else f" ±{percent['stderr']:.{digits}f}")
+
+
 def table(rows):
     """Rows of strings -> text with aligned columns, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -40,11 +51,16 @@ def paired(a, b):
     otherwise random sign flips. The same input gives the same output."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     d, rng = b - a, np.random.default_rng(0)
+    # Few differences are distinct: how often each is drawn is multinomial, how many of a size keep their sign binomial.
+    values, often = np.unique(d.round(12), return_counts=True)
+    sizes, alike = np.unique(np.abs(values), return_inverse=True)
+    alike = np.bincount(alike, often)
     means, extreme = [], 0
     observed = abs(d.sum()) - 1e-9 * max(1.0, np.abs(d).sum())  # equal sums count as extreme whatever their rounding
-    for _ in range(RESAMPLES // 100):  # in parts: resamples x items may be large
-        means.append(d[rng.integers(len(d), size=(100, len(d)))].mean(1))
-        extreme += int((np.abs(rng.choice([-1.0, 1.0], size=(100, len(d))) @ d) >= observed).sum())
+    for _ in range(RESAMPLES // 100):  # in parts: resamples x values may be large
+        means.append(rng.multinomial(len(d), often / len(d), size=100) @ values / len(d))
+        flipped = (2 * rng.binomial(alike.astype(int), 0.5, size=(100, len(sizes))) - alike) @ sizes
+        extreme += int((np.abs(flipped) >= observed).sum())
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5]).tolist()
     if np.isin(np.concatenate([a, b]), [0.0, 1.0]).all():
         p, test = mcnemar(int((d < 0).sum()), int((d > 0).sum())), "McNemar exact"
@@ -63,26 +79,31 @@ def mcnemar(losses, wins):
     return min(1.0, 2 * tail / 2**n)
 
 
-def compare(paths, may_differ):
-    """The report of --compare A B: for all items both have, and for each task, score of A and of B, difference, interval
-    and p-value. paths: two results.jsonl or their directories. Raises BadInput if settings outside `may_differ` differ."""
+def compare(paths, may_differ, order=()):
+    """The report of --compare A B: scores, difference, interval and p-value of all items both have, then of each task and
+    of each length where there are several. paths: two results.jsonl or their directories; order: names of classes that
+    have an order of their own. Each p-value is of one test: among 20 rows without a difference one has p < 0.05. Raises
+    BadInput if settings outside `may_differ` differ."""
     if len(paths) != 2:
         raise BadInput(f"--compare takes two results.jsonl or their directories, not {len(paths)}")
-    files = [path / "results.jsonl" if path.is_dir() else path for path in map(Path, paths)]
-    settings = [read_json(file.with_name("settings.json")) for file in files]
+    files = [results_file(path) for path in paths]
+    settings = [read_settings(file.with_name("settings.json")) for file in files]
     difference = different(*[{k: v for k, v in s.items() if k not in may_differ} for s in settings])
     if difference:
         raise BadInput(f"{files[0]} and {files[1]} are of other settings and cannot be compared: {difference}")
     records = [read_results(file) for file in files]
     scores = [by_item(r) for r in records]
-    tasks = {record["id"]: record["task"] for record in records[0]}
     both = [item for item in scores[0] if item in scores[1]]
     if not both:
         raise BadInput(f"{files[0]} and {files[1]} have no sample in common")
+    groups = {"all": both}
+    for kind in ("task", "length"):
+        names = {record["id"]: record[kind] for record in records[0] if record["id"] in scores[1]}
+        classes = sorted(set(names.values()), key=lambda name: (order.index(name) if name in order else 0, name))
+        if len(classes) > 1:
+            groups |= {str(name): [item for item in both if names[item] == name] for name in classes}
     rows = [["", "n", "A", "B", "B - A", "95% interval", "p", "test"]]
-    names = sorted({tasks[item] for item in both})
-    for name in ["all", *names]:
-        items = [item for item in both if name in ("all", tasks[item])]
+    for name, items in groups.items():
         r = paired(*[[s[item] for item in items] for s in scores])
         numbers = [f"{100 * r[key]:.2f}" for key in ("a", "b")] + [f"{100 * r['difference']:+.2f}"]
         rows.append(

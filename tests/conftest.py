@@ -1,6 +1,8 @@
 """What tests share: small random Qwen3 models, and scripts run as scripts."""
 
 import contextlib
+import gc
+import io
 import os
 import runpy
 import subprocess
@@ -61,19 +63,26 @@ def run_script(*arguments, timeout=600, env=None):
 
 
 def run_here(script, *arguments):
-    """Run a script in this process: to import torch again takes seconds."""
-    argv = [script, *map(str, arguments)]
-    with (
-        contextlib.chdir(ROOT),
-        mock.patch.dict(os.environ),
-        mock.patch.multiple(sys, argv=argv, excepthook=sys.excepthook),
-    ):
-        runpy.run_path(script, run_name="__main__")
+    """Run a script of the repository in this process, which has imported what it imports -> what it printed. A BadInput
+    comes through; run_script shows what the user sees of one."""
+    argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
+    try:
+        with (
+            contextlib.chdir(ROOT),
+            contextlib.redirect_stdout(printed),
+            mock.patch.dict(os.environ),
+            mock.patch.multiple(sys, argv=argv, excepthook=sys.excepthook),
+        ):
+            runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+    finally:
+        gc.collect()  # the script's variables, as at the end of a process: open files, locks
+    return printed.getvalue()
 
 
 def refusal(script, *arguments):
-    """The message of the BadInput a script ends with, run in this process. That the message comes out as one line and exit
-    code 1 is cli.py's, and tested there."""
+    """The message of the BadInput that a script run here ends with."""
     with pytest.raises(BadInput) as caught:
         run_here(script, *arguments)
     return str(caught.value)

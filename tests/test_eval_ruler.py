@@ -1,8 +1,7 @@
-"""eval_ruler.py run as a script with real vLLM on assets/tiny: scores, interruption, ranks, YaRN, thinking, refusals."""
+"""eval_ruler.py with real vLLM on assets/tiny: scores, interruption, ranks, YaRN, thinking, refusals."""
 
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
@@ -12,12 +11,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run_ranks, run_script
+from conftest import ROOT, run_here, run_ranks, run_script
 from tokenizers import Tokenizer
 
 import ruler
+from cli import BadInput
 from model import Qwen3, Qwen3Config
 
+pytestmark = pytest.mark.xdist_group("engine")  # vLLM is imported once
 TINY = ROOT / "assets" / "tiny"
 TASKS = ["niah_single_1", "fwe"]
 ARGUMENTS = [TINY, "--tasks", *TASKS, "--lengths", 640, 700, "--samples", 4]
@@ -28,11 +29,10 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("ruler") / "cache"
 
 
-def evaluate(cache, out, *arguments, run=run_script):
+def evaluate(cache, out, *arguments, run=run_here):
     """-> (results.json, records, stdout)"""
-    result = run(*(["eval_ruler.py"] if run is run_script else []), *arguments, "--cache", cache, "--out", out)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((out / "results.json").read_text()), lines(out), result.stdout
+    stdout = run("eval_ruler.py", *arguments, "--cache", cache, "--out", out)
+    return json.loads((out / "results.json").read_text()), lines(out), stdout
 
 
 def lines(out):
@@ -48,14 +48,16 @@ def whole(cache, tmp_path_factory):
 
 def test_scores_are_those_of_the_predictions(whole, cache):
     out, results, records, stdout = whole
-    assert sorted(path.name for path in out.iterdir()) == ["heatmap.png", "results.json", "results.jsonl", "settings.json"]
+    files = ["heatmap.png", "lock", "results.json", "results.jsonl", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == files
     samples = {}
-    for path in cache.iterdir():
+    for path in cache.glob("*.jsonl"):
         name, length = path.name.split("-")[:2]
         samples |= {f"{name}-{length}-{row['index']}": row for row in ruler.read(path, 4)}
     assert len(records) == 16 and {r["id"] for r in records} == set(samples)
     for r in records:
-        assert r["score"] == ruler.score(r["task"], r["prediction"], samples[r["id"]]["outputs"])
+        assert r["expected"] == samples[r["id"]]["outputs"]
+        assert r["score"] == ruler.score(r["task"], r["prediction"], r["expected"])
         budget = ruler.TASKS[r["task"]].tokens_to_generate
         assert r["prompt_tokens"] + budget == samples[r["id"]]["length"] <= r["length"]
         assert r["completion_tokens"] <= budget and (r["finished"] or r["completion_tokens"] == budget) and r["seed"] == 0
@@ -69,8 +71,8 @@ def test_scores_are_those_of_the_predictions(whole, cache):
             assert f"{cell['score']:.2f} ±{error:.2f}" in next(s for s in stdout.splitlines() if s.startswith(task))
     assert results["complete"] is False and "2 of 13 tasks, 0 of its 6 lengths" in stdout
     assert results["settings"]["mode"] == "chat" and results["settings"]["sampling"]["temperature"] == 0
-    assert set(results["versions"]) >= {"torch", "tokenizers", "python", "commit"} and "generated substitute" in stdout
-    assert "left out: qa_1: not asked for" in stdout and results["left_out"]["qa_1"] == "not asked for"
+    assert set(results["versions"]) >= {"torch", "tokenizers", "python", "commit", "numpy", "wonderwords"}
+    assert "generated substitute" in stdout and "left out" not in stdout and results["left_out"] == {}
 
 
 def test_averages_by_hand(cache, tmp_path, whole):
@@ -90,11 +92,11 @@ def test_averages_by_hand(cache, tmp_path, whole):
     deviation = (100 * (1 / 3) ** 0.5 / 2) / 2, (100 / 6) / 2 / 2  # of the cells 50 and 25, in a mean of two
     assert averages["by_length"]["700"]["stderr"] == pytest.approx((deviation[0] ** 2 + deviation[1] ** 2) ** 0.5)
     assert "Avg 43.75" in stdout
-    compared = run_script("eval_ruler.py", "--compare", out, tmp_path / "out")
-    assert compared.returncode == 0 and "16 samples in both" in compared.stdout and "sign flips" in compared.stdout
+    compared = run_here("eval_ruler.py", "--compare", out, tmp_path / "out")
+    assert "16 samples in both" in compared and "sign flips" in compared
 
 
-def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(cache, tmp_path, whole):
+def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(cache, tmp_path, whole, capfd):
     out, command = (
         tmp_path / "out",
         [sys.executable, "eval_ruler.py", *ARGUMENTS, "--cache", cache, "--out", tmp_path / "out"],
@@ -103,6 +105,9 @@ def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(cache, tmp_path, w
     path = out / "results.jsonl"
     while process.poll() is None and not (path.exists() and path.stat().st_size):
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # it lives, and is in the middle
+    with pytest.raises(BadInput, match=f"another evaluation is writing to {out}"):
+        run_here("eval_ruler.py", *ARGUMENTS, "--cache", cache, "--out", out)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     process.stderr.close()
@@ -110,18 +115,19 @@ def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(cache, tmp_path, w
     assert 0 < len(kept) < 16 and not (out / "results.json").exists()
     with open(path, "a") as file:
         file.write(json.dumps(kept[0])[:40])  # as a kill within a write leaves it
-    refused = run_script("eval_ruler.py", *ARGUMENTS, "--seed", 43, "--cache", cache, "--out", out)
-    assert refused.returncode == 1 and "other settings: seed 42 there, 43 here" in refused.stderr
-    result = run_script("eval_ruler.py", *ARGUMENTS, "--cache", cache, "--out", out)
-    assert result.returncode == 0 and "last line is unfinished" in result.stderr
-    assert lines(out) == whole[2]
-    assert json.loads((out / "results.json").read_text())["scores"] == whole[1]["scores"]
+    with pytest.raises(BadInput, match="other settings: seed 42 there, 43 here"):
+        run_here("eval_ruler.py", *ARGUMENTS, "--seed", 43, "--cache", cache, "--out", out)
+    results, records, _ = evaluate(cache, out, *ARGUMENTS)
+    assert "last line is unfinished" in capfd.readouterr().err
+    assert records == whole[2] and results["scores"] == whole[1]["scores"]
 
 
 def test_two_ranks_give_the_results_of_one(cache, tmp_path, whole):
-    results, records, _ = evaluate(
-        cache, tmp_path / "out", *ARGUMENTS, run=lambda *a: run_ranks(2, ROOT / "eval_ruler.py", *a)
-    )
+    def ranks(script, *arguments):
+        result = run_ranks(2, ROOT / script, *arguments)
+        assert result.returncode == 0, result.stderr[-3000:]
+
+    results, records, _ = evaluate(cache, tmp_path / "out", *ARGUMENTS, run=ranks)
     assert records == whole[2] and results["scores"] == whole[1]["scores"] and results["machine"]["ranks"] == 2
     assert not list((tmp_path / "out").glob("results.*.jsonl"))
 
@@ -134,8 +140,8 @@ def test_two_ranks_refuse_in_one_line(cache, whole):
 def test_lengths_beyond_the_context_need_yarn(cache, tmp_path):
     """In base mode, which has no template."""
     arguments = [TINY, "--mode", "base", "--tasks", "fwe", "--samples", 1, "--lengths", 5000]
-    result = run_script("eval_ruler.py", *arguments, "--cache", cache, "--out", tmp_path / "out")
-    assert result.returncode == 1 and "give --yarn 2, or --lengths up to 4096" in result.stderr
+    with pytest.raises(BadInput, match="4096 tokens; give --yarn 2; without that: up to 4096"):
+        run_here("eval_ruler.py", *arguments, "--cache", cache, "--out", tmp_path / "out")
     results, records, stdout = evaluate(cache, tmp_path / "out", *arguments, "--yarn", 2)
     rope = {"rope_type": "yarn", "original_max_position_embeddings": 4096, "factor": 2.0}
     assert results["settings"]["rope_scaling"] == rope and "'factor': 2.0" in stdout
@@ -203,12 +209,36 @@ REFUSALS = {
     "no directory": (lambda t: [t / "none"], "none is not a checkpoint"),
     "no tokenizer": (lambda t: [without_tokenizer(t)], "tokenizer.json is missing"),
     "not its weights": (lambda t: [edited(t, intermediate_size=300)], "has shape"),
-    "too long": (lambda t: [TINY], "give --yarn 32, or --lengths 4096"),
-    "no room": (lambda t: [TINY, "--lengths", 640, "--mode", "thinking"], "--thinking-budget 8192"),
+    "too long": (
+        lambda t: [TINY],
+        "--lengths 8192 16384 32768 65536 131072: TINY has a context of 4096 tokens; 131072 need a YaRN factor of 32, and "
+        "Qwen3's model card validates no more than 4; without that: --lengths 4096 (up to 4096), or --lengths 4096 8192 "
+        "16384 --yarn 4 (up to 16384)",
+    ),
+    "too long to think": (
+        lambda t: [edited(t, max_position_embeddings=40960), "--mode", "thinking", "--yarn", 4],
+        "--lengths 131072 with --thinking-budget 8192: EDITED has a context of 131072 tokens; 139264 need a YaRN factor of "
+        "5, and Qwen3's model card validates no more than 4; without that: --lengths 4096 8192 16384 32768 65536 (up to "
+        "122880)",
+    ),
+    "no room": (
+        lambda t: [TINY, "--lengths", 640, "--mode", "thinking"],
+        "--thinking-budget 8192: TINY has a context of 4096 tokens; give --yarn 3; or lower --thinking-budget",
+    ),
     "yarn": (lambda t: [TINY, "--lengths", 640, "--yarn", 1], "--yarn must be more than 1"),
-    "task": (lambda t: [TINY, "--lengths", 640, "--tasks", "niah"], "'niah' is not a RULER task; they are"),
+    "task": (lambda t: [TINY, "--tasks", "niah"], "'niah' is not a RULER task; they are niah_single_1, "),
     "blocked": (lambda t: [TINY, "--lengths", 640, "--tasks", "vt", "qa_1"], "--tasks qa_1: squad.json or dev-v2.0.json"),
-    "too short": (lambda t: [TINY, "--lengths", 300, "--tasks", "fwe"], "300 tokens are too few; from 586 on"),
+    "damaged": (
+        lambda t: [TINY, "--lengths", 640, "--data-dir", damaged(t)],
+        'squad.json cannot be used: the file has no "data"; it is https://',
+    ),
+    "too short": (lambda t: [TINY, "--lengths", 300, "--tasks", "fwe"], "fwe at 300 (586 and more are enough); choose"),
+    "some too short": (
+        lambda t: [TINY, "--lengths", 4096, 1200],
+        "niah_multivalue at 1200 (2051 and more are enough); niah_multiquery at 1200 (2121 and more are enough); cwe at "
+        "1200, 4096 (1470 to 4095, or 5433 and more are enough); --tasks niah_single_1 niah_multikey_2 niah_multikey_3 vt "
+        "fwe fit",
+    ),
     "data": (lambda t: [TINY, "--lengths", 640, "--data-dir", t / "none"], "none is not a directory"),
     "seeds": (lambda t: [TINY, "--lengths", 640, "--seeds", 2], "--seeds 2 needs --mode thinking"),
     "samples": (lambda t: [TINY, "--samples", 0], "--samples must be at least 1"),
@@ -217,9 +247,9 @@ REFUSALS = {
     "toml": (lambda t: ["--config", toml(t, 'lengths = ["a"]')], "lengths must be a list of int"),
     "occupied": (
         lambda t: [TINY, "--lengths", 640, "--tasks", "fwe", "--samples", 1, "--out", ROOT / "tests"],
-        "no evaluation",
+        "tests is not empty and holds no evaluation",
     ),
-    "compare": (lambda t: ["--compare", t / "a", t / "b"], "settings.json cannot be read"),
+    "compare": (lambda t: ["--compare", t / "a", t / "b"], "a does not exist"),
 }
 
 
@@ -228,21 +258,35 @@ def toml(tmp_path, text):
     return tmp_path / "c.toml"
 
 
+def damaged(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "squad.json").write_text("{}")
+    return tmp_path / "data"
+
+
 @pytest.mark.parametrize("case", REFUSALS)
 def test_bad_input_gets_one_clear_line_and_leaves_nothing(case, cache, tmp_path):
     make, message = REFUSALS[case]
     arguments = ["--cache", cache, *([] if case == "occupied" else ["--out", tmp_path / "out"])]
-    made = make(tmp_path)
-    result = run_script("eval_ruler.py", *arguments, *made)
-    assert result.returncode == 1, result.stderr[-2000:]
-    errors = [line for line in result.stderr.splitlines() if "eval_ruler.py: error: " in line]
-    assert len(errors) == 1 and message in errors[0], result.stderr[-2000:]
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+    with pytest.raises(BadInput) as error:
+        run_here("eval_ruler.py", *arguments, *make(tmp_path))
+    assert message.replace("TINY", str(TINY)).replace("EDITED", str(tmp_path / "edited")) in str(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_missing_files_are_told_before_samples_are_made(tmp_path, capfd):
+    """And the other tasks would run: here their windows are too small."""
+    with pytest.raises(BadInput, match="too few tokens for niah_single_1 at 400"):
+        run_here("eval_ruler.py", TINY, "--lengths", 400, "--cache", tmp_path / "cache", "--out", tmp_path / "out")
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("warning: qa_1 is left out: squad.json or dev-v2.0.json is needed")
+    assert second.startswith("warning: qa_2 is left out: hotpotqa.json or hotpot_dev_distractor_v1.json is needed")
 
 
 def test_help_and_a_toml_file(cache, tmp_path):
-    result = run_script("eval_ruler.py", "--help")
-    assert result.returncode == 0 and "wAvg(inc)" in result.stdout and "--thinking-budget" in result.stdout
+    """As a user sees it: a BadInput is one line and exit code 1."""
+    help_text = run_here("eval_ruler.py", "--help")
+    assert "wAvg(inc)" in help_text and "--thinking-budget" in help_text
     file = toml(tmp_path, f'checkpoint = "{TINY}"\nlengths = [640]\ntasks = ["vt"]\nyarn = 1')
-    result = run_script("eval_ruler.py", "--config", file, env={**os.environ})
-    assert result.returncode == 1 and "--yarn must be more than 1" in result.stderr
+    result = run_script("eval_ruler.py", "--config", file)
+    assert result.returncode == 1 and result.stderr == "eval_ruler.py: error: --yarn must be more than 1, not 1\n"

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,12 +20,22 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
 
 
 def record(i, score=1.0, seed=0, task="t", length=10):
-    return {"id": f"{task}-{i}", "task": task, "length": length, "seed": seed, "score": score, "prediction": "é\n\u2028"}
+    counts = {"prompt_tokens": 9, "completion_tokens": 2, "finished": True}
+    which = {"id": f"{task}-{i}", "task": task, "length": length, "seed": seed, "expected": ["é"]}
+    return {**which, "score": score, "prediction": "é\n\u2028", **counts}
+
+
+SETTINGS = {"checkpoint": "out", "lengths": [10]}
+
+
+def opened(path, records, settings=None):
+    """An evaluation of the samples of `records`, open in the directory `path`."""
+    return evaluation.Results(path, settings or SETTINGS, [(r["id"], r["seed"]) for r in records])
 
 
 def directory(path, records, **settings):
     """A finished evaluation."""
-    results = evaluation.Results(path, {"checkpoint": path.name, "lengths": [10], **settings})
+    results = opened(path, records, {"checkpoint": path.name, "lengths": [10], **settings})
     for r in records:
         results.write(r)
     return path
@@ -35,12 +47,16 @@ def directory(path, records, **settings):
 def test_results_are_kept_taken_in_from_ranks_and_ordered(tmp_path):
     out = directory(tmp_path / "out", [record(10), record(9)])
     (out / "results.3.jsonl").write_text(json.dumps(record(2)) + "\n" + json.dumps(record(9, seed=1)) + "\n")
-    again = evaluation.Results(out, {"checkpoint": "out", "lengths": [10]})
+    again = opened(out, [record(1), record(2), record(9), record(9, seed=1), record(10)])
     assert again.done == {("t-10", 0), ("t-9", 0), ("t-2", 0), ("t-9", 1)}
-    assert [path.name for path in sorted(out.iterdir())] == ["results.jsonl", "settings.json"]
-    assert again.read() == [record(2), record(9), record(9, seed=1), record(10)]
+    assert [path.name for path in sorted(out.iterdir())] == ["lock", "results.jsonl", "settings.json"]
+    with pytest.raises(BadInput, match="has no result of 1 of 5 samples, such as t-1, seed 0"):
+        again.read()
     again.write(record(1))
-    assert again.read()[0] == record(1) and len((out / "results.jsonl").read_text().split("\n")) == 6
+    assert again.read() == [record(1), record(2), record(9), record(9, seed=1), record(10)]
+    assert len((out / "results.jsonl").read_text().split("\n")) == 6
+    with pytest.raises(BadInput, match="holds a sample that is not of this evaluation: t-2, seed 0"):
+        opened(out, [record(1), record(9), record(9, seed=1), record(10)])
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30])
@@ -48,18 +64,74 @@ def test_a_half_written_last_line_is_dropped_with_a_warning(cut, tmp_path, capfd
     out = directory(tmp_path / "out", [record(1), record(2)])
     path = out / "results.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
-    again = evaluation.Results(out, {"checkpoint": "out", "lengths": [10]})
+    again = opened(out, [record(1), record(2)])
     assert again.done == {("t-1", 0)} and "last line is unfinished" in capfd.readouterr().err
     again.write(record(2))
     assert again.read() == [record(1), record(2)]
 
 
-@pytest.mark.parametrize("line", ["{", "3", "{}", '{"id": "a"}', ""])
-def test_a_line_that_is_no_result_is_refused(line, tmp_path):
+WRONG = [
+    *(("{", "no JSON object"), ("3", "no JSON object"), ("[" * 100_000, "no JSON object"), ("", "no JSON object")),
+    *(("{}", "no id"), ('{"id": "a"}', "no task"), (dict(id=["t-1"]), 'id is ["t-1"]'), (dict(score=None), "score is null")),
+    *((dict(score="1"), 'score is "1"'), (dict(score=math.nan), "score is NaN"), (dict(score=True), "score is true")),
+    *((dict(finished=None), "finished is null"), (dict(seed=0.5), "seed is 0.5"), (dict(length=[1]), "length is [1]")),
+    (dict(prediction=["x" * 999]), 'prediction is ["xxx'),
+]
+
+
+def test_a_line_that_is_no_result_is_refused(tmp_path):
+    a = directory(tmp_path / "out", [record(1)])
+    b = directory(tmp_path / "b", [record(1)])
+    for line, message in WRONG:
+        line = line if isinstance(line, str) else json.dumps({**record(1), **line})
+        (a / "results.jsonl").write_text(json.dumps(record(1)) + f"\n{line}\n" + json.dumps(record(2)) + "\n")
+        for use in (lambda: opened(a, [record(1)]), lambda: stats.compare([b, a], ("checkpoint",))):
+            with pytest.raises(BadInput, match=r"out/results.jsonl, line 2 is not a result: ") as error:
+                use()
+            assert message in str(error.value) and len(str(error.value)) < 400
+
+
+def test_settings_that_are_none_are_refused(tmp_path):
+    a = directory(tmp_path / "out", [record(1)])
+    b = directory(tmp_path / "b", [record(1)])
+    for text, message in (
+        *((t, 'must be an object with the "checkpoint"') for t in ("[]", "{}", '{"checkpoint": 3}', "null")),
+        *((t, "cannot be read: ") for t in ("", "{", "[" * 100_000, b"\xff")),
+    ):
+        (a / "settings.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        for use in (lambda: opened(a, [record(1)]), lambda: stats.compare([b, a], ("checkpoint",))):
+            with pytest.raises(BadInput, match=f"{a}/settings.json .*{message}") as error:
+                use()
+            assert "\n" not in str(error.value)
+
+
+HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+
+
+def test_one_evaluation_at_a_time_writes_to_a_directory(tmp_path):
     out = directory(tmp_path / "out", [record(1)])
-    (out / "results.jsonl").write_text(json.dumps(record(1)) + f"\n{line}\n" + json.dumps(record(2)) + "\n")
-    with pytest.raises(BadInput, match=r"results.jsonl, line 2 is not a result"):
-        evaluation.Results(out, {"checkpoint": "out", "lengths": [10]})
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    other.stdout.readline()
+    for settings in (SETTINGS, {"checkpoint": "y"}):  # nothing is read
+        with pytest.raises(BadInput, match=f"another evaluation is writing to {out}"):
+            opened(out, [record(1)], settings)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    other.kill()
+    other.wait()
+    other.stdin.close()
+    other.stdout.close()
+    assert opened(out, [record(1)]).done == {("t-1", 0)}
+    for path, settings_file in ((tmp_path / "new", False), (tmp_path / "half", True)):  # killed before there were settings
+        path.mkdir()
+        (path / "lock").touch()
+        (path / "settings.json.partial").write_text("{" * settings_file)
+        assert opened(path, [record(1)]).done == set()
+    for path in ("/proc/out", "/dev/null/out"):
+        with pytest.raises(BadInput, match=f"{path} cannot be written: .*; choose another --out"):
+            opened(path, [])
 
 
 def test_other_settings_and_other_directories_are_refused_untouched(tmp_path):
@@ -67,18 +139,19 @@ def test_other_settings_and_other_directories_are_refused_untouched(tmp_path):
     before = {path: path.read_bytes() for path in out.iterdir()}
     for settings, message in (
         ({"checkpoint": "out", "lengths": [20]}, "other settings: lengths [10] there, [20] here"),
-        ({"checkpoint": "out"}, "lengths [10] there, null here"),
-        ({"checkpoint": "out", "lengths": [10], "mode": "chat"}, 'mode null there, "chat" here'),
+        ({"checkpoint": "out"}, "lengths [10] there, absent here"),
+        ({"checkpoint": "out", "lengths": [10], "mode": "chat"}, 'mode absent there, "chat" here'),
+        ({"checkpoint": "out", "lengths": [10], "mode": None}, "mode absent there, null here"),
     ):
         with pytest.raises(BadInput) as error:
-            evaluation.Results(out, settings)
+            opened(out, [record(1)], settings)
         assert message in str(error.value) and "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     for path in (tmp_path / "other", tmp_path / "other" / "thesis.tex"):
         with pytest.raises(BadInput, match="is not empty and holds no evaluation"):
-            evaluation.Results(path, {})
+            opened(path, [])
 
 
 def test_the_fingerprint_changes_with_the_weights_only(tmp_path):
@@ -101,6 +174,7 @@ def engine():
     engine.close()
 
 
+@pytest.mark.xdist_group("engine")
 def test_yarn_reaches_vllm_beyond_the_context(engine):
     """The engine's own configuration, and a prompt of 5,000 tokens continued as our model does with the same RoPE."""
     config = engine.rollout.engine.llm_engine.model_config
@@ -120,6 +194,7 @@ def test_yarn_reaches_vllm_beyond_the_context(engine):
     assert completion == wanted[str(YARN)] != wanted["None"]
 
 
+@pytest.mark.xdist_group("engine")
 def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
     from data import load_tokenizer
 
@@ -131,13 +206,14 @@ def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
         return [5 + i, 6, 7]
 
     items = [
-        {"id": f"x-{i}", "task": "x", "length": 8, "prompt_ids": lambda i=i: ids(i), "max_tokens": 5, "gold": i}
+        {"id": f"x-{i}", "task": "x", "length": 8, "prompt_ids": lambda i=i: ids(i), "max_tokens": 5, "expected": i}
         for i in range(700)
     ]  # more than the engine holds at once
 
     def go(out, items, seeds=2):
-        results = evaluation.Results(out, {"s": seeds})
-        score = lambda item, prediction: item["gold"] + len(prediction)  # noqa: E731
+        expected = [(item["id"], seed) for item in items for seed in range(seeds)]
+        results = evaluation.Results(out, {"checkpoint": str(seeds)}, expected)
+        score = lambda item, prediction: item["expected"] + len(prediction)  # noqa: E731
         hot = {**evaluation.GREEDY, "temperature": 2.0}
         evaluation.run(engine, results, iter(items), len(items), seeds, hot, [883], tokenizer, score)
         return results.read()
@@ -146,15 +222,16 @@ def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
     assert [(r["id"], r["seed"]) for r in records] == [(f"x-{i}", s) for i in range(700) for s in (0, 1)]
     assert asked == list(range(700)) and len({r["prediction"] for r in records}) > 1000
     for r in records:
-        assert r["score"] == int(r["id"][2:]) + len(r["prediction"]) and r["prompt_tokens"] == 3 and r["length"] == 8
+        assert r["score"] == r["expected"] + len(r["prediction"]) and r["prompt_tokens"] == 3 and r["length"] == 8
         assert r["completion_tokens"] <= 5 and (r["finished"] or r["completion_tokens"] == 5)
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "settings.json").write_text('{"s": 2}')
+    (tmp_path / "b" / "settings.json").write_text('{"checkpoint": "2"}')
     kept = [r for i, r in enumerate(records) if i % 5 and i < 1000]
     (tmp_path / "b" / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
     assert go(tmp_path / "b", items) == records
 
 
+@pytest.mark.xdist_group("engine")
 def test_an_engine_that_cannot_start_says_so_in_one_line():
     with pytest.raises(BadInput, match="vLLM cannot start with 9000 tokens"):
         evaluation.Engine(TINY, 9000)
@@ -211,6 +288,28 @@ def test_compare_pairs_what_both_have(tmp_path):
     assert rows["u"][:4] == ["6", "50.00", "100.00", "+50.00"] and rows["u"][6] == "0.25"  # 2 / 2^3
 
 
+def test_compare_has_a_row_for_each_class_of_task_and_length(tmp_path):
+    """Task x gains 1 of 3 short, loses 1 of 2 long; task y is equal."""
+    made = [("x", "short", 0, 1), ("x", "short", 1, 1), ("x", "short", 0, 0), ("x", "long", 1, 0), ("x", "long", 1, 1)]
+    made += [("y", "medium", 1, 1), ("y", "short", 0, 0)]
+    paths = []
+    for name, column in (("a", 2), ("b", 3)):
+        records = [record(i, row[column], task=row[0], length=row[1]) for i, row in enumerate(made)]
+        paths.append(directory(tmp_path / name, records))
+    rows = stats.compare(paths, ("checkpoint",), ("short", "medium", "long")).splitlines()[5:]
+    assert [row.split()[:5] for row in rows] == [
+        ["all", "7", "57.14", "57.14", "+0.00"],
+        ["x", "5", "60.00", "60.00", "+0.00"],
+        ["y", "2", "50.00", "50.00", "+0.00"],
+        ["short", "4", "25.00", "50.00", "+25.00"],
+        ["medium", "1", "100.00", "100.00", "+0.00"],
+        ["long", "2", "100.00", "50.00", "-50.00"],
+    ]
+    directory(tmp_path / "c", [record(i, length=n) for i, n in enumerate([64, 1000, 8])])  # by size; no row for one task
+    rows = stats.compare([tmp_path / "c", tmp_path / "c"], ("checkpoint",)).splitlines()[5:]
+    assert [row.split()[:2] for row in rows] == [["all", "3"], ["8", "1"], ["64", "1"], ["1000", "1"]]
+
+
 def test_compare_refuses(tmp_path):
     a = directory(tmp_path / "a", [record(1)], tasks=["t"])
     for name, settings in (
@@ -224,8 +323,13 @@ def test_compare_refuses(tmp_path):
             stats.compare([a, other], ("checkpoint",))
     with pytest.raises(BadInput, match="no sample in common"):
         stats.compare([a, directory(tmp_path / "e", [record(2)], tasks=["t"])], ("checkpoint",))
-    with pytest.raises(BadInput, match=r"settings.json cannot be read"):
-        stats.compare([a, tmp_path / "none"], ())
+    for path in ("none", "none/results.jsonl", "f"):
+        (tmp_path / "f").mkdir(exist_ok=True)
+        with pytest.raises(BadInput, match=f"{tmp_path / path}(/results.jsonl)? does not exist"):
+            stats.compare([a, tmp_path / path], ())
+    (tmp_path / "e" / "settings.json").unlink()
+    with pytest.raises(BadInput, match=r"e/settings.json cannot be read: No such file"):
+        stats.compare([a, tmp_path / "e"], ())
     with pytest.raises(BadInput, match="two"):
         stats.compare([a], ())
 

@@ -4,8 +4,10 @@ import json
 from decimal import Decimal
 
 import pytest
-from conftest import ROOT, run_script
+import torch
+from conftest import ROOT, run_here, run_script
 
+import clamp
 import gsm8k
 from cli import BadInput
 
@@ -69,11 +71,32 @@ def test_prompts():
         ("#### 3\nno, #### 4", 4),
         ("The answer is 9: nine", 9),
         ("#### 007", 7),
+        ("#### 29 %", 29),
+        ("#### 5kg", 5),
+        ("#### 5 x-rays", 5),
+        ("#### €5 each", 5),
+        ("#### Answer: 18", 18),
+        ("**#### answer 18**", 18),
+        ("#### **18**\n3 more", 18),
+        ("The answer is 18 dollars, 3 more than before.", 18),
+        ("#### The answer is $3.50.", Decimal("3.5")),
+        (r"\boxed{18\%}", 18),
+        (r"\boxed{18 \text{ dollars}}", 18),
         ("#### 1/2", None),
         ("#### 12 / 2", None),
         ("#### 1.2/3", None),
         ("the answer is 3:00", None),
         ("#### 2^10", None),
+        (r"\boxed{2^{10}}", None),
+        (r"\boxed{3 \times 10^3}", None),
+        (r"\boxed{1\frac{1}{2}}", None),
+        ("#### 1e3", None),
+        ("#### 1.5E+3", None),
+        ("#### 1 1/2", None),
+        ("#### 1 000", None),
+        ("#### 5 + 3 = 8", None),
+        ("#### 5 x 3", None),
+        ("#### 12-15", None),
         ("#### 1.2.3", None),
         ("#### eighteen", None),
         ("#### ", None),
@@ -86,11 +109,18 @@ def test_extraction(text, number):
     assert gsm8k.extract(text) == number
 
 
+@pytest.mark.parametrize("run", [" ", "\n", "*", "9", "9,", "-", "#### ", r"\boxed{", "#### 9"])
+def test_extraction_takes_no_time_over_what_a_model_repeats(run):
+    """With backtracking a thousand spaces took half a minute; as many as here would never end."""
+    assert gsm8k.extract("####" + run * 10_000 + "/2 #### 7") == 7
+
+
 def test_the_official_file(tmp_path):
     rows = gsm8k.read(written(tmp_path, [*ROWS, ""]))
     assert [gold for _, _, gold in rows] == [6, 1250, -2] and rows[1][:2] == ("line 2", ROWS[1]["question"])
     for bad, message in (
         ("{", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
         ([], 'must be an object with the texts "question" and "answer"'),
         ({"question": "?", "answer": 3}, "must be an object with the texts"),
         ({"question": "?", "answer": "3"}, "must end with #### and a number"),
@@ -107,19 +137,25 @@ def test_the_official_file(tmp_path):
 
 
 def test_the_script_and_its_report(tmp_path):
-    """One run of vLLM; then its predictions are replaced by hand and reported again."""
+    """One run of vLLM, under a clamp; then its predictions are replaced by hand and reported again."""
+    heads = {"q": 8, "k": 2}
+    names = {f"model.layers.{i}.self_attn.{which}_proj": n for i in range(3) for which, n in heads.items()}
+    infinite = {name: torch.full((n * 32,), torch.inf) for name, n in names.items()}
+    clamp.save(tmp_path / "clamp", infinite, {"rule": "all", "fraction": 1.0})
     arguments = [TINY, "--data", written(tmp_path, ROWS), "--mode", "base", "--max-tokens", 20, "--out", tmp_path / "out"]
-    result = run_script("eval_gsm8k.py", *arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
+    arguments += ["--clamp", tmp_path / "clamp"]
+    assert "tiny, clamp: all," in run_here("eval_gsm8k.py", *arguments)
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["clamp"]["rule"] == "all"
     path = tmp_path / "out" / "results.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["id"] for r in records] == ["line 1", "line 2", "line 3"] and all(r["prompt_tokens"] > 500 for r in records)
+    assert {r["prediction"] for r in records} == {"!" * 20}  # of logits that are no numbers the greedy token is 0
     texts = ["2 * 3. The answer is 6.\n\nQ: x\nA: The answer is 7.", "The answer is $1,250.", "I"]
     made = [{**r, "prediction": text, "score": float(text != "I")} for r, text in zip(records, texts)]
     path.write_text("".join(json.dumps(r) + "\n" for r in made))
-    result = run_script("eval_gsm8k.py", *arguments)
-    assert result.returncode == 0 and "accuracy 66.67 ±33.33, 3 problems" in result.stdout
-    assert "1 of 3 completions give no readable number" in result.stdout and "Not GSM8K's score: 3" in result.stdout
+    stdout = run_here("eval_gsm8k.py", *arguments)
+    assert "accuracy 66.67 ±33.33, 3 problems" in stdout
+    assert "1 of 3 completions give no readable number" in stdout and "Not GSM8K's score: 3" in stdout
     assert json.loads((tmp_path / "out" / "results.json").read_text())["score"]["n"] == 3
 
 
@@ -131,10 +167,16 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_bad_input_gets_one_clear_line(case, tmp_path):
+def test_bad_input_is_refused_and_leaves_nothing(case, tmp_path):
     arguments, message = REFUSALS[case]
     path = written(tmp_path, ROWS)
-    result = run_script("eval_gsm8k.py", *[path if a == "DATA" else a for a in arguments], "--out", tmp_path / "out")
-    errors = [line for line in result.stderr.splitlines() if "eval_gsm8k.py: error: " in line]
-    assert result.returncode == 1 and len(errors) == 1 and message in errors[0], result.stderr[-2000:]
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+    with pytest.raises(BadInput) as error:
+        run_here("eval_gsm8k.py", *[path if a == "DATA" else a for a in arguments], "--out", tmp_path / "out")
+    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_bad_input_gets_one_clear_line():
+    """As a user sees it."""
+    result = run_script("eval_gsm8k.py", TINY)
+    assert result.returncode == 1 and result.stderr.startswith("eval_gsm8k.py: error: no --data is given: download grade_")
+    assert result.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""rollout.py: a real vLLM engine against transformers, across weight syncs, seeds, and prefix caching."""
+"""rollout.py: a real vLLM engine against our model, across weight syncs, seeds, prefix caching, and under a clamp."""
 
 import os
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import make_small
 
+import clamp
+import magnitudes
 from rollout import Rollout
 
 pytestmark = pytest.mark.xdist_group("engine")  # one engine for all
@@ -106,3 +108,53 @@ def test_a_groups_prompt_is_prefilled_once(setup):
     before = counters()
     engine.generate(PROMPTS[:1], 8, 1.0, 4, [0], [7])
     assert [after - earlier for after, earlier in zip(counters(), before, strict=True)] == [8 * 69, 7 * 64]
+
+
+# -------------------------------------------------------------------------------------------------------------- clamps
+
+
+def clamped_by_hand(model, chosen):
+    """Our model with the same dimensions of q_proj's and k_proj's outputs held -> handles of its hooks."""
+
+    def hook(values, output):
+        output = output.clone()
+        for row in (~values.isnan()).nonzero().flatten().tolist():
+            output[..., row] = values[row]
+        return output
+
+    modules = [(values, model.get_submodule(name)) for name, values in chosen.items()]
+    return [
+        m.register_forward_hook(lambda module, args, output, values=values: hook(values, output)) for values, m in modules
+    ]
+
+
+def same(groups, others):
+    """Equal token ids and bit-equal log-probabilities."""
+    return [[(c.ids, c.logprobs) for c in g] for g in groups] == [[(c.ids, c.logprobs) for c in g] for g in others]
+
+
+@pytest.mark.parametrize("rule", ["top", "bottom", "random"])
+def test_a_clamp_acts_in_vllm_as_in_our_model_and_lets_go(setup, rule):
+    model, engine = setup
+    engine.sync(model)
+    untouched = generate(engine)
+    with clamp.Means(model) as means:
+        magnitude = magnitudes.average(magnitudes.measure(model, PROMPTS, "proj"))
+    engine.clamp(clamp.choose(magnitude, means.values, 0.3, "untouched"))
+    assert len(engine.clamped) == 2 and same(generate(engine), untouched)  # hooks that hold nothing change nothing
+    chosen = clamp.choose(magnitude, means.values, 0.3, rule, torch.Generator().manual_seed(0))
+    engine.clamp(chosen)
+    clamped = generate(engine)
+    assert mismatch(model, clamped, 1.0) > 1e-2  # it acts
+    handles = clamped_by_hand(model, chosen)
+    assert mismatch(model, clamped, 1.0) < 2e-5  # as it should, and with no KV cache of before
+    for handle in handles:
+        handle.remove()
+    engine.clamp({})
+    assert not engine.clamped and same(generate(engine), untouched)
+
+
+def test_an_engine_whose_hooks_would_not_run_refuses_a_clamp(setup, monkeypatch):
+    monkeypatch.setattr(setup[1], "clampable", False)
+    with pytest.raises(RuntimeError, match="eager"):
+        setup[1].clamp({})

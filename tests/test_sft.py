@@ -166,8 +166,7 @@ def test_bad_input_gets_one_clear_line(flags, message, runs):
 def test_the_curriculum_makes_a_model_without_data(tmp_path):
     """A step of each stage; its conversations are the text of the chat template, its answers what is trained on."""
     flags = "--copy-until 99 --steps 2 --batch 2 --vocab-size 600 --hidden-size 16".split()
-    with pytest.raises(SystemExit):
-        run_here("sft.py", "--out", tmp_path / "new", *flags)
+    run_here("sft.py", "--out", tmp_path / "new", *flags)
     assert [m["stage"] for m in read_metrics(tmp_path / "new")] == ["copy", "recall", "recall"]
     made = tmp_path / "new" / "checkpoint"
     assert Qwen3.from_pretrained(made).config.vocab_size == 600
