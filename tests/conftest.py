@@ -70,7 +70,6 @@ def run_here(script, *arguments):
         with (
             contextlib.chdir(ROOT),
             contextlib.redirect_stdout(printed),
-            mock.patch.dict(os.environ),
             mock.patch.multiple(sys, argv=argv, excepthook=sys.excepthook),
         ):
             runpy.run_path(argv[0], run_name="__main__")

@@ -136,6 +136,7 @@ def test_the_official_file(tmp_path):
         gsm8k.read(tmp_path / "none")
 
 
+@pytest.mark.xdist_group("engine")  # vLLM is imported once
 def test_the_script_and_its_report(tmp_path):
     """One run of vLLM, under a clamp; then its predictions are replaced by hand and reported again."""
     heads = {"q": 8, "k": 2}
