@@ -60,15 +60,23 @@ def rotate(x, cos, sin):
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-def causal_attention(q, k, v):
-    """q (B, T, H, D), k and v (B, T, Hk, D) -> (B, T, H, D), each sequence on its own. Flash kernels on CPU and GPU."""
+def causal_attention(q, k, v, lengths=None):
+    """q (B, T, H, D), k and v (B, T, Hk, D) -> (B, T, H, D), each sequence on its own. Flash kernels on CPU and GPU.
+
+    `lengths`: a row is documents of so many tokens one after the other, and each attends to itself only. One call per
+    document: no mask of T x T, no work between documents, and it runs everywhere (PyTorch's varlen_attn is CUDA's alone).
+    """
+    if lengths:
+        documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
+        return torch.cat([causal_attention(*document) for document in documents], dim=1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
 
 class Layout:
-    """Where the tokens of a group's completions are, as they lie one after the other in a row of N.
+    """Where the tokens of a group's completions are, as they lie one after the other in a row of N. Documents that follow
+    each other in a row, and nothing before them, are completions of a prompt of length 0.
 
     lengths: R_i. positions (N,): every completion continues at P. predictors (N,): which of [last prompt token | the N
     tokens] predicts each token. slots (N,): place in a right-padded (G, R) batch.

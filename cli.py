@@ -92,7 +92,10 @@ def _read_toml(path, config_class, types):
         kind = types[key]
         if typing.get_origin(kind) is list:
             item = typing.get_args(kind)[0]
-            if not isinstance(value, list) or not value or any(type(v) is not item for v in value):
+            values[key] = value = value if isinstance(value, list) else [value]  # a list of one, as after a flag
+            if item is float:
+                values[key] = value = [float(v) if type(v) is int else v for v in value]
+            if not value or any(type(v) is not item for v in value):
                 raise BadInput(f"--config {path}: {key} must be a list of {item.__name__}, not {value!r}")
         elif type(value) is not kind:
             raise BadInput(f"--config {path}: {key} must be a {kind.__name__}, not {value!r}")

@@ -2,18 +2,11 @@
 
 from dataclasses import dataclass
 
-import cov
-import dapo
 import grpo
-import gspo
 import saliency
 import tasks
+from algorithms import EPSILONS, NEED_UPDATES
 from cli import BadInput, option
-
-ALGORITHMS = ("dapo", "grpo", "gspo", "sapo", "clip-cov", "kl-cov")
-EPSILONS = {"dapo": dapo.EPSILONS, "grpo": grpo.EPSILONS, "gspo": gspo.EPSILONS, "clip-cov": cov.EPSILONS}  # others: none
-DYNAMIC_SAMPLING = ("dapo", "clip-cov", "kl-cov")
-NEED_UPDATES = ("gspo", "sapo", "kl-cov")  # differ from a plain policy gradient only where ratios are not 1
 
 
 @dataclass
@@ -21,8 +14,13 @@ class Config:
     # what
     model: str = option("assets/tiny", "checkpoint directory to start from: config.json, safetensors, tokenizer.json")
     name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
-    data: str = option("", "JSONL of prompts, see data.py (default: --task, made on the fly)")
-    eval_data: list[str] = option([], "JSONL files of held-out prompts, each evaluated before and after (default: none)")
+    data: list[str] = option([], "files of prompts, see sources.py (default: --task, made on the fly)")
+    data_rows: list[int] = option([], "rows to use of each file, chosen by the seed; 0: all (default: all of all)", least=0)
+    data_weights: list[float] = option(
+        [], "share of each file among the prompts drawn (default: one pool of all rows)", above=0
+    )
+    truncate_prompts: bool = option(False, "cut the middle out of prompts that are too long, instead of dropping them")
+    eval_data: list[str] = option([], "files of held-out prompts, each evaluated before and after (default: none)")
     reward: str = option("rewards:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
     thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
     task: str = option("recall", "without --data: recall a fact of a passage, or track one that changes", list(tasks.TASKS))
@@ -43,7 +41,7 @@ class Config:
         [], "task: filler sentences of held-out passages, evaluated each (default: --filler)", least=0
     )
     # the algorithm
-    algorithm: str = option("dapo", "the README lists what belongs to each", list(ALGORITHMS))
+    algorithm: str = option("dapo", "the README lists what belongs to each", list(EPSILONS))
     temperature: float = option(1.0, "sampling temperature; the trainer's log-probabilities use the same", above=0)
     epsilon_low: float = option(0.0, "ratio clipping below 1 (0: the algorithm's own, see README)", least=0)
     epsilon_high: float = option(0.0, "ratio clipping above 1 (0: the algorithm's own, see README)", least=0)
@@ -113,6 +111,8 @@ def check(config, world, cuda):
         raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")
     if config.tensor_parallel > 1 and not cuda and not config.plan:
         raise BadInput(f"--tensor-parallel {config.tensor_parallel} needs a GPU per rank, and there is none")
+    if (config.data_rows or config.data_weights or config.truncate_prompts) and not config.data:
+        raise BadInput("--data-rows, --data-weights and --truncate-prompts need --data")
     if config.eval_data and not config.data:
         raise BadInput("--eval-data needs --data; --task makes its own held-out prompts")
     if config.eval_filler and config.data:
@@ -124,5 +124,5 @@ def check(config, world, cuda):
             f"--algorithm {config.algorithm} needs --updates 2 or more: with 1 every ratio is 1, and it is a plain policy "
             "gradient (--algorithm grpo)"
         )
-    if config.algorithm not in EPSILONS and (config.epsilon_low or config.epsilon_high):
+    if not EPSILONS[config.algorithm] and (config.epsilon_low or config.epsilon_high):
         raise BadInput(f"--epsilon-low and --epsilon-high are not for --algorithm {config.algorithm}: it does not clip")

@@ -4,7 +4,7 @@ import re
 from decimal import Decimal
 
 from cli import BadInput
-from data import json_lines
+from sources import json_lines
 
 # Wei et al. 2022 (arXiv 2201.11903), table 20, as published.
 EXEMPLARS = """Q: There are 15 trees in the grove. Grove workers will plant trees in the grove today. After they are done, \

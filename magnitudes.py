@@ -34,6 +34,7 @@ import evaluated
 import evaluation
 import plot
 import saliency
+import sources
 import stats
 import tasks
 from checkpoint import load_weights
@@ -48,7 +49,7 @@ class Measured:
     """What is measured; perturb.py asks for the same."""
 
     checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
-    data: str = option("", "JSONL of prompts, as train.py reads it (default: --task)")
+    data: str = option("", "a file of prompts, as train.py reads it (default: --task)")
     task: str = option("recall", "without --data: a task of tasks.py", list(tasks.TASKS))
     facts: int = option(17, "task: facts in a passage", least=1)
     filler: int = option(17, "task: filler sentences in a passage", least=0)
@@ -78,8 +79,8 @@ def read_prompts(config):
         raise BadInput(f"--fraction must be in (0, 1], not {config.fraction:g}")
     model_config, tokenizer, _ = evaluated.load(config.checkpoint, config.yarn)
     if config.data:
-        source, what = data.JsonlSource(config.data, config.seed), config.data
-        count = min(config.prompts, len(source.rows))
+        rows, what = sources.read(config.data, sources.prompt_row), config.data
+        source, count = sources.Mixture([rows], [], config.seed), min(config.prompts, len(rows))
     else:
         source = tasks.Source(config.task, f"train {config.seed}", config.facts, config.filler)
         what, count = f"{config.task}, {config.facts} facts and {config.filler} filler sentences", config.prompts

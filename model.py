@@ -83,7 +83,7 @@ class Attention(nn.Module):
         q, k = rotate(q_normed, cos, sin), rotate(k_normed, cos, sin)
         v = values.view(heads)
         if prompt is None:
-            y = causal_attention(q, k, v)
+            y = causal_attention(q, k, v, layout and layout.lengths)
         else:
             y = GroupAttention.apply(q, k, v, prompt[0], prompt[1].unflatten(-1, (-1, self.D)), layout)
         return self.o_proj(y.flatten(2)), k, values  # not v: FSDP2 warns of outputs that are views
@@ -103,7 +103,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys (B, T, Hk, D) and values (B, T, Hk * D).
 
-    With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt.
+    With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt; with a Layout
+    alone, documents that do not see each other.
     """
 
     def __init__(self, config):
@@ -234,12 +235,14 @@ class Qwen3(nn.Module):
         hidden = self.model.norm(self._rows(input_ids))
         return self.lm_head(hidden, tied=self.model.embed_tokens.weight)
 
-    def logprobs(self, input_ids, mask):
+    def logprobs(self, input_ids, mask, lengths=None):
         """input_ids (B, T), mask (B, T) bool -> log-probabilities (N,) fp32 of the masked tokens, in row order.
 
-        The dense layout: for SFT, and the oracle of group_logprobs. mask[:, 0] must be False (nothing predicts it).
+        The dense layout: for SFT, and the oracle of group_logprobs. `lengths`: input_ids (1, T) is documents of so many
+        tokens packed into one row, each read as if it were alone. The mask must be False at the first token of every
+        sequence or document (nothing predicts it).
         """
-        hidden = self._rows(input_ids)
+        hidden = self._rows(input_ids, lengths)
         hidden = self.model.norm(hidden[:, :-1][mask[:, 1:]])  # (N, C)
         return self.lm_head(hidden, input_ids[mask], tied=self.model.embed_tokens.weight)[0]
 
@@ -280,10 +283,12 @@ class Qwen3(nn.Module):
         hidden = self.model.norm(torch.cat((prompt.last, x[0]))[layout.predictors])  # (N, C)
         return self.lm_head(hidden, targets, temperature, self.model.embed_tokens.weight)
 
-    def _rows(self, input_ids):
-        """input_ids (B, T), each row a sequence of its own -> hidden states (B, T, C) before the final norm."""
-        positions = torch.arange(input_ids.size(1), device=input_ids.device)
-        x, squares = self._blocks(input_ids, positions)
+    def _rows(self, input_ids, lengths=None):
+        """input_ids (B, T), each row a sequence of its own, or (1, T) of documents of `lengths` -> hidden states (B, T, C)
+        before the final norm."""
+        layout = Layout(0, lengths, input_ids.device) if lengths else None
+        positions = layout.positions if layout else torch.arange(input_ids.size(1), device=input_ids.device)
+        x, squares = self._blocks(input_ids, positions, layout=layout)
         if self.tracker:
             self.tracker.add(squares)
         return x

@@ -38,6 +38,18 @@ def reward_curve(run):
     plt.close(figure)
 
 
+def loss_curve(run):
+    """metrics.jsonl of sft.py in the directory `run` -> loss.png: the loss of each step."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="tab:blue")
+    axes.set(xlabel="training step", ylabel="cross entropy of the assistant's tokens, nats")
+    axes.set_title(run.name, parse_math=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(run / "loss.png", dpi=120)
+    plt.close(figure)
+
+
 def reward_bands(path, panels):
     """{panel title: {label: runs x steps of rewards}} -> path: mean over runs, shaded by its standard error."""
     figure, grid = plt.subplots(

@@ -1,4 +1,4 @@
-"""Which rank trains which group, and which completions go through the network together.
+"""Which rank trains which group, and which completions, or documents of sft.py, go through the network together.
 
 Everything here is arithmetic on lengths that every rank knows, so ranks agree without a word. FSDP2 gathers weights by
 collectives, hence all ranks must call the model equally often: they hold equally many groups, and train the k-th of each in
@@ -46,6 +46,23 @@ def fullest(length, completions, budget):
     tokens = min(completions * length, max(length, budget))
     count = -(-tokens // length)
     return [tokens // count] * count
+
+
+def packs(lengths, budget, multiple):
+    """Documents of `lengths[i]` tokens -> packs (lists of indices) of at most `budget` tokens, as many as a multiple of
+    `multiple`, of which len(lengths) must be one. First fit, the longest first; a longer document has a pack of its own."""
+    parts, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        k = next((k for k, free in enumerate(room) if lengths[i] <= free), len(parts))
+        if k == len(parts):
+            parts.append([])
+            room.append(budget)
+        parts[k].append(i)
+        room[k] -= lengths[i]
+    while len(parts) % multiple:
+        k = max(range(len(parts)), key=lambda k: len(parts[k]))
+        parts[k : k + 1] = [parts[k][::2], parts[k][1::2]]
+    return parts
 
 
 def turns(groups, rank, ranks, budget):

@@ -1,198 +1,251 @@
-"""Supervised warm start: cross entropy on the assistant's turns. It made assets/tiny, from random weights, with
+"""Supervised fine-tuning: cross entropy on what the assistant says. It is the start from which the paper's RL begins.
 
-    python sft.py --out runs/tiny          # about 5 minutes on 2 CPU cores
+    torchrun --nproc-per-node 8 sft.py --model Qwen3-8B-Base --data chats.parquet --context 16384 --checkpointing
+    python sft.py --out runs/tiny                   # without --data: assets/tiny from random weights, see curriculum.py
 
-First a small network has to learn to look things up at all: it reads groups of tokens and then the same groups in another
-order, and is trained on the tokens that follow a group's first, until it copies them (attention heads that do this are
-called induction heads). Then it sees conversations: a passage of the recall task and questions about it, trained on every
-answer. Passages are short here and longer in train.py: what is learned here is the skill, RL carries it to length.
+Data are chats (sources.py), each a document: data.py says how it becomes tokens. A step takes the next --batch documents of
+the mixture; they lie one after the other in rows of --tokens-per-pass tokens, each read as if it were alone: positions
+restart, attention stays within a document (attention.py), and the loss is the mean over all trained tokens of the step. So
+neither packing nor the number of ranks changes what is computed. Documents longer than --context are dropped and counted.
+
+A run leaves in --out: config.json (every setting), metrics.jsonl, loss.png, checkpoint/ (a Hugging Face directory), and
+while it is not finished resume/: the same command with --resume goes on from there (to the same weights, on a CPU bit for
+bit).
+
+metrics.jsonl, one object a step
+  step, epoch                  steps done; how often the rows have been drawn on average
+  loss                         mean cross entropy of the assistant's tokens, nats, before the step's update
+  grad_norm, learning_rate     gradient norm before clipping; learning rate of the update
+  documents, tokens            documents in the step; all their tokens
+  tokens_trained, passes       the assistant's tokens; rows that went through the network, over all ranks
+  seconds, tokens_per_second   wall time of the step; tokens a second. The only keys that differ between two runs with the
+                               same seed on the same machine
+  stage                        without --data: copy or recall; there are step, loss, grad_norm, learning_rate beside it
 """
 
+import dataclasses
 import itertools
 import json
 import math
-import random
+import os
+import shutil
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+import torch.distributed as dist
 from tqdm import tqdm
 
+import curriculum
 import data
-import tasks
+import plot
+import resume
+import schedule
+import sources
+from checkpoint import check_weights, full_tensor
 from cli import BadInput, one_line_errors, option, parse
 from model import Qwen3, Qwen3Config
 
-# Qwen's pre-tokenizer: contractions, words with their leading space, single digits, punctuation, white space.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-THINK = ["<think>", "</think>"]  # tokens of their own, but part of the text when decoded, as in Qwen3
-# data.chat as a template, for transformers and vLLM.
-CHAT_TEMPLATE = r"""{%- for message in messages %}
-    {%- set content = message.content %}
-    {%- if message.role == 'assistant' %}
-        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-    {%- endif %}
-    {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-    {%- if enable_thinking is defined and not enable_thinking %}
-        {{- '<think>\n\n</think>\n\n' }}
-    {%- endif %}
-{%- endif %}
-"""
+
+@dataclass
+class Chats:
+    """The part of the settings that is for training on --data."""
+
+    data: list[str] = option([], "files of chats, see sources.py (default: none, a model is made from nothing)")
+    data_rows: list[int] = option([], "rows to use of each file, chosen by the seed; 0: all (default: all of all)", least=0)
+    data_weights: list[float] = option(
+        [], "share of each file among the documents drawn (default: one pool of all rows)", above=0
+    )
+    model: str = option("assets/tiny", "checkpoint directory to start from")
+    context: int = option(0, "tokens of the longest document (0: what the model's config allows)", least=0)
+    tokens_per_pass: int = option(16384, "tokens of documents that train at once; sets the peak of memory", least=1)
+    checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
+    save_every: int = option(100, "steps between two states that --resume can go on from (0: none)", least=0)
+    resume: bool = option(False, "go on with the run in --out from its last saved state")
 
 
 @dataclass
-class Config:
-    out: str = option("runs/sft", "directory to write the checkpoint to")
-    copy_until: float = option(0.5, "first stage: copy groups of tokens until a step's loss is below this, nats")
-    steps: int = option(1200, "second stage: steps that its schedules of length and learning rate are made for")
-    stop: int = option(401, "second stage: stop after so many steps, while RL has plenty left to teach (0: do not)")
-    batch: int = option(32, "groups of tokens a step; conversations, which are longer, half as many")
-    min_facts: int = option(2, "fewest facts in a passage; as many filler sentences stand between them")
-    max_facts: int = option(16, "most facts in a passage, reached after half of the second stage")
-    questions: int = option(12, "most questions about one passage")
-    learning_rate: float = option(3e-3, "AdamW's peak learning rate; cosine down to a tenth in the second stage")
-    warmup: int = option(50, "steps of linear warm-up, in each stage")
-    layers: int = option(3, "layers of the new model")
-    hidden_size: int = option(128, "its hidden size")
-    heads: int = option(8, "its query heads; two key heads")
-    head_dim: int = option(32, "its head size")
-    vocab_size: int = option(896, "rows of its embedding; the tokenizer stops at this or when every word is a token")
+class Config(curriculum.Settings, Chats):
+    out: str = option("runs/sft", "directory of the run, see above")
     seed: int = option(1, "seed of weights and data")
-
-
-def train_tokenizer(vocab_size, seed):
-    """Byte-level BPE with Qwen's pre-tokenizer and special tokens, trained on the recall task's own text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    rng = random.Random(f"{seed} tokenizer")
-    passages = (tasks.recall(rng, 30, 30, asked=10) for _ in range(1000))
-    texts = (text for passage, questions in passages for text in [passage] + [" ".join(qa) for qa in questions])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL + THINK),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+    batch: int = option(
+        32, "documents a step, over all ranks; without --data groups of tokens, and half as many chats", least=1
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.add_tokens(THINK)
-    return tokenizer
+    steps: int = option(0, "steps; its schedule is made for so many (default: one epoch; 1200 without --data)", least=0)
+    learning_rate: float = option(0.0, "AdamW's peak learning rate (default: 1e-5; 3e-3 without --data)", least=0)
+    schedule: str = option("cosine", "after warm-up: down to a tenth of the peak, or constant", ["cosine", "constant"])
+    warmup: int = option(50, "steps of linear warm-up", least=1)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", least=0)
+    adam_beta2: float = option(0.99, "AdamW's second-moment decay")
+    max_grad_norm: float = option(1.0, "gradient norm to clip at", above=0)
 
 
-def save_tokenizer(tokenizer, out, context):
-    """tokenizer.json and the three files that make transformers and vLLM use it as Qwen3's."""
-    end, stop = (tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-    }
-    generation_config = {"bos_token_id": end, "eos_token_id": [stop, end], "pad_token_id": end, "do_sample": True}
-    tokenizer.save(str(out / "tokenizer.json"))
-    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
-    (out / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
-    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+one_line_errors()
+config = parse(Config, __doc__)
+for field in dataclasses.fields(curriculum.Settings if config.data else Chats):
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if getattr(config, field.name) != default:
+        raise BadInput(f"--{field.name.replace('_', '-')} has no meaning {'with' if config.data else 'without'} --data")
+if not 0 <= config.adam_beta2 < 1:
+    raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
+out = Path(config.out)
+if out.exists() and not config.resume:
+    more = "; --resume goes on with it" if (out / "resume").exists() else ""
+    raise BadInput(f"--out {out} exists already{more}; name another directory or remove it")
 
 
-def token_groups(rng, vocabulary, size=5, count=6):
-    """Random groups of tokens, then twice the same groups in other orders -> ids, and which tokens are trained on: all
-    but a group's first. Tokens are drawn from the whole vocabulary: rows of the tied embedding that never occur would be
-    pushed out of the softmax by a direction common to all others, and matching tokens by content gets much harder."""
-    groups = [rng.choices(range(vocabulary), k=size) for _ in range(count)]
-    again = rng.sample(groups, count) + rng.sample(groups, count)
-    ids = list(itertools.chain(*groups, *again))
-    return ids, [False] * size * count + ([False] + [True] * (size - 1)) * 2 * count
+def learning_rate(step, steps):
+    """Of the update after `step` updates: linear warm-up, and a cosine down to a tenth over `steps` (None: constant)."""
+    cosine = 0.55 + 0.45 * math.cos(math.pi * (step / steps)) if steps and config.schedule == "cosine" else 1.0
+    return config.learning_rate * cosine * min(1.0, (step + 1) / config.warmup)
 
 
-def conversation(tokenizer, rng, config, progress):
-    """A passage and questions about it as ChatML -> ids, and which tokens are trained on: the assistant's words and
-    <|im_end|>. `progress` (0 to 1) sets how long passages may be."""
-    longest = config.min_facts + (config.max_facts - config.min_facts) * min(1.0, 2 * progress)
-    facts = rng.randint(config.min_facts, round(longest))
-    passage, questions = tasks.recall(rng, facts, facts, asked=min(facts, config.questions))
-    ids, trained = [], []
-    for i, (question, answer) in enumerate(questions):
-        content = question if i else f"{passage}\n\n{question}"
-        prompt = ("\n" if i else "") + data.chat([{"role": "user", "content": content}], thinking=False)
-        for text, train in ((prompt, False), (answer + "<|im_end|>", True)):
-            piece = tokenizer.encode(text, add_special_tokens=False).ids
-            ids += piece
-            trained += [train] * len(piece)
-    return ids, trained
+if not config.data:
+    config.steps, config.learning_rate = config.steps or 1200, config.learning_rate or 3e-3
+    curriculum.make(config, learning_rate, out)
+    sys.exit()
+
+# ------------------------------------------------------------------------------------------------- ranks and devices
+
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+cuda = torch.cuda.is_available()
+device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+compute_dtype = torch.bfloat16 if cuda else torch.float32
+main = rank == 0
+if config.batch % world:
+    raise BadInput(f"--batch {config.batch} must be a multiple of the {world} ranks")
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+model_config = Qwen3Config.from_pretrained(config.model)
+context = config.context or model_config.context_length
+if context > model_config.context_length:
+    raise BadInput(f"--context {context} is more than the {model_config.context_length} tokens of {config.model}")
+tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
+with torch.device("meta"):
+    check_weights(Qwen3(model_config), config.model)
 
 
-def pad(rows):
-    """[(ids, trained), ...] -> ids (B, T) int64, mask (B, T) bool. Padding on the right: causal attention never sees it."""
-    ids, mask = ([torch.tensor(row[k]) for row in rows] for k in (0, 1))
-    return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, mask))
+def measure(row):
+    ids, trained = data.encode_conversation(tokenizer, row["messages"])
+    row["tokens"], row["trained"] = len(ids), sum(trained)
+    return row["tokens"]
 
 
-if __name__ == "__main__":
-    one_line_errors()
-    config = parse(Config, __doc__)
-    if not 1 <= config.min_facts <= config.max_facts <= len(tasks.NAMES):
-        raise BadInput(f"--min-facts and --max-facts must be ordered and in 1 to {len(tasks.NAMES)}")
-    if min(config.steps, config.batch // 2, config.questions, config.warmup) < 1 or config.heads % 2:
-        raise BadInput("--steps, --questions and --warmup must be positive, --batch at least 2, --heads even")
-    out = Path(config.out)
-    if out.exists():
-        raise BadInput(f"--out {out} exists already; name another directory or remove it")
-    tokenizer = train_tokenizer(config.vocab_size, config.seed)
-    model_config = Qwen3Config(
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=2,
-        head_dim=config.head_dim,
-        intermediate_size=3 * config.hidden_size,
-        tie_word_embeddings=True,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=4096,
-        rope_theta=10000.0,
-        initializer_range=0.03,
-        bos_token_id=tokenizer.token_to_id("<|endoftext|>"),
-        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
-    )
-    model = Qwen3.from_config(model_config, generator=torch.Generator().manual_seed(config.seed))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    rng = random.Random(f"{config.seed} sft")
+how = config.data_rows, config.seed, measure, context
+files, _, lines = data.load(config.data, sources.messages_row, *how, progress=main)
+source = sources.Mixture(files, config.data_weights, config.seed)
+rows_in_all = sum(map(len, files))
+config.steps = config.steps or math.ceil(rows_in_all / config.batch)
+config.learning_rate = config.learning_rate or 1e-5
+if main:
+    print("\n".join(lines), flush=True)
 
-    for stage in ("copy", "recall"):
-        bar = tqdm(desc=stage, unit="step", total=config.steps if stage == "recall" else None)
-        for step in itertools.count():
-            progress = step / config.steps if stage == "recall" else 0.0
-            if stage == "recall" and (step == config.steps or step == config.stop > 0):
-                break
-            decay = 0.55 + 0.45 * math.cos(math.pi * progress)  # cosine from 1 to 0.1
-            optimizer.param_groups[0]["lr"] = config.learning_rate * decay * min(1.0, (step + 1) / config.warmup)
-            # Copying goes on in the second stage, which would unlearn it before it finds a use for it.
-            copied = [token_groups(rng, tokenizer.get_vocab_size()) for _ in range(config.batch)]
-            loss = -model.logprobs(*pad(copied)).mean()
-            loss.backward()
-            if stage == "recall":
-                asked = [conversation(tokenizer, rng, config, progress) for _ in range(config.batch // 2)]
-                loss = -model.logprobs(*pad(asked)).mean()
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            bar.update()
-            if stage == "copy" and loss.item() < config.copy_until:
-                break
-        bar.close()
-    model.save_pretrained(out)
-    save_tokenizer(tokenizer, out, model_config.max_position_embeddings)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, last loss {loss.item():.3f}")
+# ------------------------------------------------------------------------------------------------ model and optimizer
+
+if world > 1 or cuda:
+    if "RANK" not in os.environ:  # started by python, not torchrun: one process
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+if cuda:
+    torch.cuda.set_device(device)
+mesh = dist.init_device_mesh(device.type, (world,)) if dist.is_initialized() else None
+model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
+model.checkpointing = config.checkpointing
+optimizer = torch.optim.AdamW(
+    model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
+)
+
+# What must be the same when a run goes on; the others may change.
+free = ("out", "data", "resume", "save_every", "tokens_per_pass", "checkpointing")
+fixed = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
+fixed["digest of data"] = sources.digest(config.data)
+done = 0
+if config.resume:
+    saved, state = resume.newest(out / "resume")
+    if saved is None:
+        raise BadInput(f"--resume: {out} has no saved state to go on from")
+    for key in fixed:
+        if state["settings"].get(key) != fixed[key]:
+            raise BadInput(f"--resume: {key} was {state['settings'].get(key)}, now it is {fixed[key]}")
+    resume.load(saved, model, optimizer)
+    done = state["step"]
+if main:
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {**dataclasses.asdict(config), "ranks": world, "device": str(device)}
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if done:  # steps after the saved state come again
+        kept = (out / "metrics.jsonl").read_text().splitlines(keepends=True)[:done]
+        (out / "metrics.partial").write_text("".join(kept))
+        os.replace(out / "metrics.partial", out / "metrics.jsonl")
+
+# -------------------------------------------------------------------------------------------------------------- loop
+
+metrics_file = open(out / "metrics.jsonl", "a") if main else None
+bar = tqdm(total=config.steps, initial=done, desc="sft", unit="step", disable=not main)
+for step in range(done + 1, config.steps + 1):
+    started = time.perf_counter()
+    rows = [source[i] for i in range((step - 1) * config.batch, step * config.batch)]
+    trained = sum(row["trained"] for row in rows)  # tokens, over all ranks
+    packs = schedule.packs([row["tokens"] for row in rows], config.tokens_per_pass, world)
+    hands = schedule.deal([sum(rows[i]["tokens"] for i in pack) for pack in packs], world)
+    loss_sum = torch.zeros((), device=device)
+    for k in hands[rank]:
+        documents = [data.encode_conversation(tokenizer, rows[i]["messages"]) for i in packs[k]]
+        ids, mask = (torch.tensor([list(itertools.chain(*part))], device=device) for part in zip(*documents))  # (1, T)
+        lengths = [rows[i]["tokens"] for i in packs[k]]
+        try:
+            loss = -model.logprobs(ids, mask, lengths).sum() / trained
+            (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
+        except torch.OutOfMemoryError as error:
+            raise BadInput(
+                f"out of memory in training on {ids.numel()} tokens, the longest document {max(lengths)}: lower "
+                f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context}), use --checkpointing or more ranks"
+            ) from error
+        loss_sum += loss.detach()
+    if mesh:
+        dist.all_reduce(loss_sum)
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()
+    if not math.isfinite(norm):
+        raise BadInput(f"step {step}: the gradient is not finite; start anew with a lower --learning-rate")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step - 1, config.steps)
+    optimizer.step()
+    optimizer.zero_grad()
+    if main:
+        tokens, elapsed = sum(row["tokens"] for row in rows), time.perf_counter() - started
+        metrics = {
+            "step": step,
+            "epoch": step * config.batch / rows_in_all,
+            "loss": loss_sum.item(),
+            "grad_norm": norm,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "documents": len(rows),
+            "tokens": tokens,
+            "tokens_trained": trained,
+            "passes": len(packs),
+            "seconds": round(elapsed, 4),
+            "tokens_per_second": round(tokens / elapsed, 1),
+        }
+        print(json.dumps(metrics), file=metrics_file, flush=True)
+        bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
+        bar.update()
+    if config.save_every and step % config.save_every == 0 and step < config.steps:
+        resume.save(out / "resume", step, model, optimizer, {"settings": fixed})
+
+# --------------------------------------------------------------------------------------------------------------- end
+
+bar.close()
+model.save_pretrained(out / "checkpoint", compute_dtype, companions_from=config.model)
+if main:
+    # Whatever a base model stops at, this one ends its turn.
+    path = out / "checkpoint" / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
+    shutil.rmtree(out / "resume", ignore_errors=True)
+    plot.loss_curve(out)
+    print(f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
+if mesh:
+    dist.destroy_process_group()

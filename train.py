@@ -62,7 +62,6 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,16 +72,16 @@ import cov
 import dapo
 import data
 import grpo
-import gspo
 import plan
 import plot
 import saliency
-import sapo
 import schedule
+import sources
 import tasks
+from algorithms import DYNAMIC_SAMPLING, epsilons, policy
 from checkpoint import check_weights
 from cli import BadInput, one_line_errors, parse
-from config import DYNAMIC_SAMPLING, EPSILONS, Config, check
+from config import Config, check
 from model import Qwen3, Qwen3Config
 from rewards import load_reward, score
 
@@ -144,39 +143,32 @@ stop_ids = data.stop_ids(tokenizer)
 reward = load_reward(config.reward)
 prompt_limit = config.context - config.max_completion
 
+
+def encode(row, limit=prompt_limit):
+    return data.encode_prompt(tokenizer, row, config.thinking, limit, config.truncate_prompts)
+
+
 if config.data:
-    source = data.JsonlSource(config.data, config.seed)
-    held_out = {path: data.read_jsonl(path) for path in config.eval_data}  # name -> rows
-    rows = source.rows
+    measure = lambda row: len(encode(row, math.inf))  # noqa: E731
+    how = config.data_rows, config.seed, measure, prompt_limit, config.truncate_prompts, main
+    files, longest_prompt, lines = data.load(config.data, sources.prompt_row, *how)
+    source = sources.Mixture(files, config.data_weights, config.seed)
+    held_out = {path: sources.read(path, sources.prompt_row) for path in config.eval_data}  # name -> rows
+    both = ((path, sources.shared(rows, files)) for path, rows in held_out.items())
+    lines += [f"data: {count:,} held-out prompts of {path} are trained on as well" for path, count in both if count]
+    if main:
+        print("\n".join(lines))
 else:
     source = tasks.Source(config.task, f"train {config.seed}", config.facts, config.filler)
     held_out = {}
     for filler in (config.eval_filler or [config.filler]) if config.eval_prompts else []:
         held_out_source = tasks.Source(config.task, "held out", config.facts, filler)
         held_out[f"filler {filler}"] = [held_out_source[i] for i in range(config.eval_prompts)]
-    rows = [source[0]]
-# A row that the reward cannot use shows now, not in hours; and so does a prompt that is too long.
-for row in [*rows, *(row for own in held_out.values() for row in own)]:
+    files, longest_prompt = [[source[0]]], len(encode(source[0]))
+# A row that the reward cannot use, or a held-out prompt that is too long, shows now, not in hours.
+for row in (row for rows in (*files, *held_out.values()) for row in rows):
     score(reward, "", row)
-lengths_of = lambda rows: [len(data.encode_prompt(tokenizer, row, config.thinking, prompt_limit)) for row in rows]  # noqa: E731
-held_out_tokens = {name: sum(lengths_of(own)) / len(own) for name, own in held_out.items()}
-longest_prompt = max(lengths_of(rows))
-
-# ------------------------------------------------------------------------------------------------------- algorithm
-
-usual = EPSILONS.get(config.algorithm, (0.0, 0.0))
-config.epsilon_low, config.epsilon_high = config.epsilon_low or usual[0], config.epsilon_high or usual[1]
-clipping = {"epsilons": (config.epsilon_low, config.epsilon_high)}
-dual = {**clipping, "dual_clip": config.dual_clip}
-policy_loss = {
-    "dapo": partial(dapo.loss, **dual),
-    "grpo": partial(grpo.loss, **dual, aggregation=config.aggregation, beta=config.beta),
-    "gspo": partial(gspo.loss, **clipping),
-    "sapo": sapo.loss,
-    "clip-cov": partial(cov.clip_loss, **clipping),
-    "kl-cov": cov.kl_loss,
-}[config.algorithm]
-choose = {"clip-cov": cov.choose_clip, "kl-cov": cov.choose_kl}.get(config.algorithm)
+held_out_tokens = {name: sum(len(encode(row)) for row in rows) / len(rows) for name, rows in held_out.items()}
 
 # ----------------------------------------------------------------------------------------------- engine, then model
 
@@ -208,6 +200,8 @@ optimizer = torch.optim.AdamW(
 )
 warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup)))
 config.mismatch_limit = config.mismatch_limit or (0.1 if compute_dtype == torch.bfloat16 else 1e-3)
+config.epsilon_low, config.epsilon_high = epsilons(config)
+policy_loss, choose = policy(config)
 random_rows = torch.Generator().manual_seed(config.seed)
 seconds = defaultdict(float)
 
@@ -229,7 +223,7 @@ def sample(rows, indices, n, temperature, progress=False):
     share, shares = rank // config.tensor_parallel, world // config.tensor_parallel
     rows, indices = rows[share::shares], indices[share::shares]
     with stage("rollout"):
-        prompts = [data.encode_prompt(tokenizer, row, config.thinking, prompt_limit) for row in rows]
+        prompts = [encode(row) for row in rows]
         seeds = [config.seed * 2**32 + index * config.completions for index in indices]
         limits = temperature, config.max_completion, seeds, stop_ids, progress and main
         sampled = engine.generate(prompts, n, *limits) if prompts else []

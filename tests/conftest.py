@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import hypothesis
 import pytest
 import torch
 
@@ -23,6 +24,8 @@ from cli import BadInput  # noqa: E402
 from model import Qwen3, Qwen3Config  # noqa: E402
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("any machine", deadline=None)  # no test fails for being slow
+hypothesis.settings.load_profile("any machine")
 
 SMALL = dict(
     hidden_size=48,

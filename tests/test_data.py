@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+import sources
 import tasks
 from cli import BadInput
 
@@ -89,60 +90,119 @@ def test_recall_prompts_are_several_hundred_tokens():
     assert 400 < min(lengths) <= max(lengths) < 600
 
 
-# -------------------------------------------------------------------------------------------------------------- JSONL
-
-
-def write(path, *rows):
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
-    return path
-
-
-def test_jsonl_rows_come_in_a_new_order_each_epoch_and_the_same_for_a_seed(tmp_path):
-    path = write(tmp_path / "d.jsonl", *({"prompt": f"p{i}", "answer": "a", "extra": i} for i in range(20)))
-    source, again, other = (data.JsonlSource(path, seed) for seed in (1, 1, 2))
-    first, second = ([source[i + 20 * epoch]["extra"] for i in range(20)] for epoch in (0, 1))
-    assert sorted(first) == sorted(second) == list(range(20))
-    assert first != second
-    assert [again[i + 20]["extra"] for i in range(20)] == second  # any place can be asked first: resuming needs it
-    assert [other[i]["extra"] for i in range(20)] != first
-    assert source[0]["id"].startswith("line ")
+# ---------------------------------------------------------------------------------------------------- encoding
 
 
 GOOD = {"prompt": "p", "answer": "a"}
+CHATS = [
+    [{"role": "user", "content": "One\n\ntwo Zürich e\u0301 123 don't \n"}],
+    [{"role": "system", "content": " S"}, {"role": "user", "content": "</think> U "}],
+    [{"role": "user", "content": "U"}, {"role": "assistant", "content": "<think>\nt\n</think>\n\nA"}] * 2
+    + [{"role": "user", "content": "V"}],
+]
 
 
-@pytest.mark.parametrize("row, message", [
-    ("{not json", "line 2 is not JSON"),
-    ("[1, 2]", "line 2 must be an object"),
-    ({"prompt": "p"}, "line 2 must be an object with"),
-    ({"prompt": "", "answer": "a"}, 'line 2: "prompt"'),
-    ({"prompt": [{"role": "tool", "content": "x"}], "answer": "a"}, 'line 2: "prompt"'),
-    ({"prompt": [{"role": "assistant", "content": "x"}], "answer": "a"}, "end with the user's"),
-    ({"prompt": "p", "answer": 3}, 'line 2: "answer"'),
-    ({"prompt": "p", "answer": []}, 'line 2: "answer"'),
-])  # fmt: skip
-def test_a_malformed_line_is_named(row, message, tmp_path):
-    with pytest.raises(BadInput, match=message):
-        data.read_jsonl(write(tmp_path / "d.jsonl", GOOD, row))
+@pytest.fixture(scope="module")
+def tiny():
+    return data.load_tokenizer(TINY, 10**6)
 
 
-def test_missing_and_empty_files_are_named(tmp_path):
-    with pytest.raises(BadInput, match=r"none\.jsonl"):
-        data.read_jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(BadInput, match="has no rows"):
-        data.read_jsonl(write(tmp_path / "d.jsonl", "", "  "))
-    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(BadInput, match=r"b\.jsonl"):
-        data.read_jsonl(tmp_path / "b.jsonl")
+@pytest.mark.parametrize("thinking", [True, False])
+def test_prompts_are_the_tokens_of_the_template_as_transformers_encodes_it(thinking, tiny):
+    theirs = transformers.AutoTokenizer.from_pretrained(TINY)
+    for messages in CHATS:
+        how = {"add_generation_prompt": True, "enable_thinking": thinking, "return_dict": False}
+        expected = theirs.apply_chat_template(messages, **how)
+        assert data.encode_prompt(tiny, {"id": "x", "prompt": messages}, thinking, 10**6) == expected
+
+
+def test_control_tokens_in_a_users_text_are_text(tiny):
+    quoted = "He wrote <|im_end|>\n<|im_start|>assistant\n<|endoftext|> to me"
+    ids = data.encode_prompt(tiny, {"id": "x", "prompt": quoted}, True, 10**6)
+    start, end, nothing = (tiny.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+    assert [ids.count(token) for token in (start, end, nothing)] == [2, 1, 0]
+    assert tiny.decode(ids, skip_special_tokens=False) == data.chat([{"role": "user", "content": quoted}], True)
+    ids, trained = data.encode_conversation(
+        tiny, [{"role": "user", "content": quoted}, {"role": "assistant", "content": quoted}]
+    )
+    assert [ids.count(token) for token in (start, end, nothing)] == [2, 2, 0] and ids[-1] == end and trained[-1]
+
+
+def test_a_conversation_trains_what_the_assistant_says_as_it_would_say_it(tiny):
+    """Each turn's prompt is what generation would be given, and its completion ends with <|im_end|>."""
+    thought = "<think>\nhm\n</think>\n\nWell."
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Hi Maria"},
+        {"role": "assistant", "content": "The code for Maria is lamp."},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": thought},
+    ]
+    ids, trained = data.encode_conversation(tiny, messages)
+    assert len(ids) == len(trained)
+    prompt = data.encode_prompt(tiny, {"id": "x", "prompt": messages[:2]}, False, 99)
+    assert ids[: len(prompt)] == prompt and not any(trained[: len(prompt)]) and trained[len(prompt)]
+    said = "".join(tiny.decode([i], skip_special_tokens=False) if t else "|" for i, t in zip(ids, trained))
+    turns = [turn for turn in said.split("|im_end|>") if turn.strip("|\n<")]
+    assert [turn.strip("|") for turn in turns] == ["The code for Maria is lamp.<", thought + "<"]
+    assert tiny.decode(ids, skip_special_tokens=False).endswith(
+        "<|im_end|>\n<|im_start|>assistant\n" + thought + "<|im_end|>"
+    )
+
+
+def test_a_prompt_over_the_limit_is_named_or_loses_its_middle(tiny):
+    row = {"id": "line 7", "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "a1b2c3d4" * 40}]}
+    whole = data.encode_prompt(tiny, row, False, 10**6)
+    with pytest.raises(BadInput, match=rf"prompt line 7 has {len(whole)} tokens; the context leaves 50"):
+        data.encode_prompt(tiny, row, False, 50)
+    for limit in (50, 51, len(whole) - 1, len(whole)):
+        ids = data.encode_prompt(tiny, row, False, limit, truncate=True)
+        same = next((i for i in range(limit) if ids[i] != whole[i]), limit)
+        assert len(ids) == limit and ids[same:] == whole[len(whole) - limit + same :]  # a beginning, then an end
+    with pytest.raises(BadInput, match="line 7"):
+        data.encode_prompt(tiny, row, False, 5, truncate=True)
+
+
+# ------------------------------------------------------------------------------------------------------ loading
+
+
+def test_long_rows_are_dropped_and_counted_or_kept_and_repeats_are_reported(tmp_path):
+    texts = ["a", "b" * 50, "a", "c", "d" * 70]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps({"prompt": text, "answer": "x"}) for text in texts))
+    measure = lambda row: len(row["prompt"])  # noqa: E731
+    how = [tmp_path / "r.jsonl"], sources.prompt_row
+    files, longest, lines = data.load(*how, [], 0, measure, 60, progress=False)
+    assert [row["prompt"][0] for row in files[0]] == ["a", "b", "a", "c"] and longest == 50
+    assert lines == ["data: 4 of 5 rows of r.jsonl, 1 over 60 tokens dropped", "data: 1 rows repeat an earlier one"]
+    files, longest, lines = data.load(*how, [], 0, measure, 60, keep_long=True, progress=False)
+    assert len(files[0]) == 5 and longest == 60 and lines[0] == "data: 5 of 5 rows of r.jsonl, 1 over 60 tokens cut"
+    chosen = [data.load(*how, [3], seed, measure, 99, progress=False)[0][0] for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2] and len({row["id"] for row in chosen[0]}) == 3
+    for counts, limit, message in (
+        ([6], 99, "has only 5 rows"), ([1, 2], 99, "2 numbers for 1 files"), ([], 0, "not one of 5 rows fits in the 0"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=message):
+            data.load(*how, counts, 0, measure, limit, progress=False)
+
+
+def test_inspect_shows_counts_lengths_and_three_prompts(tmp_path, capsys):
+    source = tasks.Source("recall", "x", 3, 3)
+    rows = [{"prompt": source[i]["prompt"], "answer": source[i]["answer"], "data_source": f"s{i % 2}"} for i in range(9)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
+    data.inspect(data.Config(file=tmp_path / "r.jsonl", model=TINY))
+    shown = capsys.readouterr().out
+    assert "10 rows, 1 repeat an earlier one" in shown and "data_source s0: 6" in shown
+    assert shown.count("<|im_start|>user\n") == 3 and rows[5]["prompt"] in shown and rows[5]["answer"] in shown
+    bars = [int(line.split()[3]) for line in shown.splitlines() if "#" in line]
+    assert sum(bars) == 10
+    chat = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a" * 5000}]}
+    (tmp_path / "c.jsonl").write_text(json.dumps(chat))
+    data.inspect(data.Config(file=tmp_path / "c.jsonl", model=TINY))
+    shown = capsys.readouterr().out
+    assert "the assistant's\n" in shown and "characters ..." in shown and len(shown) < 2500
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
-
-
-def test_a_prompt_over_the_limit_is_named_with_its_length():
-    tokenizer = data.load_tokenizer(TINY, 10**6)
-    with pytest.raises(BadInput, match=r"prompt line 7 has \d+ tokens; the context leaves 5"):
-        data.encode_prompt(tokenizer, {"id": "line 7", **GOOD}, False, 5)
 
 
 def test_tokenizers_that_do_not_fit_are_refused(tmp_path):

@@ -302,6 +302,42 @@ def test_logprobs_of_masked_tokens_equal_full_logits(small):
     torch.testing.assert_close(small.logprobs(ids, mask), expected, atol=1e-5, rtol=1e-4)
 
 
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.booleans(), st.booleans(), st.integers(0, 10**6))
+def test_packed_documents_equal_documents_alone(lengths, tied, checkpointing, seed):
+    """Values and gradients of one row of documents, against each document as a batch of one."""
+    generator = torch.Generator().manual_seed(seed)
+    model = make_small(tied, seed=seed % 7)
+    model.lm_head.chunk = 7
+    documents = [torch.randint(0, 101, (n,), generator=generator) for n in (2, *lengths)]
+    masks = [torch.rand(len(ids), generator=generator) < 0.6 for ids in documents]
+    for mask in masks:
+        mask[0] = False  # nothing predicts it, least of all the document before
+    masks[0][1] = True
+    alone = torch.cat([model.logprobs(ids[None], mask[None]) for ids, mask in zip(documents, masks) if mask.any()])
+    weights = torch.randn(len(alone), generator=generator)
+    (weights * alone).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.checkpointing = checkpointing
+    packed = model.logprobs(torch.cat(documents)[None], torch.cat(masks)[None], [len(ids) for ids in documents])
+    (weights * packed).sum().backward()
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    scale = max(g.abs().max() for g in expected.values())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad / scale, expected[name] / scale, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_packing_makes_no_mask_of_all_pairs_and_no_logits_of_all_tokens(small):
+    small.lm_head.chunk = 7
+    lengths = [3, 50, 1, 46]
+    ids, mask = torch.randint(0, 101, (1, 100)), torch.ones(1, 100, dtype=torch.bool)
+    mask[0, [0, 3, 53, 54]] = False
+    with LargestTensor() as largest:
+        small.logprobs(ids, mask, lengths).sum().backward()
+    assert largest.elements == 100 * 80  # the MLP; all pairs of tokens would be 100 * 100, all logits 100 * 101
+
+
 @pytest.mark.parametrize("prompt, completions", [(0, [3]), (3, [2, 0]), (3, [])])
 def test_empty_prompts_and_completions_are_refused(small, prompt, completions):
     with pytest.raises(ValueError, match="at least one token"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schedule import deal, fullest, passes, turns
+from schedule import deal, fullest, packs, passes, turns
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 
@@ -21,6 +21,16 @@ def test_every_rank_gets_equally_many_groups_and_nearly_equally_many_tokens(rank
     for hand in hands:
         assert [tokens[i] for i in hand] == sorted((tokens[i] for i in hand), reverse=True)
     assert tokens[hands[0][0]] == max(tokens)  # what is longest of all comes first of all
+
+
+@given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 120), st.data())
+def test_packs_hold_every_document_once_within_the_budget(ranks, each, budget, data):
+    lengths = data.draw(st.lists(st.integers(1, 60), min_size=ranks * each, max_size=ranks * each))
+    parts, unforced = packs(lengths, budget, ranks), packs(lengths, budget, 1)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    assert all(len(part) == 1 or sum(lengths[i] for i in part) <= budget for part in parts)
+    assert len(parts) == -(-len(unforced) // ranks) * ranks
+    assert sum(sum(lengths[i] for i in part) <= budget / 2 for part in unforced) <= 1  # two such would have shared one
 
 
 @given(LENGTHS, st.integers(1, 120), st.integers(1, 25))

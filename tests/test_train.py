@@ -118,7 +118,8 @@ def test_own_data_and_reward_through_a_toml_file(runs, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def length(answer, row):\n    assert row['wanted'] == 'The'\n    return (len(answer) % 7) / 7\n"
     )
-    toml = f'data = "{tmp_path}/rows.jsonl"\nreward = "mine:length"\ntemperature = 1\nalgorithm = "sapo"\nupdates = 2\n'
+    toml = f'data = "{tmp_path}/rows.jsonl"\nreward = "mine:length"\ndata_weights = [1]\ntemperature = 1\n'
+    toml += 'algorithm = "sapo"\nupdates = 2\n'
     (tmp_path / "config.toml").write_text(toml)
     run, result = train(runs("own"), "--config", tmp_path / "config.toml", env={"PYTHONPATH": str(tmp_path)})
     assert "held-out" not in result.stdout  # no --eval-data, no accuracy
@@ -178,6 +179,7 @@ def jsonl(tmp_path, *lines):
 
 
 GOOD = '{"prompt": "p", "answer": "a"}'
+LONG = GOOD.replace('"p"', f'"{"p" * 99}"')
 REFUSALS = {
     "no checkpoint": (lambda t: ["--model", t / "none"], "none is not a checkpoint"),
     "not a Qwen3": (lambda t: ["--model", checkpoint_with(t, model_type="llama")], "'llama' is not supported"),
@@ -188,10 +190,12 @@ REFUSALS = {
     "empty data": (lambda t: ["--data", jsonl(t, "")], "has no rows"),
     "bad line": (lambda t: ["--data", jsonl(t, GOOD, "{")], "line 2 is not JSON"),
     "long prompt": (lambda t: ["--context", 300], "tokens; the context leaves 276"),
-    "long row": (
-        lambda t: ["--context", 60, "--data", jsonl(t, GOOD, GOOD.replace(': "p"', ': "' + "p" * 99 + '"'))],
-        "prompt line 2 has",
+    "long held-out row": (
+        lambda t: ["--context", 60, "--data", jsonl(t, GOOD, LONG), "--eval-data", jsonl(t, GOOD, LONG)],
+        "prompt rows.jsonl line 2 has",
     ),
+    "weights": (lambda t: ["--data", jsonl(t, GOOD), "--data-weights", 0], "--data-weights must be more than 0"),
+    "no weights": (lambda t: ["--data-weights", 1], "--truncate-prompts need --data"),
     "context": (lambda t: ["--context", 9999], "more than the 4096 tokens"),
     "uneven": (lambda t: ["--prompts", 5, "--updates", 2], "--prompts 5 cannot be shared"),
     "no GPU": (lambda t: ["--tensor-parallel", 2], "--tensor-parallel 2"),

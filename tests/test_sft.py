@@ -1,0 +1,179 @@
+"""sft.py run as a script, on real chats: a golden loss, ranks, a kill and what resumes after it, and what it refuses."""
+
+import ast
+import json
+import random
+import re
+import signal
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import transformers
+from conftest import ROOT, make_small, refusal, run_here, run_ranks, run_script
+from safetensors.torch import load_file
+
+import curriculum
+import data
+import resume
+from cli import BadInput
+from model import Qwen3
+
+TINY = ROOT / "assets" / "tiny"
+GOLDEN = 2.5916  # nats a token of assets/tiny on the first six chats, measured
+FLAGS = "--steps 3 --batch 6 --tokens-per-pass 400 --learning-rate 1e-3 --warmup 2 --save-every 1".split()
+
+
+def chats():
+    """Twenty chats, some of two turns, some that think; their text is fixed here, as the golden loss depends on it."""
+    names, words = "Maria Peter Anna Victor Clara Simon Laura".split(), "lamp river stone cloud apple".split()
+    rng, rows = random.Random("chats"), []
+    for i in range(20):
+        facts = [f"The code for {name} is {' '.join(rng.choices(words, k=3))}." for name in names[: 2 + i % 6]]
+        messages = []
+        for k in range(1 + i % 2):
+            thought = "<think>\nhm\n</think>\n\n" if i % 3 == 0 else ""
+            messages += [{"role": "user", "content": f"{' '.join(facts)}\n\nWhat is the code for {names[k]}?"}]
+            messages += [{"role": "assistant", "content": thought + facts[k]}]
+        rows.append({"messages": messages})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A directory with the chats in it and the run `whole`, never interrupted, of one process."""
+    directory = tmp_path_factory.mktemp("sft")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats()), directory / "chats.parquet")
+    run_here(*command(directory, "whole"))
+    return directory
+
+
+def command(directory, name, *flags):
+    """A run on the chats of `directory` that goes to directory/name."""
+    return ["sft.py", "--data", directory / "chats.parquet", "--out", directory / name, *FLAGS, *flags]
+
+
+def read_metrics(run):
+    """metrics.jsonl without the wall-clock keys."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: m[key] for key in m if key not in ("seconds", "tokens_per_second")} for m in lines]
+
+
+def test_the_first_loss_is_the_models_by_transformers_and_a_fixed_number(runs):
+    """Unpacked: transformers' own loss of every document alone, with labels where the assistant speaks."""
+    first, rows = read_metrics(runs / "whole")[0], chats()
+    order = list(range(20))
+    random.Random("1 part 0 epoch 0").shuffle(order)
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    tokenizer = data.load_tokenizer(TINY, 10**6)
+    total, trained, tokens = 0.0, 0, 0
+    for i in order[:6]:
+        ids, mask = (torch.tensor(x)[None] for x in data.encode_conversation(tokenizer, rows[i]["messages"]))
+        n = mask.sum().item()
+        total += model(input_ids=ids, labels=ids.where(mask, -100)).loss.item() * n
+        trained, tokens = trained + n, tokens + ids.numel()
+    assert (first["tokens"], first["tokens_trained"], first["documents"]) == (tokens, trained, 6)
+    assert first["passes"] > 1
+    assert first["loss"] == pytest.approx(total / trained, abs=1e-5)
+    assert first["loss"] == pytest.approx(GOLDEN, abs=1e-4)
+
+
+def test_a_run_leaves_what_it_promises(runs):
+    run = runs / "whole"
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint", "config.json", "loss.png", "metrics.jsonl"]
+    metrics = read_metrics(run)
+    assert [m["step"] for m in metrics] == [1, 2, 3] and metrics[-1]["epoch"] == 0.9
+    rates = [m["learning_rate"] for m in metrics]
+    assert rates == pytest.approx([0.5e-3, 0.775e-3, 0.325e-3])  # warm-up; 0.55 + 0.45 cos(pi / 3); and of 2 pi / 3
+    documented = ast.get_docstring(ast.parse((ROOT / "sft.py").read_text()))
+    keys = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert not [key for key in keys if not re.search(rf"\b{key}\b", documented)]
+    start, end = Qwen3.from_pretrained(TINY), Qwen3.from_pretrained(run / "checkpoint")
+    assert all((a != b).any() for a, b in zip(start.parameters(), end.parameters(), strict=True))
+    assert transformers.AutoTokenizer.from_pretrained(run / "checkpoint").chat_template
+
+
+def test_two_ranks_small_passes_and_recomputed_blocks_give_the_metrics_of_one_process(runs):
+    result = run_ranks(2, *command(runs, "two", "--tokens-per-pass", 250, "--checkpointing"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    for one, two in zip(read_metrics(runs / "whole"), read_metrics(runs / "two"), strict=True):
+        assert two.pop("passes") > one.pop("passes")
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+DIE = """
+import os, runpy, signal, sys
+del sys.argv[0]
+replace = os.replace
+def die(source, target):
+    if target.name == "step-000002":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = die
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(runs):
+    """It dies with two steps in metrics.jsonl, the state of step 1 whole and that of step 2 not yet."""
+    (runs / "die.py").write_text(DIE)
+    result = run_script(runs / "die.py", *command(runs, "killed"), env={"PYTHONPATH": str(ROOT)})
+    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+    killed, whole = runs / "killed", runs / "whole"
+    assert len(read_metrics(killed)) == 2
+    assert sorted(path.name for path in (killed / "resume").iterdir()) == ["step-000001", "step-000002.partial"]
+    assert refusal(*command(runs, "killed", "--resume", "--batch", 8)) == "--resume: batch was 6, now it is 8"
+    assert "exists already; --resume goes on with it" in refusal(*command(runs, "killed"))
+    run_here(*command(runs, "killed", "--resume", "--checkpointing"))
+    assert read_metrics(killed) == read_metrics(whole)
+    files = [load_file(run / "checkpoint" / "model.safetensors") for run in (whole, killed)]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert "has no saved state" in refusal(*command(runs, "killed", "--resume"))
+
+
+def test_states_of_other_ranks_or_models_are_refused(tmp_path, small):
+    optimizer = torch.optim.AdamW(small.parameters())
+    small(torch.arange(5)[None]).sum().backward()
+    optimizer.step()
+    resume.save(tmp_path, 7, small, optimizer, {})
+    step, state = resume.newest(tmp_path)
+    assert (step.name, state) == ("step-000007", {"step": 7, "ranks": 1})
+    with pytest.raises(BadInput, match="does not hold this model's tensors"):
+        resume.load(step, make_small(num_hidden_layers=1), optimizer)
+    (step / "rank-0-of-1.safetensors").write_bytes(b"cut")
+    with pytest.raises(BadInput, match="rank-0-of-1.safetensors cannot be read"):
+        resume.load(step, small, optimizer)
+    (step / "state.json").write_text('{"ranks": 2}')
+    with pytest.raises(BadInput, match="was written by 2 ranks"):
+        resume.newest(tmp_path)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--layers", 4], "--layers has no meaning with --data"),
+    (["--context", 5000], "more than the 4096 tokens"),
+    (["--context", 50], "not one of 20 rows fits"),
+    (["--data", ROOT / "assets" / "longbench-sample.json"], "longbench-sample.json, line 1"),
+    (["--data-weights", 1, 2], "2 numbers for 1 files"),
+    (["--model", "nowhere"], "nowhere is not a checkpoint"),
+    (["--resume"], "has no saved state"),
+])  # fmt: skip
+def test_bad_input_gets_one_clear_line(flags, message, runs):
+    assert message in refusal(*command(runs, "refused", *flags))
+    assert not (runs / "refused").exists()
+
+
+def test_the_curriculum_makes_a_model_without_data(tmp_path):
+    """A step of each stage; its conversations are the text of the chat template, its answers what is trained on."""
+    flags = "--copy-until 99 --steps 2 --batch 2 --vocab-size 600 --hidden-size 16".split()
+    run_here("sft.py", "--out", tmp_path / "new", *flags)
+    assert [m["stage"] for m in read_metrics(tmp_path / "new")] == ["copy", "recall", "recall"]
+    made = tmp_path / "new" / "checkpoint"
+    assert Qwen3.from_pretrained(made).config.vocab_size == 600
+    tokenizer, config = data.load_tokenizer(TINY, 10**6), curriculum.Settings()
+    ids, trained = curriculum.conversation(tokenizer, random.Random(0), config, 0.5)
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert tokenizer.encode(text, add_special_tokens=False).ids == ids
+    answers = tokenizer.decode([i for i, t in zip(ids, trained) if t], skip_special_tokens=False).split("<|im_end|>")
+    turns = text.split("</think>\n\n")[1:]
+    assert len(turns) > 1 and answers == [*(turn.split("<|im_end|>")[0] for turn in turns), ""]
