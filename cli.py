@@ -1,8 +1,8 @@
 """Flags, TOML and one-line errors, for every script of this repository.
 
 A script describes itself in one dataclass whose fields are made by `option`; `parse` turns it into command-line flags
-(--learning-rate for learning_rate), reads --config FILE.toml with the same keys, and refuses what it does not know.
-Order of precedence: the flag, then the file, then the default.
+(--learning-rate for learning_rate), reads --config FILE.toml ... with the same keys, and refuses what it does not know.
+Order of precedence: the flag, then the files from last to first, then the default.
 """
 
 import argparse
@@ -35,7 +35,8 @@ def parse(config_class, doc, argv=None):
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the keys below (underscores)")
+    more = "TOML files with any of the keys below (underscores); of a key in several the last counts"
+    parser.add_argument("--config", metavar="FILE", nargs="+", default=[], help=more)
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         kind = types[field.name]
@@ -53,8 +54,10 @@ def parse(config_class, doc, argv=None):
             **how,
         )
     given = vars(parser.parse_intermixed_args(argv))
-    path = given.pop("config")
-    values = {**(_read_toml(Path(path), config_class, types) if path else {}), **given}
+    values = {}
+    for path in given.pop("config"):
+        values |= _read_toml(Path(path), config_class, types)
+    values |= given
     for field in dataclasses.fields(config_class):
         if field.name in values:
             _check_number(field, values[field.name])
