@@ -87,6 +87,7 @@ class Config:
     tokens_per_pass: int = option(8192, "completion tokens of a group that train at once; sets the peak of memory", least=1)
     checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
     plan: bool = option(False, "print the memory and tokens a step needs on GPUs, from this configuration alone, and stop")
+    dry_run: bool = option(False, "check everything, then take one step of a small model of random weights (dry_run.py)")
     ranks: int = option(0, "--plan: for so many GPUs (0: as many as torchrun started)", least=0)
     gpu_memory: float = option(80.0, "--plan: GiB of a GPU, to say whether it fits", above=0)
 

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import curriculum
 import data
+import dry_run
 import plot
 import resume
 import schedule
@@ -64,6 +65,7 @@ class Chats:
     checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
     save_every: int = option(100, "steps between two states that --resume can go on from (0: none)", least=0)
     resume: bool = option(False, "go on with the run in --out from its last saved state")
+    dry_run: bool = option(False, "check everything, then take one step of a small model of random weights (dry_run.py)")
 
 
 @dataclass
@@ -128,8 +130,12 @@ with torch.device("meta"):
     check_weights(Qwen3(model_config), config.model)
 
 
+def encode(row):
+    return data.encode_conversation(tokenizer, row["messages"])
+
+
 def measure(row):
-    ids, trained = data.encode_conversation(tokenizer, row["messages"])
+    ids, trained = encode(row)
     row["tokens"], row["trained"] = len(ids), sum(trained)
     return row["tokens"]
 
@@ -152,6 +158,11 @@ if world > 1 or cuda:
 if cuda:
     torch.cuda.set_device(device)
 mesh = dist.init_device_mesh(device.type, (world,)) if dist.is_initialized() else None
+if config.dry_run:
+    config, out = dry_run.of_sft(config, model_config, world)
+    encode = dry_run.endings(encode)
+    for i in range(config.batch):
+        measure(source[i])
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
 model.checkpointing = config.checkpointing
 optimizer = torch.optim.AdamW(
@@ -193,7 +204,7 @@ for step in range(done + 1, config.steps + 1):
     hands = schedule.deal([sum(rows[i]["tokens"] for i in pack) for pack in packs], world)
     loss_sum = torch.zeros((), device=device)
     for k in hands[rank]:
-        documents = [data.encode_conversation(tokenizer, rows[i]["messages"]) for i in packs[k]]
+        documents = [encode(rows[i]) for i in packs[k]]
         ids, mask = (torch.tensor([list(itertools.chain(*part))], device=device) for part in zip(*documents))  # (1, T)
         lengths = [rows[i]["tokens"] for i in packs[k]]
         try:
@@ -246,6 +257,6 @@ if main:
     path.write_text(json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
     shutil.rmtree(out / "resume", ignore_errors=True)
     plot.loss_curve(out)
-    print(f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
+    print(dry_run.PASSED if config.dry_run else f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
 if mesh:
     dist.destroy_process_group()

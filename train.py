@@ -2,8 +2,7 @@
 
     torchrun train.py                                       # assets/tiny on the recall task: minutes on a laptop
     torchrun --nproc-per-node 2 train.py                    # the same on two processes
-    torchrun --nproc-per-node 8 train.py --model Qwen3-8B --data rl.jsonl --thinking --prompts 8 --context 32768 \\
-        --max-completion 4096 --overlong-cache 819 --checkpointing --learning-rate 1e-6 --warmup 20   # the paper's setting
+    torchrun --nproc-per-node 8 train.py --config recipes/rl.toml recipes/dapo-longact.toml     # the paper's setting
 
 It reads top to bottom, one step of training as the data flows: prompts -> groups of completions (rollout.py) -> rewards
 (rewards.py) -> advantages (grpo.py) -> who trains what, in which passes (schedule.py) -> log-probabilities (model.py) ->
@@ -62,6 +61,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,6 +71,7 @@ from tqdm import tqdm
 import cov
 import dapo
 import data
+import dry_run
 import grpo
 import plan
 import plot
@@ -180,6 +181,10 @@ config.name = config.name or time.strftime("%Y-%m-%d-%H%M%S")
 run = Path("runs") / config.name
 if main and run.exists():
     raise BadInput(f"{run} exists; choose another --name or remove it")
+if config.dry_run:
+    config, run = dry_run.of_rl(config, model_config, world)
+    reward, longest_prompt = dry_run.in_turn(reward), config.context - config.max_completion
+    encode, held_out = partial(encode, limit=longest_prompt), {}
 
 from rollout import Rollout  # noqa: E402  (after the checks above: importing vLLM takes seconds)
 
@@ -491,5 +496,5 @@ if main:
     plot.save_magnitudes(run / "magnitudes.safetensors", magnitudes, masks)
     plot.reward_curve(run)
     plot.heatmap(run)
-    print(f"checkpoint: {run}/checkpoint  figures: {run}/reward.png {run}/magnitudes.png")
+    print(dry_run.PASSED if config.dry_run else f"checkpoint: {run}/checkpoint  figures: reward.png, magnitudes.png")
 engine.close()

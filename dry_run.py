@@ -1,0 +1,97 @@
+"""--dry-run of train.py and sft.py: one step in small, before a long run.
+
+It comes when the script has checked all it checks before training: settings, the checkpoint's config.json, tokenizer and
+tensors (their headers), every row of the data, its length in tokens, its reward. From there on it goes the same way as
+training, vLLM included, with another model, shorter texts and one step, and leaves nothing behind:
+    model        LAYERS layers of random weights, HIDDEN wide, with the heads, vocabulary and RoPE of the model's config.json
+    texts        of at most TOKENS tokens: prompts without their middle, chats without their beginning
+    completions  GROUP to a prompt, as many prompts as the ranks need
+    rewards      the reward is called on each answer, but counts 1 and 0 in turn: random weights answer nothing, and
+                 dynamic sampling wants groups whose rewards differ
+It does not say whether the real model fits into memory; --plan does.
+"""
+
+import atexit
+import itertools
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model import Qwen3
+
+LAYERS, HIDDEN = 2, 64
+TOKENS, COMPLETION, GROUP = 256, 16, 4
+PASSED = "dry run: passed; nothing is left of it"
+
+
+def stand_in(model_config, checkpoint):
+    """Write the small model with the tokenizer files of `checkpoint` to a temporary directory, removed when the process
+    ends -> the directory, in which the model is `model`. Every rank must call it."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    directory = [None]
+    if rank == 0:
+        directory = [tempfile.mkdtemp(prefix="dry-run-")]
+        atexit.register(shutil.rmtree, directory[0], ignore_errors=True)
+    if dist.is_initialized():
+        dist.broadcast_object_list(directory)
+    directory = Path(directory[0])
+    small = replace(model_config, num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN)
+    model = Qwen3.from_config(small, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(directory / "model", companions_from=checkpoint)
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        print(
+            f"dry run: 1 step of {LAYERS} layers of random weights, {HIDDEN} wide, {small.num_attention_heads} query and "
+            f"{small.num_key_value_heads} key heads of {small.head_dim}; texts of at most {TOKENS} tokens"
+        )
+    return directory
+
+
+def of_rl(config, model_config, world):
+    """train.py's settings -> those of the dry run, and its run directory."""
+    directory = stand_in(model_config, config.model)
+    small = replace(
+        config,
+        model=str(directory / "model"),
+        truncate_prompts=True,
+        context=TOKENS,
+        max_completion=COMPLETION,
+        overlong_cache=min(config.overlong_cache, COMPLETION),
+        prompts=config.updates * world,
+        completions=GROUP,
+        steps=1,
+    )
+    return small, directory / "run"
+
+
+def of_sft(config, model_config, world):
+    """sft.py's settings -> those of the dry run, and its run directory."""
+    directory = stand_in(model_config, config.model)
+    small = replace(config, model=str(directory / "model"), batch=2 * world, steps=1, save_every=0, resume=False)
+    return small, directory / "run"
+
+
+def in_turn(reward):
+    """The reward function, called as it is, with 1.0 and 0.0 in turn for what it says."""
+    values = itertools.cycle((1.0, 0.0))
+
+    def called(answer, row):
+        reward(answer, row)
+        return next(values)
+
+    return called
+
+
+def endings(encode):
+    """What turns a row into (token ids, which are trained on) -> the same of the last TOKENS only."""
+
+    def ending(row):
+        ids, trained = encode(row)
+        return ids[-TOKENS:], [False, *trained[-TOKENS:][1:]]  # nothing predicts the first
+
+    return ending
