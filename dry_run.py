@@ -3,7 +3,8 @@
 It comes when the script has checked all it checks before training: settings, the checkpoint's config.json, tokenizer and
 tensors (their headers), every row of the data, its length in tokens, its reward. From there on it goes the same way as
 training, vLLM included, with another model, shorter texts and one step, and leaves nothing behind:
-    model        LAYERS layers of random weights, HIDDEN wide, with the heads, vocabulary and RoPE of the model's config.json
+    model        LAYERS layers of random weights, HIDDEN wide, with the heads and RoPE of the model's config.json, and as many
+                 rows of embedding as its tokenizer has ids
     texts        of at most TOKENS tokens: prompts without their middle, chats without their beginning
     completions  GROUP to a prompt, as many prompts as the ranks need
     rewards      the reward is called on each answer, but counts 1 and 0 in turn: random weights answer nothing, and
@@ -28,7 +29,7 @@ TOKENS, COMPLETION, GROUP = 256, 16, 4
 PASSED = "dry run: passed; nothing is left of it"
 
 
-def stand_in(model_config, checkpoint):
+def stand_in(model_config, tokenizer, checkpoint):
     """Write the small model with the tokenizer files of `checkpoint` to a temporary directory, removed when the process
     ends -> the directory, in which the model is `model`. Every rank must call it."""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -39,7 +40,8 @@ def stand_in(model_config, checkpoint):
     if dist.is_initialized():
         dist.broadcast_object_list(directory)
     directory = Path(directory[0])
-    small = replace(model_config, num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN)
+    sizes = {"num_hidden_layers": LAYERS, "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN}
+    small = replace(model_config, **sizes, vocab_size=1 + max(tokenizer.get_vocab().values()))
     model = Qwen3.from_config(small, generator=torch.Generator().manual_seed(0))
     model.save_pretrained(directory / "model", companions_from=checkpoint)
     if dist.is_initialized():
@@ -52,9 +54,9 @@ def stand_in(model_config, checkpoint):
     return directory
 
 
-def of_rl(config, model_config, world):
+def of_rl(config, model_config, tokenizer, world):
     """train.py's settings -> those of the dry run, and its run directory."""
-    directory = stand_in(model_config, config.model)
+    directory = stand_in(model_config, tokenizer, config.model)
     small = replace(
         config,
         model=str(directory / "model"),
@@ -69,9 +71,9 @@ def of_rl(config, model_config, world):
     return small, directory / "run"
 
 
-def of_sft(config, model_config, world):
+def of_sft(config, model_config, tokenizer, world):
     """sft.py's settings -> those of the dry run, and its run directory."""
-    directory = stand_in(model_config, config.model)
+    directory = stand_in(model_config, tokenizer, config.model)
     small = replace(config, model=str(directory / "model"), batch=2 * world, steps=1, save_every=0, resume=False)
     return small, directory / "run"
 

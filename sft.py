@@ -159,7 +159,7 @@ if cuda:
     torch.cuda.set_device(device)
 mesh = dist.init_device_mesh(device.type, (world,)) if dist.is_initialized() else None
 if config.dry_run:
-    config, out = dry_run.of_sft(config, model_config, world)
+    config, out = dry_run.of_sft(config, model_config, tokenizer, world)
     encode = dry_run.endings(encode)
     for i in range(config.batch):
         measure(source[i])

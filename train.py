@@ -182,7 +182,7 @@ run = Path("runs") / config.name
 if main and run.exists():
     raise BadInput(f"{run} exists; choose another --name or remove it")
 if config.dry_run:
-    config, run = dry_run.of_rl(config, model_config, world)
+    config, run = dry_run.of_rl(config, model_config, tokenizer, world)
     reward, longest_prompt = dry_run.in_turn(reward), config.context - config.max_completion
     encode, held_out = partial(encode, limit=longest_prompt), {}
 
