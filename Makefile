@@ -1,6 +1,7 @@
 # make train   a whole LongAct run on the tiny model       make test   tests and lint
 # make eval    RULER and a sample in LongBench v2's form, of the tiny model;
 #              RULER of yours: make eval CHECKPOINT=runs/NAME/checkpoint ARGS="--lengths 4096 --out ..."
+# make row     a row of the paper's table from data to evaluation, on eight GPUs: make row ROW=dapo-longact SIZE=8B
 # They set up .venv first. With an NVIDIA GPU it gets requirements.txt, without one requirements-cpu.txt.
 PYTHON ?= python3
 ARGS ?=
@@ -9,7 +10,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0+cpu
 GPU := $(shell command -v nvidia-smi)
 
-.PHONY: train eval test lint format setup clean
+.PHONY: train eval row test lint format setup clean
 train: .venv/ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/torchrun --standalone train.py $(ARGS)
 
@@ -21,6 +22,38 @@ ifeq ($(ARGS),)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/python eval_longbench.py $(CHECKPOINT) \
 		--data assets/longbench-sample.json --max-input 3900
 endif
+
+# A row of README's table "From base model to the paper's table": SFT, RL, LongBench v2 of the checkpoint, and how it compares
+# with another row's, AGAINST. ROW is sft or a recipe that follows rl.toml. What is there is not made again. Our choice in the
+# evaluation: the model thinks, as in training, and a completion has 4,096 tokens in all, as there.
+SIZE ?= 8B
+ROW ?= dapo-longact
+AGAINST ?= $(if $(filter sft,$(ROW)),base,sft)
+LONGBENCH ?= data/longbench-v2.json
+RANKS ?= 8
+BASE := Qwen3-$(SIZE)-Base
+SFT := runs/$(SIZE)-sft/checkpoint
+TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
+EVAL := $(TORCHRUN) eval_longbench.py --yarn 4 --sampling paper --thinking --thinking-budget 3968 \
+	--data $(LONGBENCH)
+SCORES := runs/longbench/$(SIZE)-
+
+row: $(SCORES)$(ROW)/results.json $(SCORES)$(AGAINST)/results.json
+	$(BIN)/python eval_longbench.py --compare $(SCORES)$(AGAINST) $(SCORES)$(ROW)
+
+$(SCORES)base/results.json: | .venv/ready $(LONGBENCH) $(BASE)
+	$(EVAL) $(BASE) --out $(@D)
+
+$(SCORES)%/results.json: | runs/$(SIZE)-%/checkpoint
+	$(EVAL) runs/$(SIZE)-$*/checkpoint --out $(@D)
+
+$(SFT): | .venv/ready $(LONGBENCH) $(BASE)
+	$(TORCHRUN) sft.py --config recipes/sft.toml --model $(BASE) --out $(@D) $(if $(wildcard $(@D)/resume),--resume)
+
+runs/$(SIZE)-%/checkpoint: | recipes/%.toml $(SFT)
+	$(TORCHRUN) train.py --config recipes/rl.toml recipes/$*.toml --model $(SFT) --name $(SIZE)-$*
+
+.SECONDARY:  # make keeps checkpoints, though they are only on the way
 
 test: lint
 	$(BIN)/python -m pytest

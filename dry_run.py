@@ -3,8 +3,8 @@
 It comes when the script has checked all it checks before training: settings, the checkpoint's config.json, tokenizer and
 tensors (their headers), every row of the data, its length in tokens, its reward. From there on it goes the same way as
 training, vLLM included, with another model, shorter texts and one step, and leaves nothing behind:
-    model        LAYERS layers of random weights, HIDDEN wide, with the heads and RoPE of the model's config.json, and as many
-                 rows of embedding as its tokenizer has ids
+    model        LAYERS layers of random weights, HIDDEN wide, with the heads and RoPE of the model's config.json; an
+                 embedding of as many rows as its tokenizer has ids
     texts        of at most TOKENS tokens: prompts without their middle, chats without their beginning
     completions  GROUP to a prompt, as many prompts as the ranks need
     rewards      the reward is called on each answer, but counts 1 and 0 in turn: random weights answer nothing, and
@@ -49,17 +49,18 @@ def stand_in(model_config, tokenizer, checkpoint):
     if rank == 0:
         print(
             f"dry run: 1 step of {LAYERS} layers of random weights, {HIDDEN} wide, {small.num_attention_heads} query and "
-            f"{small.num_key_value_heads} key heads of {small.head_dim}; texts of at most {TOKENS} tokens"
+            f"{small.num_key_value_heads} key heads of {small.head_dim}; texts of at most {TOKENS} tokens; in {directory}"
         )
     return directory
 
 
 def of_rl(config, model_config, tokenizer, world):
-    """train.py's settings -> those of the dry run, and its run directory."""
+    """train.py's settings -> those of the dry run."""
     directory = stand_in(model_config, tokenizer, config.model)
-    small = replace(
+    return replace(
         config,
         model=str(directory / "model"),
+        name=str(directory / "run"),  # an absolute path stays one behind "runs" /
         truncate_prompts=True,
         context=TOKENS,
         max_completion=COMPLETION,
@@ -68,14 +69,13 @@ def of_rl(config, model_config, tokenizer, world):
         completions=GROUP,
         steps=1,
     )
-    return small, directory / "run"
 
 
 def of_sft(config, model_config, tokenizer, world):
-    """sft.py's settings -> those of the dry run, and its run directory."""
+    """sft.py's settings -> those of the dry run."""
     directory = stand_in(model_config, tokenizer, config.model)
-    small = replace(config, model=str(directory / "model"), batch=2 * world, steps=1, save_every=0, resume=False)
-    return small, directory / "run"
+    places = {"model": str(directory / "model"), "out": str(directory / "run")}
+    return replace(config, **places, batch=2 * world, steps=1, resume="")
 
 
 def in_turn(reward):

@@ -1,9 +1,11 @@
 """What a training step takes, from a configuration alone: memory by line, tokens with and without sharing.
 
     python train.py --plan --model Qwen3-8B --ranks 8 --gpu-memory 80 --context 32768 --max-completion 4096
+    python sft.py --plan --data chats.jsonl --model Qwen3-8B-Base --ranks 8 --context 16384 --checkpointing
 
 --model is a checkpoint directory, of which only config.json is read, or the name of a published size. The plan is for the
-worst that can come: a prompt of --context less --max-completion tokens, completions that fill a pass.
+worst that can come: a prompt of --context less --max-completion tokens, completions that fill a pass; in sft.py a full pass
+all of which the assistant says.
 
 It counts the tensors that the code holds, at the moments at which memory peaks (tests/test_plan.py holds it against measured
 peaks). It leaves out what CUDA and NCCL take for themselves, about 1 to 2 GiB, and fragmentation.
@@ -54,7 +56,7 @@ def activations(c, prompt, pass_tokens, checkpointing, size):
         "prompt's keys and values": cache if checkpointing else 0,  # without it they are among what blocks keep
         "their gradients": cache,
     }
-    pass_kept = {"completions of a pass, kept": pass_tokens * (L * per_layer + 5 * size * C)}
+    pass_kept = {"tokens of a pass, kept": pass_tokens * (L * per_layer + 5 * size * C)}
     chunk = min(pass_tokens, max(1, HEAD_CHUNK_ELEMENTS // c.vocab_size)) * c.vocab_size
     head = {"head: a chunk of logits and their gradient": chunk * (8 + (2 if size == 2 else 0))}
     grad_weight = {"gradient of one weight before it is added": size * c.vocab_size * C}
@@ -79,9 +81,9 @@ def activations(c, prompt, pass_tokens, checkpointing, size):
 def training_memory(c, prompt, pass_tokens, checkpointing, ranks, size, sharded=True, reference=False):
     """{line: bytes} of one rank at the worst moment of an update, and that moment's name.
 
-    pass_tokens: of the fullest pass; reference: a second model for the KL term; size: bytes of the compute dtype; sharded:
-    by FSDP2 over `ranks` (masters, gradients and moments in fp32), else everything is on one device and computes with the
-    masters themselves.
+    prompt: 0 for sft.py; pass_tokens: of the fullest pass; reference: a second model for the KL term; size: bytes of the
+    compute dtype; sharded: by FSDP2 over `ranks` (masters, gradients and moments in fp32), else everything is on one
+    device and computes with the masters themselves.
     """
     block, rest = parameter_counts(c)
     total = block * c.num_hidden_layers + rest
@@ -110,8 +112,9 @@ def rollout_memory(c, prompt, completion, completions, tensor_parallel):
     return weights, token * (prompt + completion), token * (prompt + completions * completion)
 
 
-def report(config, ranks):
-    """The text of --plan. Raises BadInput for a --model that is neither a directory nor a published size."""
+def model_and_context(config):
+    """-> Qwen3Config of config.model, and the longest sequence. Raises BadInput for a model that is neither a directory nor
+    a published size, and for a context beyond it."""
     if Path(config.model).exists():
         c = Qwen3Config.from_pretrained(config.model)
     else:
@@ -120,10 +123,50 @@ def report(config, ranks):
         except BadInput as error:
             raise BadInput(f"--model {config.model} is no directory, and {error}") from error
     context = config.context or c.context_length
-    if config.max_completion >= context:
-        raise BadInput(f"--max-completion {config.max_completion} leaves no room for a prompt in {context} tokens")
     if context > c.context_length:
         raise BadInput(f"--context {context} is more than the {c.context_length} tokens of {config.model}; it needs YaRN")
+    return c, context
+
+
+def gib(value):
+    return f"{value / GIB:9.2f} GiB"
+
+
+def memory_table(lines):
+    """{line: bytes} -> lines of text, the last their sum."""
+    shown = {**{line: value for line, value in lines.items() if value}, "total": sum(lines.values())}
+    return [f"  {line:48}{gib(value)}" for line, value in shown.items()]
+
+
+def gpus(ranks):
+    return f"{ranks} GPU{'s' if ranks > 1 else ''}"
+
+
+def verdict(config, fits):
+    return f"fits {config.gpu_memory:g} GiB (less {RESERVE // GIB} for CUDA): {'yes' if fits else 'NO'}"
+
+
+def sft_report(config, ranks):
+    """The text of sft.py --plan. Raises BadInput as `model_and_context`."""
+    c, context = model_and_context(config)
+    tokens = max(context, config.tokens_per_pass)
+    lines, moment = training_memory(c, 0, tokens, config.checkpointing, ranks, 2)
+    text = [
+        f"SFT of {config.model} on {gpus(ranks)}: {config.batch} documents of up to {context:,} tokens a step, {tokens:,} "
+        "tokens in the fullest pass",
+        "",
+        f"training, one rank, at its worst moment ({moment}):",
+        *memory_table(lines),
+        verdict(config, sum(lines.values()) + RESERVE <= config.gpu_memory * GIB),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def report(config, ranks):
+    """The text of train.py --plan. Raises BadInput as `model_and_context`, and where no room is left for a prompt."""
+    c, context = model_and_context(config)
+    if config.max_completion >= context:
+        raise BadInput(f"--max-completion {config.max_completion} leaves no room for a prompt in {context} tokens")
     capacity = config.gpu_memory * GIB
     pass_tokens = sum(schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass))
 
@@ -143,14 +186,12 @@ def report(config, ranks):
     prompt, lines, moment, asleep, weights, group, room, fits = at(context)
     G, R = config.completions, config.max_completion
     shared, unshared = config.prompts * (prompt + G * R), config.prompts * G * (prompt + R)
-    gib = lambda value: f"{value / GIB:9.2f} GiB"  # noqa: E731
     text = [
-        f"{config.model} on {ranks} GPU{'s' if ranks > 1 else ''}: {config.prompts} prompts of {prompt:,} tokens x {G} "
+        f"{config.model} on {gpus(ranks)}: {config.prompts} prompts of {prompt:,} tokens x {G} "
         f"completions of up to {R:,}, {pass_tokens:,} completion tokens in the fullest pass",
         "",
         f"training, one rank, at its worst moment ({moment}):",
-        *(f"  {line:48}{gib(value)}" for line, value in lines.items() if value),
-        f"  {'total':48}{gib(sum(lines.values()))}",
+        *memory_table(lines),
         "rollout, one rank:",
         f"  {'parameters and optimizer, as above':48}{gib(asleep)}",
         f"  {'vLLM weights (bf16)':48}{gib(weights)}",
@@ -158,7 +199,7 @@ def report(config, ranks):
         f"  {'total':48}{gib(asleep + config.vllm_share * capacity)}",
         f"tokens through the network a step: {shared:,}; with the prompt once per completion {unshared:,} "
         f"({unshared / shared:.1f} times as many)",
-        f"fits {config.gpu_memory:g} GiB (less {RESERVE // GIB} for CUDA): {'yes' if fits else 'NO'}",
+        verdict(config, fits),
         "",
         "   context   training   rollout   KV of a group   fewer tokens   fits",
     ]

@@ -41,6 +41,7 @@ from tqdm import tqdm
 import curriculum
 import data
 import dry_run
+import plan
 import plot
 import resume
 import schedule
@@ -66,6 +67,9 @@ class Chats:
     save_every: int = option(100, "steps between two states that --resume can go on from (0: none)", least=0)
     resume: bool = option(False, "go on with the run in --out from its last saved state")
     dry_run: bool = option(False, "check everything, then take one step of a small model of random weights (dry_run.py)")
+    plan: bool = option(False, "print the memory a step needs on GPUs, from this configuration alone, and stop")
+    ranks: int = option(0, "--plan: for so many GPUs (0: as many as torchrun started)", least=0)
+    gpu_memory: float = option(80.0, "--plan: GiB of a GPU, to say whether it fits", above=0)
 
 
 @dataclass
@@ -93,7 +97,7 @@ for field in dataclasses.fields(curriculum.Settings if config.data else Chats):
 if not 0 <= config.adam_beta2 < 1:
     raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
 out = Path(config.out)
-if out.exists() and not config.resume:
+if out.exists() and not config.resume and not config.plan:
     more = "; --resume goes on with it" if (out / "resume").exists() else ""
     raise BadInput(f"--out {out} exists already{more}; name another directory or remove it")
 
@@ -116,8 +120,15 @@ cuda = torch.cuda.is_available()
 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
 compute_dtype = torch.bfloat16 if cuda else torch.float32
 main = rank == 0
-if config.batch % world:
-    raise BadInput(f"--batch {config.batch} must be a multiple of the {world} ranks")
+if config.ranks and not config.plan:
+    raise BadInput(f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train")
+ranks = config.ranks or world
+if config.batch % ranks:
+    raise BadInput(f"--batch {config.batch} must be a multiple of the {ranks} ranks")
+if config.plan:
+    if main:
+        print(plan.sft_report(config, ranks), end="")
+    sys.exit()
 
 # -------------------------------------------------------------------------------------------------------------- data
 
@@ -157,12 +168,12 @@ if world > 1 or cuda:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 if cuda:
     torch.cuda.set_device(device)
-mesh = dist.init_device_mesh(device.type, (world,)) if dist.is_initialized() else None
 if config.dry_run:
-    config, out = dry_run.of_sft(config, model_config, tokenizer, world)
-    encode = dry_run.endings(encode)
+    config, encode = dry_run.of_sft(config, model_config, tokenizer, world), dry_run.endings(encode)
+    out = Path(config.out)
     for i in range(config.batch):
         measure(source[i])
+mesh = dist.init_device_mesh(device.type, (world,)) if dist.is_initialized() else None
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
 model.checkpointing = config.checkpointing
 optimizer = torch.optim.AdamW(
@@ -170,7 +181,7 @@ optimizer = torch.optim.AdamW(
 )
 
 # What must be the same when a run goes on; the others may change.
-free = ("out", "data", "resume", "save_every", "tokens_per_pass", "checkpointing")
+free = "out data resume save_every tokens_per_pass checkpointing dry_run plan ranks gpu_memory".split()
 fixed = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
 fixed["digest of data"] = sources.digest(config.data)
 done = 0

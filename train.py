@@ -177,14 +177,14 @@ dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 if cuda:
     torch.cuda.set_device(device)
 torch.manual_seed(config.seed)
+if config.dry_run:
+    config = dry_run.of_rl(config, model_config, tokenizer, world)
+    reward, longest_prompt = dry_run.in_turn(reward), config.context - config.max_completion
+    encode, held_out = partial(encode, limit=longest_prompt), {}
 config.name = config.name or time.strftime("%Y-%m-%d-%H%M%S")
 run = Path("runs") / config.name
 if main and run.exists():
     raise BadInput(f"{run} exists; choose another --name or remove it")
-if config.dry_run:
-    config, run = dry_run.of_rl(config, model_config, tokenizer, world)
-    reward, longest_prompt = dry_run.in_turn(reward), config.context - config.max_completion
-    encode, held_out = partial(encode, limit=longest_prompt), {}
 
 from rollout import Rollout  # noqa: E402  (after the checks above: importing vLLM takes seconds)
 

@@ -2,10 +2,11 @@
 in the published schemas: a checkpoint with the real shapes (and holes for weights), data of every source."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
-import tomllib
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -14,8 +15,7 @@ import torch
 from conftest import ROOT, refusal, run_here
 from safetensors.torch import load_file
 
-import config as train_config
-from cli import parse
+import data
 from model import Qwen3, Qwen3Config
 
 TINY = ROOT / "assets" / "tiny"
@@ -31,7 +31,10 @@ ROWS = {
 }
 
 
-def configs(row):
+SFT = ["--config", "recipes/sft.toml"]
+
+
+def rl(row):
     return ["--config", "recipes/rl.toml", f"recipes/{row}.toml"]
 
 
@@ -39,7 +42,7 @@ def configs(row):
 
 
 def write_checkpoint(directory, size):
-    """A directory as Hugging Face has Qwen3-8B-Base, in two shards, whose tensors are holes in the files; tiny's tokenizer."""
+    """A directory as Hugging Face has Qwen3-8B-Base, two shards whose tensors are holes in the files; tiny's tokenizer."""
     config = Qwen3Config.preset(size)
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config.to_dict(torch.bfloat16)))
@@ -84,10 +87,10 @@ def files(tmp_path_factory):
     memagent = [
         verl_row(i, "hotpotqa", f"Who is {i}?", ["Anna"], context="Document 1:\nAnna." * (1 + i % 30)) for i in range(1001)
     ]
-    said = ("short", "long " * 400)
+    said = ["short", "long " * 400] * 9 + ["long " * 9000] + ["short"]
     chats = [
-        {"messages": [{"role": "user", "content": f"{i}? " * 300}, {"role": "assistant", "content": said[i % 2]}]}
-        for i in range(20)
+        {"messages": [{"role": "user", "content": f"{i}? " * 300}, {"role": "assistant", "content": words}]}
+        for i, words in enumerate(said)
     ]
     for name, rows in (("docqa", docqa), ("memagent", memagent), ("chats", chats)):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / f"{name}.parquet")
@@ -97,24 +100,107 @@ def files(tmp_path_factory):
 # -------------------------------------------------------------------------------------------------------------- tests
 
 
-def test_there_is_a_recipe_for_every_row():
+def test_there_is_a_recipe_for_every_row_and_each_value_says_where_it_is_from():
     assert {path.stem for path in (ROOT / "recipes").iterdir()} == {"sft", "rl", *ROWS}
+    for path in (ROOT / "recipes").iterdir():
+        for line in path.read_text().splitlines():
+            assert not re.match(r"\w+ =", line) or " # " in line, line
 
 
-@pytest.mark.parametrize("size", ["8B", "4B"])
-@pytest.mark.parametrize("row", ROWS)
-def test_a_dry_run_of_every_recipe_does_what_the_row_says(row, size, files):
+def dry_run(script, files, size, *flags):
+    """-> what it printed, and its directory, which is there until this process ends."""
+    printed = run_here(script, *flags, "--model", files / size, "--dry-run")
+    assert "32 query and 8 key heads of 128" in printed and printed.endswith("dry run: passed; nothing is left of it\n")
+    return printed, Path(re.search(r"dry run: .* in (/.+)\n", printed)[1]) / "run"
+
+
+@pytest.mark.parametrize("row, size", [*((row, "8B") for row in ROWS), ("dapo-longact", "4B")])
+def test_a_dry_run_of_every_rl_recipe_does_what_the_row_says(row, size, files):
     data = [files / "docqa.parquet", files / "memagent.parquet"]
-    printed = run_here("train.py", *configs(row), "--model", files / size, "--data", *data, "--dry-run")
+    before = set((ROOT / "runs").glob("*"))
+    printed, run = dry_run("train.py", files, size, *rl(row), "--data", *data)
     assert "8 of 9 rows of docqa.parquet, 1 over 28,672 tokens dropped" in printed
     assert "1,000 of 1,001 rows of memagent.parquet" in printed
-    assert "32 query and 8 key heads of 128" in printed and "dry run: passed" in printed
-    run = ROOT / re.search("run directory: (.+)", printed)[1]
-    assert not run.is_relative_to(ROOT)
+    assert set((ROOT / "runs").glob("*")) == before
     settings = json.loads((run / "config.json").read_text())
     algorithm, rule, selected = ROWS[row]
     assert (settings["algorithm"], settings["rule"]) == (algorithm, rule)
     [metrics] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    assert metrics["reward"] == 0.5 and metrics["mismatch_mean"] < 1e-4 and metrics["learning_rate"] == 1e-6 / 20
-    masks = {k: v for k, v in load_file(run / "magnitudes.safetensors").items() if v.dtype == torch.bool}
-    assert masks and all((mask.view(-1, 128).sum(1) == selected).all() for mask in masks.values())
+    assert metrics["reward"] == 0.5 and metrics["mismatch_mean"] < 1e-4
+    assert metrics["learning_rate"] == pytest.approx(1e-6 / 20)  # the first of 20 steps of warm-up
+    masks = {name: t for name, t in load_file(run / "magnitudes.safetensors").items() if t.dtype == torch.bool}
+    assert len(masks) == 4 and all((mask.view(-1, 128).sum(1) == selected).all() for mask in masks.values())
+
+
+@pytest.mark.parametrize("size", ["8B", "4B"])
+def test_a_dry_run_of_sft(size, files):
+    printed, run = dry_run("sft.py", files, size, *SFT, "--data", files / "chats.parquet", "--out", files / "out")
+    assert "19 of 20 rows of chats.parquet, 1 over 16,384 tokens dropped" in printed
+    [metrics] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    vocabulary = 1 + max(data.load_tokenizer(TINY, math.inf).get_vocab().values())
+    assert metrics["loss"] == pytest.approx(math.log(vocabulary), rel=0.1)  # random weights know nothing
+    assert metrics["tokens"] == 512 and metrics["learning_rate"] == pytest.approx(1e-5 / 50)
+    assert not (files / "out").exists()
+
+
+def test_a_dry_run_refuses_what_training_would(files, tmp_path):
+    flags = [*rl("dapo"), "--dry-run", "--data", files / "docqa.parquet", "--data-rows", 0]
+    assert "9B is not a checkpoint" in refusal("train.py", *flags, "--model", files / "9B")
+    for file in (files / "8B").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    config = json.loads((files / "8B" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 12287}))
+    wrong = "has shape [4096, 12288], config.json makes it [4096, 12287]"
+    assert wrong in refusal("train.py", *flags, "--model", tmp_path)
+    flags += ["--model", files / "8B"]
+    assert "not one of 9 rows fits" in refusal("train.py", *flags, "--max-completion", 32760)
+    assert "none of A to D" in refusal("train.py", *flags, "--reward", "rewards:choice")
+    assert "nowhere.parquet cannot be read" in refusal("train.py", *flags, "--data", "nowhere.parquet")
+
+
+def test_the_plans_in_the_docs_are_what_the_commands_print():
+    """For every recipe, on eight GPUs; a plan passes config.check for them."""
+    blocks = re.findall(r"```\n\$ python ((?:.*\\\n)*.*)\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
+    assert len(blocks) == 4
+    for command, printed in blocks:
+        script, *flags = shlex.split(command)
+        assert run_here(script, *flags) == printed, command
+    plans = {}
+    for size in ("8B", "4B"):
+        for row in ROWS:
+            plans[size, row] = run_here("train.py", "--plan", *rl(row), "--model", f"Qwen3-{size}-Base", "--ranks", 8)
+            assert plans[size, row] == plans[size, "dapo"] and "fits 80 GiB (less 2 for CUDA): yes" in plans[size, row]
+
+
+def commands(base, *variables):
+    """The lines `make -n row` would run, but for those that set up .venv."""
+    there = f"BASE={base}", "LONGBENCH=assets/longbench-sample.json"
+    made = subprocess.run(["make", "-n", "row", *there, *variables], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    found = [
+        line.partition(".venv/bin/")[2] for line in made.stdout.splitlines() if re.search(r" (sft|train|eval_\w+).py ", line)
+    ]
+    return [re.sub("torchrun --standalone --nproc-per-node 8 |python ", "", line).strip() for line in found]
+
+
+def test_make_row_goes_from_data_to_the_comparison(files):
+    """What each command misses is what an earlier one makes; to say so it must have taken its flags."""
+    sft, train, after, before, compare = map(str.split, commands(files / "4B", "ROW=fraction-0.2", "SIZE=0B"))
+    assert sft[-2:] == ["--out", "runs/0B-sft"]
+    assert "nowhere.parquet cannot be read" in refusal(*sft, "--data", "nowhere.parquet")
+    assert train[1:4] == rl("fraction-0.2") and train[-1] == "0B-fraction-0.2"
+    assert refusal(*train).startswith("runs/0B-sft/checkpoint is not a checkpoint")
+    assert refusal(*after).startswith("runs/0B-fraction-0.2/checkpoint is not a checkpoint")
+    assert refusal(*before).startswith("runs/0B-sft/checkpoint is not a checkpoint")
+    assert (before[-1], after[-1]) == ("runs/longbench/0B-sft", "runs/longbench/0B-fraction-0.2")
+    assert compare == ["eval_longbench.py", "--compare", before[-1], after[-1]]
+
+
+def test_make_row_of_other_rows(files):
+    sft, after, before, _ = commands(files / "8B", "ROW=sft", "SIZE=0B")
+    assert sft.startswith("sft.py") and " runs/0B-sft/checkpoint " in after and f" {files}/8B " in before
+    lines = commands(files / "8B", "AGAINST=dapo", "SIZE=0B")
+    trained = [line.split()[3] for line in lines if line.startswith("train.py")]
+    assert trained == ["recipes/dapo-longact.toml", "recipes/dapo.toml"]
+    assert lines[-1] == "eval_longbench.py --compare runs/longbench/0B-dapo runs/longbench/0B-dapo-longact"
