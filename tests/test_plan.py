@@ -60,7 +60,7 @@ def test_predicted_memory_is_within_15_percent_of_the_measured_peak(shape, promp
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("shape, lengths", [(WIDE, [1024]), (WIDE, [40, 200, 90, 130, 250, 10]), (DEEP, [300] * 4)])
+@pytest.mark.parametrize("shape, lengths", [(WIDE, [40, 200, 90, 130, 250, 10]), (DEEP, [300] * 4)])
 def test_predicted_memory_of_a_pass_of_sft_is_within_15_percent(shape, lengths, checkpointing):
     model = Qwen3.from_config(Qwen3Config(**shape))
     model.checkpointing = checkpointing
