@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from torch.distributed.tensor import DTensor
 
 import sources
 from cli import BadInput
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
 # ----------------------------------------------------------------------------------------------------- files and ranks
 
