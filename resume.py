@@ -14,7 +14,6 @@ then are old ones removed. Training waits meanwhile: writing beside it would nee
 minute of what some twenty steps take.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -34,35 +33,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
+import durable
 import sources
 from cli import BadInput
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
-# ----------------------------------------------------------------------------------------------------- files and ranks
-
-
-def sync(path):
-    """Have what is in a file, or which names are in a directory, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write(path, text):
-    """Replace a small file as a whole: whoever looks, at any moment, sees the old text or the new."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
+# ------------------------------------------------------------------------------------------------------ run and ranks
 
 
 def claim(run, which):
-    """Make or enter the directory of a run -> its lock, an open file: the system frees it when this process ends, however it
-    does. which: "" for a new run, "auto" or a checkpoint's path to go on. Raises BadInput if the run exists and should not,
+    """Make or enter the directory of a run -> its lock, which holds as long as this process lives.
+    which: "" for a new run, "auto" or a checkpoint's path to go on. Raises BadInput if the run exists and should not,
     if the path is not one of its checkpoints, and if another process is in it."""
     if not which and run.exists() and set(os.listdir(run)) - {"lock"}:
         raise BadInput(f"{run} exists; --resume auto goes on with it, or choose another name or remove it")
@@ -70,12 +52,7 @@ def claim(run, which):
     if which not in ("", "auto") and not (Path(which).is_dir() and Path(which).resolve().parent == inside.resolve()):
         raise BadInput(f"--resume {which} is not a checkpoint of this run: it must be auto or a directory {inside}/step-N")
     run.mkdir(parents=True, exist_ok=True)
-    lock = open(run / "lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child process inherits it
-    except BlockingIOError:
-        raise BadInput(f"{run}: another process is running there; wait for it, or stop it") from None
-    return lock
+    return durable.lock(run)
 
 
 def rank_and_world():
@@ -177,14 +154,12 @@ def save(directory, step, model, optimizer, state, extra, keep):
     def publish(states, shards):
         if rank != 0:
             return
-        write(partial / "state.json", json.dumps({**state, "step": step, "random": states}))
+        durable.write(partial / "state.json", json.dumps({**state, "step": step, "random": states}))
         files = {name: entry for shard in shards for name, entry in shard.items()}
         files["state.json"] = digest(partial / "state.json")
-        write(partial / "manifest.json", json.dumps({"files": files}, indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)  # of an earlier life: LATEST is before it
-        os.replace(partial, final)
-        sync(directory)
-        write(directory / "LATEST", final.name + "\n")
+        durable.write(partial / "manifest.json", json.dumps({"files": files}, indent=1) + "\n")
+        durable.publish(partial, final)
+        durable.write(directory / "LATEST", final.name + "\n")
         older = sorted((path for path in steps_in(directory) if number(path) < step), key=number, reverse=True)
         for path in older[keep - 1 :] + [path for path in steps_in(directory) if number(path) > step]:
             shutil.rmtree(path)
@@ -240,7 +215,7 @@ def find(directory, which, fixed):
     state = json.loads((path / "state.json").read_text())
     together(compare, path, state, fixed)
     if rank_and_world()[0] == 0:
-        write(directory / "LATEST", path.name + "\n")  # what came after it comes again
+        durable.write(directory / "LATEST", path.name + "\n")  # what came after it comes again
     return path, state
 
 
@@ -317,8 +292,8 @@ def load(path, model, optimizer):
 
 
 def open_metrics(path, step):
-    """metrics.jsonl with the lines of steps 1 to `step`, which what came after them is cut from -> the file, open for more.
-    Raises BadInput if lines are missing."""
+    """Cut metrics.jsonl to the lines of steps 1 to `step` -> the file, for durable.append. Raises BadInput if some are
+    missing."""
     lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
     try:
         whole = [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
@@ -326,14 +301,5 @@ def open_metrics(path, step):
         whole = False
     if not whole:
         raise BadInput(f"{path} does not have the lines of steps 1 to {step}, which the checkpoint goes on from")
-    write(path, "".join(lines))
-    return open(path, "a")
-
-
-def append(file, metrics):
-    """One more line, on disk before this returns. Raises BadInput when the disk does not take it."""
-    try:
-        print(json.dumps(metrics, allow_nan=False), file=file, flush=True)
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise BadInput(f"{file.name} cannot be written: {error.strerror}") from error
+    durable.write(path, "".join(lines))
+    return open(path, "ab", buffering=0)

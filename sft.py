@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import curriculum
 import data
+import durable
 import plot
 import resume
 import schedule
@@ -172,7 +173,7 @@ if checkpoint:
 done = state["step"] if checkpoint else 0
 if main:
     settings = {**dataclasses.asdict(config), "ranks": world, "device": str(device)}
-    resume.write(out / "config.json", json.dumps(settings, indent=2) + "\n")
+    durable.write(out / "config.json", json.dumps(settings, indent=2) + "\n")
     metrics_file = resume.open_metrics(out / "metrics.jsonl", done)
 
 
@@ -229,7 +230,7 @@ for step in range(done + 1, config.steps + 1):
             "seconds": round(elapsed, 4),
             "tokens_per_second": round(tokens / elapsed, 1),
         }
-        resume.append(metrics_file, metrics)
+        durable.append(metrics_file, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
         bar.update()
     stop = interrupt.asked()
@@ -251,7 +252,7 @@ if main:
     # Whatever a base model stops at, this one ends its turn.
     path = out / "checkpoint" / "generation_config.json"
     generation = json.loads(path.read_text()) if path.exists() else {}
-    resume.write(path, json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
+    durable.write(path, json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
     plot.loss_curve(out)
     print(f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
 if mesh:

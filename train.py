@@ -46,6 +46,7 @@ from tqdm import tqdm
 import cov
 import dapo
 import data
+import durable
 import grpo
 import metrics
 import plan
@@ -294,7 +295,7 @@ else:
     state, extra = {"step": 0, "prompts_drawn": 0, "skips_in_a_row": 0, "before": None}, {}
 if main:
     settings = {**asdict(config), "ranks": world, "device": str(device)}
-    resume.write(run / "config.json", json.dumps(settings, indent=2) + "\n")
+    durable.write(run / "config.json", json.dumps(settings, indent=2) + "\n")
     metrics_file = resume.open_metrics(run / "metrics.jsonl", state["step"])
     print(f"run directory: {run}" + (f", going on after step {state['step']}" if checkpoint else ""), flush=True)
 first, drawn, skips, before = (state[key] for key in ("step", "prompts_drawn", "skips_in_a_row", "before"))
@@ -458,7 +459,7 @@ for step in range(first + 1, config.steps + 1):
         line |= {"mask_overlap": mask_overlap, "learning_rate": learning_rate}
         line["seconds"] = {**{name: round(value, 4) for name, value in seconds.items()}, "total": round(elapsed, 4)}
         line["tokens_per_second"] = round(line["tokens_trained"] / elapsed, 1)
-        resume.append(metrics_file, metrics.finite(line))
+        durable.append(metrics_file, metrics.finite(line))
         bar.set_postfix_str(f"reward {line['reward']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
         bar.update()
     if step % config.save_every == 0 or step == config.steps:
@@ -481,7 +482,7 @@ model.save_pretrained(run / "checkpoint", compute_dtype, companions_from=config.
 if main:
     if after:
         print_accuracy("after: ", after)
-        resume.write(run / "results.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
+        durable.write(run / "results.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
     plot.reward_curve(run)
     if masks:  # unless every update was skipped
         plot.save_magnitudes(run / "magnitudes.safetensors", magnitudes, masks)

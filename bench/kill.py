@@ -5,11 +5,11 @@ in the end its metrics and weights must be, bit for bit, those of a run that was
     python bench/kill.py --ranks 2        # one of two ranks is killed; torchrun --max-restarts starts both again
 
 The killed process does it itself: as the module of train.py's --reward this file makes the n-th call of a function start a
-timer of up to 50 ms that ends in SIGKILL, so that it strikes amid generating, backward, the optimizer's step or saving, or in
-whatever follows. KILL="save 3 0.02": 20 ms after the third os.replace begins; without a time, at once.
+timer of up to 50 ms that ends in SIGKILL, so that it strikes amid generating, backward, the optimizer's step, saving, or in
+what follows. KILL="save 3 0.02": 20 ms after the third os.replace begins; without a time, at once.
 
-Prints a line for each life, and at last one JSON object: kills, places, lives_that_made_a_step, equal_metrics, equal_weights.
-Exit code 1 if anything differs.
+Prints a line for each life, and at last one JSON object: kills, places (how many of each), lives_that_made_a_step,
+equal_metrics, equal_weights. Exit code 1 if anything differs.
 """
 
 import json

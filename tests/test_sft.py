@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import curriculum
 import data
+import durable
 from model import Qwen3
 
 TINY = ROOT / "assets" / "tiny"
@@ -135,6 +136,22 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(runs):
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     left = sorted(path.name for path in (killed / "checkpoints").iterdir())
     assert left == ["LATEST", "step-000002", "step-000003"]  # --keep 2
+
+
+def test_a_signal_makes_it_save_and_end_with_code_75(runs, monkeypatch):
+    """SIGTERM comes as the first line of metrics.jsonl is written; no checkpoint was due."""
+    append = durable.append
+
+    def signalled(file, row):
+        append(file, row)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "append", signalled)
+        run_here(*command(runs, "stopped", "--save-every", 9), code=75)
+    assert len(read_metrics(runs / "stopped")) == 1 and not (runs / "stopped" / "checkpoint").exists()
+    run_here(*command(runs, "stopped", "--save-every", 9, "--resume", "auto"))
+    assert read_metrics(runs / "stopped") == read_metrics(runs / "whole")
 
 
 @pytest.mark.parametrize("flags, message", [
