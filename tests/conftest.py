@@ -63,8 +63,8 @@ def run_script(*arguments, timeout=600, env=None):
 
 
 def run_here(script, *arguments, code=0):
-    """Run a script of the repository in this process, which has imported what it imports -> what it printed. It must end with
-    exit code `code`. A BadInput comes through; run_script shows what the user sees of one."""
+    """Run a script of the repository in this process, which has imported what it imports -> what it printed. It must end
+    with exit code `code`. A BadInput comes through; run_script shows what the user sees of one."""
     argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
     try:
         with (
