@@ -48,10 +48,10 @@ $(SCORES)%/results.json: | runs/$(SIZE)-%/checkpoint
 	$(EVAL) runs/$(SIZE)-$*/checkpoint --out $(@D)
 
 $(SFT): | .venv/ready $(LONGBENCH) $(BASE)
-	$(TORCHRUN) sft.py --config recipes/sft.toml --model $(BASE) --out $(@D) $(if $(wildcard $(@D)/resume),--resume)
+	$(TORCHRUN) sft.py --config recipes/sft.toml --model $(BASE) --out $(@D) --resume auto
 
 runs/$(SIZE)-%/checkpoint: | recipes/%.toml $(SFT)
-	$(TORCHRUN) train.py --config recipes/rl.toml recipes/$*.toml --model $(SFT) --name $(SIZE)-$*
+	$(TORCHRUN) train.py --config recipes/rl.toml recipes/$*.toml --model $(SFT) --name $(SIZE)-$* --resume auto
 
 .SECONDARY:  # make keeps checkpoints, though they are only on the way
 

@@ -68,6 +68,7 @@ def of_rl(config, model_config, tokenizer, world):
         prompts=config.updates * world,
         completions=GROUP,
         steps=1,
+        resume="",
     )
 
 

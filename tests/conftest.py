@@ -62,9 +62,9 @@ def run_script(*arguments, timeout=600, env=None):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def run_here(script, *arguments):
-    """Run a script of the repository in this process, which has imported what it imports -> what it printed. A BadInput
-    comes through; run_script shows what the user sees of one."""
+def run_here(script, *arguments, code=0):
+    """Run a script of the repository in this process, which has imported what it imports -> what it printed. It must end
+    with exit code `code`. A BadInput comes through; run_script shows what the user sees of one."""
     argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
     try:
         with (
@@ -74,7 +74,9 @@ def run_here(script, *arguments):
         ):
             runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as end:
-        assert not end.code
+        assert (end.code or 0) == code
+    else:
+        assert code == 0
     finally:
         gc.collect()  # the script's variables, as at the end of a process: open files, locks
     return printed.getvalue()
