@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import data
 from model import Qwen3, Qwen3Config
 
+pytestmark = pytest.mark.xdist_group("recipes")  # vLLM is imported once
+
 TINY = ROOT / "assets" / "tiny"
 # row of the table -> algorithm, rule, selected of a head's 128 dimensions
 ROWS = {
