@@ -30,6 +30,7 @@ SIZE ?= 8B
 ROW ?= dapo-longact
 AGAINST ?= $(if $(filter sft,$(ROW)),base,sft)
 LONGBENCH ?= data/longbench-v2.json
+RECIPES ?= recipes
 RANKS ?= 8
 BASE := Qwen3-$(SIZE)-Base
 SFT := runs/$(SIZE)-sft/checkpoint
@@ -48,10 +49,10 @@ $(SCORES)%/results.json: | runs/$(SIZE)-%/checkpoint
 	$(EVAL) runs/$(SIZE)-$*/checkpoint --out $(@D)
 
 $(SFT): | .venv/ready $(LONGBENCH) $(BASE)
-	$(TORCHRUN) sft.py --config recipes/sft.toml --model $(BASE) --out $(@D) --resume auto
+	$(TORCHRUN) sft.py --config $(RECIPES)/sft.toml --model $(BASE) --out $(@D) --resume auto
 
-runs/$(SIZE)-%/checkpoint: | recipes/%.toml $(SFT)
-	$(TORCHRUN) train.py --config recipes/rl.toml recipes/$*.toml --model $(SFT) --name $(SIZE)-$* --resume auto
+runs/$(SIZE)-%/checkpoint: | $(RECIPES)/%.toml $(SFT)
+	$(TORCHRUN) train.py --config $(RECIPES)/rl.toml $(RECIPES)/$*.toml --model $(SFT) --name $(SIZE)-$* --resume auto
 
 .SECONDARY:  # make keeps checkpoints, though they are only on the way
 
