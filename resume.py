@@ -15,6 +15,7 @@ minute of what some twenty steps take.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -128,6 +129,8 @@ def tensors_of(model, optimizer, extra):
 
 # ----------------------------------------------------------------------------------------------------------------- save
 
+FILE_BYTES = 2**33  # tensors whose shards share a file on each rank; while it is written they are twice in memory
+
 
 def save(directory, step, model, optimizer, state, extra, keep):
     """Write directory/step-<step>, the newest of at most `keep`. Every rank must call it.
@@ -147,7 +150,10 @@ def save(directory, step, model, optimizer, state, extra, keep):
         return state["random"]
 
     def write_shard():
-        writer = dcp.HuggingFaceStorageWriter(partial, save_distributed=True)  # it syncs the files
+        sizes = [tensor.numel() * tensor.itemsize for tensor in tensors.values()]
+        before = [total - size for total, size in zip(itertools.accumulate(sizes), sizes)]
+        files = {name: 1 + at // FILE_BYTES for name, at in zip(tensors, before)}
+        writer = dcp.HuggingFaceStorageWriter(partial, files, save_distributed=True)  # it syncs the files
         dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
         return {path.name: digest(path) for path in partial.glob(f"shard-{rank + 1:05d}-*")}
 
