@@ -1,12 +1,12 @@
 """Is nothing lost by kill -9? A run of train.py is killed at random moments, again and again, and goes on by --resume auto;
 in the end its metrics and weights must be, bit for bit, those of a run that was left alone.
 
-    python bench/kill.py --kills 20       # 12 minutes on 2 idle CPU cores, most of them starts of vLLM
-    python bench/kill.py --ranks 2        # one of two ranks is killed; torchrun --max-restarts starts both again
+    python bench/kill.py --kills 20
 
 The killed process does it itself: as the module of train.py's --reward this file makes the n-th call of a function start a
 timer of up to 50 ms that ends in SIGKILL, so that it strikes amid generating, backward, the optimizer's step, saving, or in
-what follows. KILL="save 3 0.02": 20 ms after the third os.replace begins; without a time, at once.
+what follows. KILL="save 3 0.02": 20 ms after the third os.replace begins; without a time, at once. Under torchrun it is
+the last rank, and only until torchrun starts the ranks again.
 
 Prints a line for each life, and at last one JSON object: kills, places (how many of each), lives_that_made_a_step,
 equal_metrics, equal_weights. Exit code 1 if anything differs.
@@ -39,7 +39,6 @@ FLAGS = "--steps 6 --save-every 1 --prompts 4 --completions 4 --updates 2 --rule
 @dataclass
 class Config:
     kills: int = option(20, "kills before the run may end", least=1)
-    ranks: int = option(1, "ranks of the run, of which the last is killed", least=1)
     seed: int = option(0, "seed of places and moments", least=0)
 
 
@@ -82,14 +81,9 @@ def main():
     for name in ("kill-whole", "kill-killed"):
         shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
     path = os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
-    start = [sys.executable]
-    if config.ranks > 1:
-        start += (
-            f"-m torch.distributed.run --standalone --nproc-per-node {config.ranks} --max-restarts {config.kills}".split()
-        )
 
     def live(name, kill):
-        command = [*start, "train.py", "--name", name, "--reward", "kill:exact", *FLAGS.split(), "--resume", "auto"]
+        command = [sys.executable, "train.py", "--name", name, "--reward", "kill:exact", *FLAGS.split(), "--resume", "auto"]
         environment = {**os.environ, "PYTHONPATH": path, "KILL": kill}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -130,6 +124,8 @@ def main():
 
 if __name__ == "__main__":
     main()
-elif os.environ.get("KILL"):
+elif os.environ.get("KILL") and (
+    os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+):
     place, count, *delay = os.environ["KILL"].split()
     arm(place, int(count), float(delay[0]) if delay else 0.0)
