@@ -105,8 +105,8 @@ def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
 
 def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
     """Several updates per rollout, dynamic sampling, a choice among all tokens, KL to a reference: everything that crosses
-    ranks. Passes so small that each rank would need another number of them. In the second run rank 1 is killed in step 2, and
-    torchrun starts both ranks again."""
+    ranks. Passes so small that each rank would need another number of them. In the second run rank 1 is killed in step 2,
+    and torchrun starts both ranks again."""
     cov = ["--algorithm", "clip-cov", "--updates", 2, "--unselected", "frozen", "--tokens", "not-first"]
     grpo = ["--algorithm", "grpo", "--beta", 0.04]
     killed = "--save-every 1 --resume auto --reward kill:exact".split()
