@@ -5,8 +5,8 @@ in the end its metrics and weights must be, bit for bit, those of a run that was
 
 The killed process does it itself: as the module of train.py's --reward this file makes the n-th call of a function start a
 timer of up to 50 ms that ends in SIGKILL, so that it strikes amid generating, backward, the optimizer's step, saving, or in
-what follows. KILL="save 3 0.02": 20 ms after the third os.replace begins; without a time, at once. Under torchrun it is
-the last rank, and only until torchrun starts the ranks again.
+what follows. KILL="save 3 0.02": 20 ms after the third os.replace begins; without a time, at once; with
+a signal's name after it that signal. Under torchrun it is the last rank, and only until torchrun starts the ranks again.
 
 Whenever it gets to its end all the same, it is compared and begun again. Prints a line for each life, with the steps in
 metrics.jsonl, and at last one JSON object: kills, places (how many of each), ends (how often it got there), equal_metrics,
@@ -43,30 +43,31 @@ class Config:
     seed: int = option(0, "seed of places and moments", least=0)
 
 
-def arm(place, count, delay):
-    """Make call number `count` of the place's function the last thing but `delay` seconds that this process does."""
+def arm(place, count, delay="0", name="SIGKILL"):
+    """Have this process send itself a signal `delay` seconds after call number `count` of the place's function begins."""
     import torch
 
     import rollout
 
-    owner, name = {
+    number = signal.Signals[name]
+    owner, attribute = {
         "rollout": (rollout.Rollout, "generate"),
         "backward": (torch.Tensor, "backward"),
         "step": (torch.optim.AdamW, "step"),
         "save": (os, "replace"),
     }[place]
-    function, calls = getattr(owner, name), 0
+    function, calls = getattr(owner, attribute), 0
 
     def counted(*arguments, **keywords):
         nonlocal calls
         calls += 1
-        if calls == count and delay:
-            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        elif calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if calls == int(count) and float(delay):
+            threading.Timer(float(delay), os.kill, (os.getpid(), number)).start()
+        elif calls == int(count):
+            os.kill(os.getpid(), number)
         return function(*arguments, **keywords)
 
-    setattr(owner, name, counted)
+    setattr(owner, attribute, counted)
 
 
 def read(run):
@@ -128,5 +129,4 @@ if __name__ == "__main__":
 elif os.environ.get("KILL") and (
     os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 ):
-    place, count, *delay = os.environ["KILL"].split()
-    arm(place, int(count), float(delay[0]) if delay else 0.0)
+    arm(*os.environ["KILL"].split())

@@ -75,16 +75,17 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     start = Qwen3.from_pretrained(TINY)
     assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), start.parameters(), strict=True))
 
-    # Killed between a checkpoint's own name and LATEST, then in a backward, then left alone; bench/kill.py is the module of
-    # its reward, and has more of it.
+    # Killed between a checkpoint's own name and LATEST, then sent SIGTERM amid generating, then left alone; bench/kill.py is
+    # the module of its reward, and has more of it.
     name = runs("second")
     killed, flags = ROOT / "runs" / name, [*SHORT, "--save-every", 1, "--reward", "kill:exact", "--resume", "auto"]
-    for place, lines, left in (("save 6", 1, "LATEST.partial step-000001"), ("backward 3", 1, "LATEST step-000001")):
+    for place, code, left in (("save 6", -signal.SIGKILL, "LATEST.partial"), ("rollout 1 0 SIGTERM", 75, "LATEST")):
         env = {"PYTHONPATH": str(ROOT / "bench"), "KILL": place}
         result = run_script("train.py", "--name", name, *flags, env=env)
-        assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
-        assert len(read_metrics(killed)) == lines
-        assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == left.split()
+        assert result.returncode == code, result.stderr[-3000:]
+        assert len(read_metrics(killed)) == 1
+        assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [left, "step-000001"]
+    assert "interrupted after step 1; --name test-second --resume auto goes on" in result.stderr
     train(name, *flags[len(SHORT) :], env={"PYTHONPATH": str(ROOT / "bench")})
     assert read_metrics(killed) == metrics
     assert (killed / "results.json").read_text() == (run / "results.json").read_text()
