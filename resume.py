@@ -15,6 +15,7 @@ minute of what some twenty steps take.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -128,12 +129,14 @@ def tensors_of(model, optimizer, extra):
 
 # ----------------------------------------------------------------------------------------------------------------- save
 
+FILE_BYTES = 2**33  # tensors whose shards share a file on each rank; while it is written they are twice in memory
+
 
 def save(directory, step, model, optimizer, state, extra, keep):
     """Write directory/step-<step>, the newest of at most `keep`. Every rank must call it.
 
-    state: what JSON can hold, equal on all ranks but for state["random"], which is kept for each; extra: {name: tensor},
-    equal on all ranks. Raises BadInput, with the checkpoints before it as they were, when the disk does not take it.
+    state: what JSON can hold, of which rank 0's is written, but state["random"] of every rank; extra: {name: tensor}, equal
+    on all ranks. Raises BadInput, with the checkpoints before it as they were, when the disk does not take it.
     """
     rank = rank_and_world()[0]
     final = directory / f"step-{step:06d}"
@@ -147,7 +150,10 @@ def save(directory, step, model, optimizer, state, extra, keep):
         return state["random"]
 
     def write_shard():
-        writer = dcp.HuggingFaceStorageWriter(partial, save_distributed=True)  # it syncs the files
+        sizes = [tensor.numel() * tensor.itemsize for tensor in tensors.values()]
+        before = [total - size for total, size in zip(itertools.accumulate(sizes), sizes)]
+        files = {name: 1 + at // FILE_BYTES for name, at in zip(tensors, before)}
+        writer = dcp.HuggingFaceStorageWriter(partial, files, save_distributed=True)  # it syncs the files
         dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
         return {path.name: digest(path) for path in partial.glob(f"shard-{rank + 1:05d}-*")}
 
@@ -160,10 +166,8 @@ def save(directory, step, model, optimizer, state, extra, keep):
         durable.write(partial / "manifest.json", json.dumps({"files": files}, indent=1) + "\n")
         durable.publish(partial, final)
         durable.write(directory / "LATEST", final.name + "\n")
-        older = sorted((path for path in steps_in(directory) if number(path) < step), key=number, reverse=True)
-        for path in older[keep - 1 :] + [path for path in steps_in(directory) if number(path) > step]:
-            shutil.rmtree(path)
-        for path in directory.glob("step-*.partial"):
+        kept = sorted((path for path in steps_in(directory) if number(path) <= step), key=number)[-keep:]
+        for path in set(directory.glob("step-*")) - set(kept):  # older, of an earlier life, never finished
             shutil.rmtree(path)
 
     try:
@@ -224,7 +228,7 @@ def candidates_for(directory, which):
     if which != "auto":
         return [directory / Path(which).name]
     newest = directory / "LATEST"
-    latest = re.fullmatch(r"step-(\d+)\n", newest.read_text()) if newest.exists() else None
+    latest = re.fullmatch(r"step-(\d+)\n", newest.read_text(errors="replace")) if newest.exists() else None
     steps = sorted(steps_in(directory), key=number, reverse=True)
     return [path for path in steps if latest is None or number(path) <= int(latest[1])]
 

@@ -1,15 +1,16 @@
 """Is nothing lost by kill -9? A run of train.py is killed at random moments, again and again, and goes on by --resume auto;
 in the end its metrics and weights must be, bit for bit, those of a run that was left alone.
 
-    python bench/kill.py --kills 20       # 12 minutes on 2 idle CPU cores, most of them starts of vLLM
-    python bench/kill.py --ranks 2        # one of two ranks is killed; torchrun --max-restarts starts both again
+    python bench/kill.py --kills 20
 
 The killed process does it itself: as the module of train.py's --reward this file makes the n-th call of a function start a
 timer of up to 50 ms that ends in SIGKILL, so that it strikes amid generating, backward, the optimizer's step, saving, or in
-what follows. KILL="save 3 0.02": 20 ms after the third os.replace begins; without a time, at once.
+what follows. KILL="save 3 0.02": 20 ms after the third os.replace begins; without a time, at once; with
+a signal's name after it that signal. Under torchrun it is the last rank, and only until torchrun starts the ranks again.
 
-Prints a line for each life, and at last one JSON object: kills, places (how many of each), lives_that_made_a_step,
-equal_metrics, equal_weights. Exit code 1 if anything differs.
+Whenever it gets to its end all the same, it is compared and begun again. Prints a line for each life, with the steps in
+metrics.jsonl, and at last one JSON object: kills, places (how many of each), ends (how often it got there), equal_metrics,
+equal_weights (how many of these were equal). Exit code 1 if anything differs.
 """
 
 import json
@@ -39,34 +40,34 @@ FLAGS = "--steps 6 --save-every 1 --prompts 4 --completions 4 --updates 2 --rule
 @dataclass
 class Config:
     kills: int = option(20, "kills before the run may end", least=1)
-    ranks: int = option(1, "ranks of the run, of which the last is killed", least=1)
     seed: int = option(0, "seed of places and moments", least=0)
 
 
-def arm(place, count, delay):
-    """Make call number `count` of the place's function the last thing but `delay` seconds that this process does."""
+def arm(place, count, delay="0", name="SIGKILL"):
+    """Have this process send itself a signal `delay` seconds after call number `count` of the place's function begins."""
     import torch
 
     import rollout
 
-    owner, name = {
+    number = signal.Signals[name]
+    owner, attribute = {
         "rollout": (rollout.Rollout, "generate"),
         "backward": (torch.Tensor, "backward"),
         "step": (torch.optim.AdamW, "step"),
         "save": (os, "replace"),
     }[place]
-    function, calls = getattr(owner, name), 0
+    function, calls = getattr(owner, attribute), 0
 
     def counted(*arguments, **keywords):
         nonlocal calls
         calls += 1
-        if calls == count and delay:
-            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        elif calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if calls == int(count) and float(delay):
+            threading.Timer(float(delay), os.kill, (os.getpid(), number)).start()
+        elif calls == int(count):
+            os.kill(os.getpid(), number)
         return function(*arguments, **keywords)
 
-    setattr(owner, name, counted)
+    setattr(owner, attribute, counted)
 
 
 def read(run):
@@ -78,58 +79,54 @@ def read(run):
 
 def main():
     config = parse(Config, __doc__)
-    rng, places, progress = random.Random(config.seed), Counter(), 0
-    for name in ("kill-whole", "kill-killed"):
-        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-    path = os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
-    start = [sys.executable]
-    if config.ranks > 1:
-        start += (
-            f"-m torch.distributed.run --standalone --nproc-per-node {config.ranks} --max-restarts {config.kills}".split()
-        )
-
-    def live(name, kill):
-        command = [*start, "train.py", "--name", name, "--reward", "kill:exact", *FLAGS.split(), "--resume", "auto"]
-        environment = {**os.environ, "PYTHONPATH": path, "KILL": kill}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-    def steps(run):
-        return len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
-
+    rng, places, ends = random.Random(config.seed), Counter(), []
     whole, killed = ROOT / "runs" / "kill-whole", ROOT / "runs" / "kill-killed"
-    result = live("kill-whole", "")
-    if result.returncode:
-        sys.exit(result.stderr)
-    kills = 0
-    while kills < config.kills:
-        before = steps(killed)
-        if (
-            before == 6 and (killed / "checkpoint").exists()
-        ):  # it got through: from the start again, from its last checkpoint
-            shutil.rmtree(killed)
-            before = 0
-        place = rng.choice(list(CALLS))
-        kill = f"{place} {rng.randint(1, CALLS[place])} {rng.uniform(0, 0.05):.4f}"
-        result = live("kill-killed", kill)
+    path = os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
+
+    def live(run, kill):
+        """-> whether the run reached its end."""
+        command = [
+            sys.executable,
+            "train.py",
+            "--name",
+            run.name,
+            "--reward",
+            "kill:exact",
+            *FLAGS.split(),
+            "--resume",
+            "auto",
+        ]
+        environment = {**os.environ, "PYTHONPATH": path, "KILL": kill}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if result.returncode not in (0, -signal.SIGKILL):
             sys.exit(result.stderr)
-        dead = result.returncode != 0
-        kills += dead
-        places[place] += dead
-        progress += steps(killed) > before
-        print(f"{kills}: {kill}: {'killed' if dead else 'ended'} with {steps(killed)} steps written", flush=True)
-    result = live("kill-killed", "")
-    if result.returncode:
-        sys.exit(result.stderr)
-    (metrics, weights), (other_metrics, other_weights) = read(whole), read(killed)
-    summary = {"kills": kills, "places": dict(places), "lives_that_made_a_step": progress}
-    summary |= {"equal_metrics": metrics == other_metrics, "equal_weights": weights == other_weights}
+        return result.returncode == 0
+
+    for run in (whole, killed):
+        shutil.rmtree(run, ignore_errors=True)
+    live(whole, "")
+    expected = read(whole)
+    while places.total() < config.kills or killed.exists():
+        place = rng.choice(list(CALLS))
+        kill = f"{place} {rng.randint(1, CALLS[place])} {rng.uniform(0, 0.05):.4f}" if places.total() < config.kills else ""
+        ended = live(killed, kill)
+        file = killed / "metrics.jsonl"
+        print(f"{kill or 'left alone'}: {len(file.read_text().splitlines()) if file.exists() else 0} steps", flush=True)
+        if ended:
+            metrics, weights = read(killed)
+            ends.append((metrics == expected[0], weights == expected[1]))
+            shutil.rmtree(killed)
+        else:
+            places[place] += 1
+    summary = {"kills": places.total(), "places": dict(places), "ends": len(ends)}
+    summary |= {"equal_metrics": sum(m for m, _ in ends), "equal_weights": sum(w for _, w in ends)}
     print(json.dumps(summary))
-    sys.exit(not (summary["equal_metrics"] and summary["equal_weights"]))
+    sys.exit(any(end != (True, True) for end in ends))
 
 
 if __name__ == "__main__":
     main()
-elif os.environ.get("KILL"):
-    place, count, *delay = os.environ["KILL"].split()
-    arm(place, int(count), float(delay[0]) if delay else 0.0)
+elif os.environ.get("KILL") and (
+    os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+):
+    arm(*os.environ["KILL"].split())

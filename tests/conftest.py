@@ -89,9 +89,9 @@ def refusal(script, *arguments):
     return str(caught.value)
 
 
-def run_ranks(ranks, code, *arguments, timeout=300):
+def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None):
     """Run a Python file under torchrun with `ranks` gloo processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {"PYTHONPATH": path}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "--max-restarts", restarts]
+    folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {"PYTHONPATH": os.pathsep.join(folders), **(env or {})}
     return run_script(*torchrun, code, *arguments, timeout=timeout, env=env)

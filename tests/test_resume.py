@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+from unittest import mock
 
 import numpy
 import pytest
@@ -46,9 +47,11 @@ def saved(tmp_path_factory):
     """A directory with the checkpoints of steps 2 and 4, and the weights after step 7."""
     directory = tmp_path_factory.mktemp("saved")
     random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
-    run = fresh()
-    for step in (2, 4):
-        save(directory, step, train(*run, 2), mask=torch.tensor([True, False, True]), grid=torch.arange(6.0).view(2, 3))
+    run, extra = fresh(), {"mask": torch.tensor([True, False, True]), "grid": torch.arange(6.0).view(2, 3)}
+    with mock.patch.object(resume, "FILE_BYTES", 100_000):
+        for step in (2, 4):
+            save(directory, step, train(*run, 2), **extra)
+    assert len(list(directory.glob("step-000004/shard-*"))) > 1
     return directory, [p.detach().clone() for p in train(*run, 3)[0].parameters()]
 
 

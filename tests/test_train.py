@@ -75,16 +75,17 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     start = Qwen3.from_pretrained(TINY)
     assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), start.parameters(), strict=True))
 
-    # Killed between a checkpoint's own name and LATEST, then in a backward, then left alone; bench/kill.py is the module of
-    # its reward, and has more of it.
+    # Killed between a checkpoint's own name and LATEST, then sent SIGTERM amid generating, then left alone; bench/kill.py is
+    # the module of its reward, and has more of it.
     name = runs("second")
     killed, flags = ROOT / "runs" / name, [*SHORT, "--save-every", 1, "--reward", "kill:exact", "--resume", "auto"]
-    for place, lines, left in (("save 6", 1, "LATEST.partial step-000001"), ("backward 3", 1, "LATEST step-000001")):
+    for place, code, left in (("save 6", -signal.SIGKILL, "LATEST.partial"), ("rollout 1 0 SIGTERM", 75, "LATEST")):
         env = {"PYTHONPATH": str(ROOT / "bench"), "KILL": place}
         result = run_script("train.py", "--name", name, *flags, env=env)
-        assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
-        assert len(read_metrics(killed)) == lines
-        assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == left.split()
+        assert result.returncode == code, result.stderr[-3000:]
+        assert len(read_metrics(killed)) == 1
+        assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [left, "step-000001"]
+    assert "interrupted after step 1; --name test-second --resume auto goes on" in result.stderr
     train(name, *flags[len(SHORT) :], env={"PYTHONPATH": str(ROOT / "bench")})
     assert read_metrics(killed) == metrics
     assert (killed / "results.json").read_text() == (run / "results.json").read_text()
@@ -103,15 +104,20 @@ def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
             assert (old != new).float().mean() > 0.9, name
 
 
-def test_two_ranks_give_the_metrics_of_one_process(runs):
+def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
     """Several updates per rollout, dynamic sampling, a choice among all tokens, KL to a reference: everything that crosses
-    ranks. Passes so small that each rank would need another number of them."""
+    ranks. Passes so small that each rank would need another number of them. In the second run rank 1 is killed in step 2,
+    and torchrun starts both ranks again."""
     cov = ["--algorithm", "clip-cov", "--updates", 2, "--unselected", "frozen", "--tokens", "not-first"]
-    for label, flags in (("cov", cov), ("grpo", ["--algorithm", "grpo", "--beta", 0.04])):
+    grpo = ["--algorithm", "grpo", "--beta", 0.04]
+    killed = "--save-every 1 --resume auto --reward kill:exact".split()
+    for label, flags, more, restarts, kill in (("cov", cov, [], 0, ""), ("grpo", grpo, killed, 1, "step 2")):
         alone, _ = train(runs(f"{label}-1"), *flags)
         name = runs(f"{label}-2")
-        result = run_ranks(2, "train.py", "--name", name, *SHORT, *flags, "--tokens-per-pass", 25)
+        arguments = "--name", name, *SHORT, *flags, *more, "--tokens-per-pass", 25
+        result = run_ranks(2, "train.py", *arguments, restarts=restarts, env={"KILL": kill})
         assert result.returncode == 0, result.stderr[-3000:]
+        assert ("going on after step 1" in result.stdout) == (restarts == 1)
         for one, two in zip(read_metrics(alone), read_metrics(ROOT / "runs" / name), strict=True):
             for key in one.keys() - {"mismatch_mean", "mismatch_max", "mismatch_k3"}:  # rounding itself
                 expected = one[key] if one[key] is None else pytest.approx(one[key], rel=2e-3, abs=2e-5)
