@@ -132,7 +132,8 @@ def load(paths, parse_row, counts, seed, measure, limit, keep_long=False, progre
     """Files -> (rows of each that training draws from, tokens of the longest, lines about them for the user).
 
     counts: how many rows of each file, chosen by the seed (0: all; none for all of all). measure(row): its tokens. Rows of
-    more than `limit` tokens are dropped and counted, unless keep_long. Raises BadInput when nothing is left of a file.
+    more than `limit` tokens are dropped, counted and replaced by others, unless keep_long. Raises BadInput when a file has
+    too few, or none is left of it.
     """
     if counts and len(counts) != len(paths):
         raise BadInput(f"--data-rows has {len(counts)} numbers for {len(paths)} files")
@@ -141,15 +142,21 @@ def load(paths, parse_row, counts, seed, measure, limit, keep_long=False, progre
         rows = sources.read(path, parse_row)
         if count > len(rows):
             raise BadInput(f"--data-rows {count}: {path} has only {len(rows)} rows")
-        chosen = random.Random(f"{seed} rows").sample(rows, count) if count else rows
-        name = Path(path).name
-        tokens = [measure(row) for row in tqdm(chosen, desc=name, unit="row", disable=not progress, leave=False)]
-        fit = [row for row, n in zip(chosen, tokens) if keep_long or n <= limit]
+        name, fit, over = Path(path).name, [], 0
+        order = random.Random(f"{seed} rows").sample(rows, len(rows)) if count else rows
+        for row in tqdm(order, desc=name, unit="row", disable=not progress, leave=False):
+            tokens = measure(row)
+            over += tokens > limit
+            if keep_long or tokens <= limit:
+                fit.append(row)
+                longest = max(longest, min(tokens, limit))
+            if len(fit) == count:  # 0 is never reached
+                break
         if not fit:
-            raise BadInput(f"{path}: not one of {len(chosen)} rows fits in the {limit} tokens that the context leaves")
+            raise BadInput(f"{path}: not one of {len(rows)} rows fits in the {limit} tokens that the context leaves")
+        if len(fit) < count:
+            raise BadInput(f"--data-rows {count}: only {len(fit)} rows of {path} fit in the {limit} tokens that are left")
         files.append(fit)
-        longest = max(longest, *(min(n, limit) for n in tokens if keep_long or n <= limit))
-        over = sum(n > limit for n in tokens)
         note = f", {over} over {limit:,} tokens {'cut' if keep_long else 'dropped'}" if over else ""
         lines.append(f"data: {len(fit):,} of {len(rows):,} rows of {name}{note}")
     if repeated := sources.duplicates([row for rows in files for row in rows]):

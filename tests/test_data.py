@@ -178,8 +178,12 @@ def test_long_rows_are_dropped_and_counted_or_kept_and_repeats_are_reported(tmp_
     assert len(files[0]) == 5 and longest == 60 and lines[0] == "data: 5 of 5 rows of r.jsonl, 1 over 60 tokens cut"
     chosen = [data.load(*how, [3], seed, measure, 99, progress=False)[0][0] for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2] and len({row["id"] for row in chosen[0]}) == 3
+    replaced = [data.load(*how, [3], seed, measure, 40, progress=False) for seed in range(4)]
+    assert all(sorted(row["prompt"] for row in files[0]) == ["a", "a", "c"] for files, _, _ in replaced)
+    assert {lines[0] for _, _, lines in replaced} > {"data: 3 of 5 rows of r.jsonl, 2 over 40 tokens dropped"}
     for counts, limit, message in (
-        ([6], 99, "has only 5 rows"), ([1, 2], 99, "2 numbers for 1 files"), ([], 0, "not one of 5 rows fits in the 0"),
+        ([6], 99, "has only 5 rows"), ([4], 40, "only 3 rows of .*r.jsonl fit in the 40"),
+        ([1, 2], 99, "2 numbers for 1 files"), ([], 0, "not one of 5 rows fits in the 0"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=message):
             data.load(*how, counts, 0, measure, limit, progress=False)
