@@ -15,7 +15,9 @@ class Config:
     model: str = option("assets/tiny", "checkpoint directory to start from: config.json, safetensors, tokenizer.json")
     name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
     data: list[str] = option([], "files of prompts, see sources.py (default: --task, made on the fly)")
-    data_rows: list[int] = option([], "rows to use of each file, by the seed of those that fit; 0: all (default: all of all)", least=0)
+    data_rows: list[int] = option(
+        [], "rows to use of each file, by the seed of those that fit; 0: all (default: all of all)", least=0
+    )
     data_weights: list[float] = option(
         [], "share of each file among the prompts drawn (default: one pool of all rows)", above=0
     )

@@ -57,7 +57,9 @@ class Chats:
     """The part of the settings that is for training on --data."""
 
     data: list[str] = option([], "files of chats, see sources.py (default: none, a model is made from nothing)")
-    data_rows: list[int] = option([], "rows to use of each file, by the seed of those that fit; 0: all (default: all of all)", least=0)
+    data_rows: list[int] = option(
+        [], "rows to use of each file, by the seed of those that fit; 0: all (default: all of all)", least=0
+    )
     data_weights: list[float] = option(
         [], "share of each file among the documents drawn (default: one pool of all rows)", above=0
     )
