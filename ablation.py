@@ -213,7 +213,8 @@ def tables(runs, rates, winning):
         columns = list(outcomes(next(iter(next(iter(own.values())).values()))))
         rows = [["rows updated", "rate", "seeds", *columns, "moved", "others moved"]]
         pairs = [["difference", "seeds", "accuracy", "p", "reward area", "p"]]
-        dense = {rate: by_seed for (arm, rate), by_seed in own.items() if arm.rule == "all"}
+        dense = [who for who in own if who[0].rule == "all"]
+        others = [who for who in own if who[0].rule in ("bottom", "random")]
         for (arm, rate), by_seed in own.items():
             name = label(arm, rate, winning[family, True])
             cells = [interval([outcomes(r)[column] for r in by_seed.values()]) for column in columns]
@@ -221,10 +222,11 @@ def tables(runs, rates, winning):
             moved = ["-" if None in values else f"{np.mean(values):.1e}" for values in moved]
             shown = [f"{mean:.1f} ±{half:.1f}" for mean, half in cells]
             rows.append([name.partition(",")[0], f"{rate:g}", str(len(by_seed)), *shown, *moved])
-            if arm.rule != "all":
-                for other, baseline in dense.items():
-                    against = label(Arm(*family, "all", 0.3), other, winning[family, True])
-                    pairs.append([f"{name} - {against}", *differences(baseline, by_seed)])
+            for baseline in ([] if arm.rule == "all" else dense) + (
+                others if (arm.rule, arm.fraction) == ("top", 0.3) else []
+            ):
+                against = label(*baseline, winning[family, True])
+                pairs.append([f"{name} - {against}", *differences(own[baseline], by_seed)])
         yield f"## {family[0]}, {family[1]}\n"
         yield f"```\n{stats.table(rows)}\n\n{stats.table(pairs)}\n```\n"
         yield "Learning rates, by reward of the sweep's last quarter: " + "; ".join(
