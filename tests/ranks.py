@@ -1,6 +1,7 @@
-"""Run by torchrun from test_distributed.py: the same step on one process and sharded over ranks must agree.
+"""Run by torchrun from test_distributed.py: the same step on one process and over ranks must agree, sharded and replicated,
+a group of completions on each rank or shared by several.
 
-torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT {tied,untied}
+torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT EXPORT REPLICATE CONTEXT_PARALLEL
 """
 
 import sys
@@ -12,16 +13,17 @@ import torch.distributed as dist
 import grpo
 from checkpoint import full_tensor
 from model import Qwen3
+from parallel import context_group, weight_mesh
 from saliency import Tracker, mask_gradients, masked_step, select_rows
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # a mismatch fails, it does not hang
 rank, world = dist.get_rank(), dist.get_world_size()
-mesh = dist.init_device_mesh("cpu", (world,))
-checkpoint, export = sys.argv[1:]
+checkpoint, export, replicate, context_parallel = *sys.argv[1:3], *map(int, sys.argv[3:])
+mesh = weight_mesh("cpu", replicate) or dist.init_device_mesh("cpu", (1,))
 
 generator = torch.Generator().manual_seed(0)
 draw = lambda n: torch.randint(0, 101, (n,), generator=generator)  # noqa: E731
-groups = [(draw(5 + 9 * i), [draw(n) for n in (3, 1, 1 + i)]) for i in range(6)]
+groups = [(draw(1 + 9 * i), [draw(n) for n in (3, 1, 1 + i)]) for i in range(6)]
 advantages = torch.randn(6, 3, generator=generator)
 tokens = sum(len(c) for _, completions in groups for c in completions)
 
@@ -35,34 +37,42 @@ def loss(i, part, logprobs, scale):
 
 
 def step(model, indices, scale, checkpointing, two_stage):
-    """Masked gradients of `indices` of the groups, and the norm that clipping saw."""
-    model.checkpointing = checkpointing
-    with Tracker(model) as tracker:
+    """Masked gradients of `indices` of the groups -> their log-probabilities and entropies {group: (N, 2)}, magnitudes, masks,
+    the norm that clipping saw."""
+    model.checkpointing, values = checkpointing, {}
+    with Tracker(model, tokens="not-first") as tracker:
         for i in indices:
             prompt, completions = groups[i]
-            if not two_stage:
-                loss(i, [0, 1, 2], torch.cat(model.group_logprobs(prompt, completions, 1.3)), scale).backward()
-                continue
             read = model.read(prompt)
-            leaves = read.detach()
-            for part in ([2, 0], [1]):
-                logprobs, _ = model.completion_logprobs(leaves, [completions[j] for j in part], 1.3)
-                loss(i, part, logprobs, scale).backward()
-            read.backward(leaves)
+            leaves = read.detach() if two_stage else read
+            for part in ([0, 2], [1]) if two_stage else ([0, 2, 1],):  # one token alone is fewer than ranks
+                logprobs, entropies = model.completion_logprobs(leaves, [completions[j] for j in part], 1.3)
+                (loss(i, part, logprobs, scale) - 0.01 * scale * entropies.sum()).backward()
+                values.setdefault(i, []).append(torch.stack((logprobs, entropies), 1).detach())
+            if two_stage:
+                read.backward(leaves)
+    values = {i: torch.cat(parts) for i, parts in values.items()}
     magnitudes = tracker.magnitudes()
     masks = select_rows(magnitudes, 0.3)
     mask_gradients(model, masks)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-    return magnitudes, masks, norm
+    return values, magnitudes, masks, norm
 
 
 whole = Qwen3.from_pretrained(checkpoint)
-expected_magnitudes, expected_masks, expected_norm = step(whole, range(6), 1.0, checkpointing=False, two_stage=False)
+expected_values, expected_magnitudes, expected_masks, expected_norm = step(whole, range(6), 1.0, False, False)
 
 sharded = Qwen3.from_pretrained(checkpoint, mesh=mesh)
-for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
+ways = [(True, False, 1), (False, True, 1), (True, True, 1)]
+if context_parallel > 1:
+    ways += [(False, False, context_parallel), (True, True, context_parallel)]
+for checkpointing, two_stage, n in ways:
+    sharded.context = context_group("cpu", n)
     sharded.zero_grad()
-    magnitudes, masks, norm = step(sharded, range(rank, 6, world), world, checkpointing, two_stage)
+    indices = range(rank // n, 6, world // n)
+    values, magnitudes, masks, norm = step(sharded, indices, world, checkpointing, two_stage)
+    for i in indices:
+        torch.testing.assert_close(values[i], expected_values[i], rtol=1e-5, atol=1e-5)
     for name, magnitude in magnitudes.items():  # every rank saw all groups, so both are averages over 18 sequences
         torch.testing.assert_close(magnitude, expected_magnitudes[name], rtol=1e-5, atol=1e-6)
     for name, mask in masks.items():
