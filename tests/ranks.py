@@ -62,14 +62,10 @@ def step(model, indices, scale, checkpointing, two_stage):
 whole = Qwen3.from_pretrained(checkpoint)
 expected_values, expected_magnitudes, expected_masks, expected_norm = step(whole, range(6), 1.0, False, False)
 
-sharded = Qwen3.from_pretrained(checkpoint, mesh=mesh)
-ways = [(True, False, 1), (False, True, 1), (True, True, 1)]
-if context_parallel > 1:
-    ways += [(False, False, context_parallel), (True, True, context_parallel)]
-for checkpointing, two_stage, n in ways:
-    sharded.context = context_group("cpu", n)
+sharded = Qwen3.from_pretrained(checkpoint, mesh=mesh, context=context_group("cpu", context_parallel))
+indices = range(rank // context_parallel, 6, world // context_parallel)
+for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
     sharded.zero_grad()
-    indices = range(rank // n, 6, world // n)
     values, magnitudes, masks, norm = step(sharded, indices, world, checkpointing, two_stage)
     for i in indices:
         torch.testing.assert_close(values[i], expected_values[i], rtol=1e-5, atol=1e-5)
