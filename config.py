@@ -85,6 +85,10 @@ class Config:
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.5, "share of GPU memory for vLLM while it generates; freed while training", above=0)
     tokens_per_pass: int = option(8192, "completion tokens of a group that train at once; sets the peak of memory", least=1)
+    context_parallel: int = option(1, "ranks that share a group's tokens, for prompts too long for one GPU", least=1)
+    replicate: int = option(
+        0, "copies of the model, each sharded over ranks / copies GPUs (0: one on each of torchrun's nodes)", least=0
+    )
     checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
     plan: bool = option(False, "print the memory and tokens a step needs on GPUs, from this configuration alone, and stop")
     ranks: int = option(0, "--plan: for so many GPUs (0: as many as torchrun started)", least=0)
@@ -101,11 +105,17 @@ def check(config, world, cuda):
         raise BadInput(f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train")
     if not 0 <= config.adam_beta2 < 1:
         raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
+    if world % config.context_parallel:
+        raise BadInput(f"--context-parallel {config.context_parallel} does not divide the {world} ranks")
+    if config.replicate and world % config.replicate:
+        raise BadInput(f"--replicate {config.replicate} does not divide the {world} ranks")
     groups_per_update, uneven = divmod(config.prompts, config.updates)
-    if uneven or groups_per_update % world:
+    trainers = world // config.context_parallel
+    if uneven or groups_per_update % trainers:
+        who = "ranks" if config.context_parallel == 1 else f"context groups of {config.context_parallel} ranks"
         raise BadInput(
-            f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {world} ranks need a multiple of "
-            f"{config.updates * world}"
+            f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {trainers} {who} need a multiple of "
+            f"{config.updates * trainers}"
         )
     if world % config.tensor_parallel:
         raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")

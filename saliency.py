@@ -48,9 +48,10 @@ class Tracker:
         self.model.tracker = None
 
     def add(self, squares, prompt=None):
-        """Called by the model once per forward, by the ranks of a context group together. squares: per layer .q (S, H, D)
-        and .k (S, Hk, D) fp32, sums of squares over the tokens of S sequences; prompt: the same of the one prompt (S = 1) that
-        all of them share."""
+        """Called by the model once per forward, by the ranks of a context group together.
+
+        squares: per layer .q (S, H, D) and .k (S, Hk, D) fp32, sums of squares over the tokens of S sequences; prompt: the
+        same of the one prompt (S = 1) that all of them share."""
         sums = [each for layer in squares for each in (layer.q, layer.k)]
         if prompt:
             own = 0 if self.tokens == "prompt" else 1

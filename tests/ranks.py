@@ -19,7 +19,7 @@ from saliency import Tracker, mask_gradients, masked_step, select_rows
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # a mismatch fails, it does not hang
 rank, world = dist.get_rank(), dist.get_world_size()
 checkpoint, export, replicate, context_parallel = *sys.argv[1:3], *map(int, sys.argv[3:])
-mesh = weight_mesh("cpu", replicate) or dist.init_device_mesh("cpu", (1,))
+mesh = weight_mesh("cpu", replicate)
 
 generator = torch.Generator().manual_seed(0)
 draw = lambda n: torch.randint(0, 101, (n,), generator=generator)  # noqa: E731
@@ -37,8 +37,8 @@ def loss(i, part, logprobs, scale):
 
 
 def step(model, indices, scale, checkpointing, two_stage):
-    """Masked gradients of `indices` of the groups -> their log-probabilities and entropies {group: (N, 2)}, magnitudes, masks,
-    the norm that clipping saw."""
+    """Leaves masked gradients of `indices` of the groups -> their log-probabilities and entropies {group: (N, 2)},
+    magnitudes, masks, the norm that clipping saw."""
     model.checkpointing, values = checkpointing, {}
     with Tracker(model, tokens="not-first") as tracker:
         for i in indices:

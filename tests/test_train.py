@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, refusal, run_ranks, run_script
+from conftest import ROOT, refusal, run_nodes, run_ranks, run_script
 
 from cli import BadInput
 from config import Config, check
@@ -93,12 +93,17 @@ def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
 
 def test_two_ranks_give_the_metrics_of_one_process(runs):
     """Several updates per rollout, dynamic sampling, a choice among all tokens, KL to a reference: everything that crosses
-    ranks. Passes so small that each rank would need another number of them."""
+    ranks. Passes so small that each rank would need another number of them. The two are nodes with a replica each, or one
+    context group."""
     cov = ["--algorithm", "clip-cov", "--updates", 2, "--unselected", "frozen", "--tokens", "not-first"]
-    for label, flags in (("cov", cov), ("grpo", ["--algorithm", "grpo", "--beta", 0.04])):
+    grpo = ["--algorithm", "grpo", "--beta", 0.04]
+    for label, flags, run, sharing in (("cov", cov, run_nodes, 1), ("grpo", grpo, run_ranks, 2)):
         alone, _ = train(runs(f"{label}-1"), *flags)
         name = runs(f"{label}-2")
-        result = run_ranks(2, "train.py", "--name", name, *SHORT, *flags, "--tokens-per-pass", 25)
+        flags += ["--tokens-per-pass", 25, "--context-parallel", sharing]
+        result = run(2, "train.py", "--name", name, *SHORT, *flags)
+        settings = json.loads((ROOT / "runs" / name / "config.json").read_text())
+        assert settings["replicate"] == (2 if run is run_nodes else 1)
         assert result.returncode == 0, result.stderr[-3000:]
         for one, two in zip(read_metrics(alone), read_metrics(ROOT / "runs" / name), strict=True):
             for key in one.keys() - {"mismatch_mean", "mismatch_max", "mismatch_k3"}:  # rounding itself
