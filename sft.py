@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import curriculum
 import data
+import parallel
 import plot
 import resume
 import schedule
@@ -151,7 +152,8 @@ if world > 1 or cuda:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 if cuda:
     torch.cuda.set_device(device)
-mesh = dist.init_device_mesh(device.type, (world,)) if dist.is_initialized() else None
+nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's --nnodes; each holds a replica
+mesh = parallel.weight_mesh(device.type, nodes) if dist.is_initialized() else None
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
 model.checkpointing = config.checkpointing
 optimizer = torch.optim.AdamW(
