@@ -10,7 +10,8 @@ sampling; arms of one seed differ in nothing but their flags. GRPO trains on eve
 prompts; DAPO draws until enough groups differ, so its arms see prompts of the same sequence, more or fewer of them. Each
 rollout feeds two updates: with one, all ratios are 1 and clipping does nothing (rl.md A.1). A learning rate wins by the mean
 reward of the last quarter of the sweep's steps, on prompts that it meets for the first time; held-out prompts do not take
-part. bottom and random run at top's.
+part. bottom and random run at top's rate, and so does dense training a second time where its own is another: that
+comparison differs in nothing but the rows, the other is of each at its best.
 
 A run that is in results.jsonl is not run again; one that was interrupted starts anew. --out holds
     results.jsonl   a run a line: task, algorithm, rule, fraction, learning_rate, seed; flags; rewards (mean reward of all
@@ -157,7 +158,7 @@ HEAD = f"""# Ablation: which rows of W_Q and W_K are updated
 Means over seeds ± half a 95% interval (Student's t). acc. at N: accuracy on held-out prompts of N tokens at temperature
 1, per cent; accuracy: mean over those lengths. reward area: mean training reward over the steps, per cent. steps to
 {TARGET:g}: the first whose training reward reaches it (one more than there were if none does). moved: root mean square
-change of a weight in an update, in selected rows and in others. Differences are to `all` of the same seed; p: random sign
+change of a weight in an update, in selected rows and in others. Differences pair runs of the same seed; p: random sign
 flips.
 """
 
@@ -183,59 +184,82 @@ def outcomes(record):
     }
 
 
+def label(arm, rate, own):
+    """A row's name; dense training at a rate that is not its own says so."""
+    if arm.rule != "all":
+        return f"{arm.rule} {arm.fraction:.0%}"
+    return "all" if rate == own else f"all, at {rate:g}"
+
+
+def differences(baseline, by_seed):
+    """Cells of by_seed minus baseline, {seed: record} both: seeds in both, then for accuracy and reward area the mean with
+    its 95% interval and the p-value."""
+    both = [seed for seed in by_seed if seed in baseline]
+    cells = [str(len(both))]
+    for column in ("accuracy", "reward area"):
+        a, b = [[outcomes(source[seed])[column] for seed in both] for source in (baseline, by_seed)]
+        mean, half = interval(np.subtract(b, a)) if both else (float("nan"), float("nan"))
+        cells += [f"{mean:+.2f} ±{half:.2f}", f"{stats.paired(a, b)['p']:.3f}"] if len(both) > 1 else ["-", "-"]
+    return cells
+
+
 def tables(runs, rates, winning):
-    """runs: {arm: {seed: record}} -> lines of report.md."""
+    """runs: {(arm, learning rate): {seed: record}} -> lines of report.md."""
     yield HEAD
     for family in FAMILIES:
-        own = {arm: by_seed for arm, by_seed in runs.items() if arm[:2] == family}
+        own = {who: by_seed for who, by_seed in runs.items() if who[0][:2] == family}
         if not own:
             continue
         columns = list(outcomes(next(iter(next(iter(own.values())).values()))))
-        rows = [["rows updated", "seeds", *columns, "moved", "others moved"]]
-        pairs = [["rows updated", "seeds", "accuracy - all", "p", "reward area - all", "p"]]
-        for arm, by_seed in own.items():
-            label = arm.rule if arm.rule == "all" else f"{arm.rule} {arm.fraction:.0%}"
+        rows = [["rows updated", "rate", "seeds", *columns, "moved", "others moved"]]
+        pairs = [["difference", "seeds", "accuracy", "p", "reward area", "p"]]
+        dense = {rate: by_seed for (arm, rate), by_seed in own.items() if arm.rule == "all"}
+        for (arm, rate), by_seed in own.items():
+            name = label(arm, rate, winning[family, True])
             cells = [interval([outcomes(r)[column] for r in by_seed.values()]) for column in columns]
-            moved = [[r[name] for r in by_seed.values()] for name in ("moved_selected", "moved_unselected")]
+            moved = [[r[key] for r in by_seed.values()] for key in ("moved_selected", "moved_unselected")]
             moved = ["-" if None in values else f"{np.mean(values):.1e}" for values in moved]
-            rows.append([label, str(len(by_seed)), *[f"{mean:.1f} ±{half:.1f}" for mean, half in cells], *moved])
-            dense = runs.get(Arm(*family, "all", 0.3), {})
-            both = [seed for seed in by_seed if seed in dense]
-            if arm.rule == "all" or len(both) < 2:
-                continue
-            pairs.append([label, str(len(both))])
-            for column in ("accuracy", "reward area"):
-                a, b = [[outcomes(source[seed])[column] for seed in both] for source in (dense, by_seed)]
-                mean, half = interval(np.subtract(b, a))
-                pairs[-1] += [f"{mean:+.2f} ±{half:.2f}", f"{stats.paired(a, b)['p']:.3f}"]
+            shown = [f"{mean:.1f} ±{half:.1f}" for mean, half in cells]
+            rows.append([name.partition(",")[0], f"{rate:g}", str(len(by_seed)), *shown, *moved])
+            if arm.rule != "all":
+                for other, baseline in dense.items():
+                    against = label(Arm(*family, "all", 0.3), other, winning[family, True])
+                    pairs.append([f"{name} - {against}", *differences(baseline, by_seed)])
         yield f"## {family[0]}, {family[1]}\n"
         yield f"```\n{stats.table(rows)}\n\n{stats.table(pairs)}\n```\n"
         yield "Learning rates, by reward of the sweep's last quarter: " + "; ".join(
-            f"{'all' if dense else 'top'}: "
-            + ", ".join(f"{rate:g} {reward:.3f}" for rate, reward in sorted(rates[family, dense].items()))
-            + f" -> {winning[family, dense]:g}"
-            for dense in (True, False)
+            f"{'all' if whether else 'top'}: "
+            + ", ".join(f"{rate:g} {reward:.3f}" for rate, reward in sorted(rates[family, whether].items()))
+            + f" -> {winning[family, whether]:g}"
+            for whether in (True, False)
         )
         yield ""
 
 
+def compared(winning):
+    """(arm, learning rate) of every run that `compare` makes for each seed, dense training also at top's rate."""
+    rates = lambda arm: {winning[arm[:2], dense] for dense in ((True, False) if arm.rule == "all" else (False,))}  # noqa: E731
+    return [(arm, rate) for arm in COMPARE for rate in sorted(rates(arm))]
+
+
 def report(records, out):
     rates, winning = winners(records, out)
-    runs = defaultdict(dict)
+    wanted, runs = compared(winning), defaultdict(dict)
     for record in records:
-        arm, learning_rate, seed = key(record)
-        if arm in COMPARE and learning_rate == winning[arm[:2], arm.rule == "all"] and seed not in SWEEP_SEEDS:
-            runs[arm][seed] = record
-    runs = {arm: runs[arm] for arm in COMPARE if arm in runs}
+        arm, rate, seed = key(record)
+        if (arm, rate) in wanted and seed not in SWEEP_SEEDS:
+            runs[arm, rate][seed] = record
+    runs = {who: runs[who] for who in wanted if who in runs}
     text = "\n".join(tables(runs, rates, winning))
     (out / "report.md").write_text(text)
     print(text)
-    of = lambda label, arms: {label(arm): [r["rewards"] for r in runs[arm].values()] for arm in arms if arm in runs}  # noqa: E731
     panels = {}
     for family in FAMILIES:
-        panels[", ".join(family)] = of(lambda a: a.rule, [a for a in COMPARE if a[:2] == family and a.fraction == 0.3])
-    of_top = [a for a in COMPARE if a[:2] == FAMILIES[0] and a.rule in ("top", "all")]
-    panels["recall, dapo, top rows"] = of(lambda a: a.rule if a.rule == "all" else f"{a.fraction:.0%}", of_top)
+        panels[", ".join(family)] = [who for who in runs if who[0][:2] == family and who[0].fraction == 0.3]
+    panels["recall, dapo, top rows"] = [who for who in runs if who[0][:2] == FAMILIES[0] and who[0].rule in ("top", "all")]
+    for title, arms in panels.items():
+        own = winning[arms[0][0][:2], True] if arms else None
+        panels[title] = {label(*who, own): [r["rewards"] for r in runs[who].values()] for who in arms}
     plot.reward_bands(out / "ablation.png", {title: curves for title, curves in panels.items() if curves})
     print(f"{out}/report.md  {out}/ablation.png")
 
@@ -256,8 +280,7 @@ if __name__ == "__main__":
         run_all(config, out, [(arm, rate, seed) for seed in SWEEP_SEEDS for arm in SWEEP for rate in LEARNING_RATES], done)
     elif config.what == "compare":
         _, winning = winners(records, out)
-        rate = lambda arm: winning[arm[:2], arm.rule == "all"]  # noqa: E731
-        run_all(config, out, [(arm, rate(arm), seed) for seed in range(config.seeds) for arm in COMPARE], done)
+        run_all(config, out, [(*who, seed) for seed in range(config.seeds) for who in compared(winning)], done)
     if config.what == "sweep":
         sys.exit()
     report([json.loads(line) for line in path.read_text().splitlines()], out)

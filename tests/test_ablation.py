@@ -58,17 +58,30 @@ def test_a_run_is_judged_by_these_numbers():
     assert ablation.outcomes(record(COMPARE[0], 1e-3, 0, 0.5))["steps to 0.7"] == 17
 
 
+def test_what_is_compared_at_which_rate(tmp_path):
+    """Each at the rate it won by; dense training at LongAct's as well, since the rate moves all weights."""
+    _, winning = ablation.winners(swept(), tmp_path)
+    wanted = ablation.compared(winning)
+    assert {rate for arm, rate in wanted if arm.rule == "all"} == {1e-3, 1e-4}
+    assert {rate for arm, rate in wanted if arm.rule != "all"} == {1e-4}
+    assert len(wanted) == len(set(wanted)) == len(COMPARE) + len(FAMILIES)
+    assert len(ablation.compared(dict.fromkeys(winning, 3e-4))) == len(COMPARE)
+
+
 def test_the_report_pairs_by_seed(tmp_path, capsys):
-    """top is better than all by 2 points of reward in every seed, whatever the seed does."""
-    records = swept()
+    """top is better than all by 2 points of reward in every seed, whatever the seed does, and than all at its rate by 5."""
+    records, dense = swept(), Arm("recall", "dapo", "all", 0.3)
     for seed, level in enumerate([0.5, 0.6, 0.7, 0.8]):
-        records.append(record(Arm("recall", "dapo", "all", 0.3), 1e-3, seed, level))
-        records.append(record(Arm("recall", "dapo", "top", 0.3), 1e-4, seed, level + 0.02))
-        records.append(record(Arm("recall", "dapo", "bottom", 0.3), 3e-4, seed, 0.1))  # not at the winning rate: not shown
+        records.append(record(dense, 1e-3, seed, level))
+        records.append(record(dense, 1e-4, seed, level - 0.03))
+        records.append(record(dense._replace(rule="top"), 1e-4, seed, level + 0.02))
+        records.append(record(dense._replace(rule="bottom"), 3e-4, seed, 0.1))  # not at its rate: not shown
     ablation.report(records, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert text.strip() in capsys.readouterr().out
-    (line,) = [line for line in text.splitlines() if line.startswith("top 30%") and "+2.00 ±0.00" in line]
+    lines = {line.split("  ")[0]: line for line in text.splitlines() if line.startswith("top 30% - ")}
+    assert lines.keys() == {"top 30% - all", "top 30% - all, at 0.0001"}
+    assert "+2.00 ±0.00" in lines["top 30% - all"] and "+5.00 ±0.00" in lines["top 30% - all, at 0.0001"]
     assert "bottom" not in text and (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 

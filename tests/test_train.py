@@ -223,8 +223,8 @@ def toml(tmp_path, text):
 @pytest.mark.parametrize("case", REFUSALS)
 def test_bad_input_is_refused_before_anything_takes_time(case, tmp_path):
     make, message = REFUSALS[case]
-    assert message in refusal("train.py", "--name", "test-refused", "--eval-prompts", 4, *make(tmp_path))
-    assert not (ROOT / "runs" / "test-refused").exists()
+    assert message in refusal("train.py", "--name", "test-early", "--eval-prompts", 4, *make(tmp_path))
+    assert not (ROOT / "runs" / "test-early").exists()
 
 
 def test_a_refusal_is_one_line_and_exit_code_1(runs):
