@@ -5,7 +5,6 @@ FSDP2. transformers and vLLM load what is written as it is.
 """
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+import durable
 from cli import BadInput
 
 SHARD_BYTES = 5 * 10**9  # size of one safetensors file, Hugging Face's default
@@ -166,6 +166,8 @@ def load_weights(model, directory):
     for name, stored in stored_tensors(check_weights(model, directory)):
         local, first = local_rows(parameters[name])
         local.copy_(stored[first : first + len(local)])
+        if not local.isfinite().all():
+            raise BadInput(f"{directory}: {name} has values that are not finite")
 
 
 def stored_tensors(files):
@@ -184,7 +186,7 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None):
     """Write a Hugging Face directory: config.json, safetensors in shards of at most 5 GB with an index if several.
 
     Every rank must call it (sharded parameters are gathered one at a time); rank 0 writes to a temporary name
-    beside `directory` and renames. `companions_from`: directory whose tokenizer files are copied along.
+    beside `directory`, has it on disk and renames. `companions_from`: directory whose tokenizer files are copied along.
     """
     directory = Path(directory)
     writer = not dist.is_initialized() or dist.get_rank() == 0
@@ -211,7 +213,10 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None):
                 tensors[name] = tensor.to("cpu", dtype).contiguous()
             index[name] = file
         if writer:
-            save_file(tensors, partial / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # its kind of OSError
+                raise BadInput(f"{partial / file} cannot be written: {error}") from error
     if not writer:
         return
     if len(shards) > 1:
@@ -222,14 +227,7 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None):
     for name in COMPANIONS if companions_from else ():
         if (Path(companions_from) / name).exists():
             shutil.copyfile(Path(companions_from) / name, partial / name)
-    if directory.exists():
-        old = directory.with_name(directory.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(directory, old)
-        os.replace(partial, directory)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, directory)
+    durable.publish(partial, directory)
 
 
 def full_tensor(parameter):

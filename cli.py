@@ -7,6 +7,7 @@ Order of precedence: the flag, then the file, then the default.
 
 import argparse
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -105,11 +106,16 @@ def _read_toml(path, config_class, types):
     return values
 
 
+# A disk that is full, over quota, over a file's limit, or not ours to write to.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def one_line_errors():
-    """From here on a BadInput ends the process with its one line and exit code 1; other errors keep their traceback."""
+    """From here on a BadInput, or a disk that takes nothing more, ends the process with one line and exit code 1; other
+    errors keep their traceback."""
 
     def hook(kind, error, traceback):
-        if not issubclass(kind, BadInput):
+        if not issubclass(kind, BadInput) and getattr(error, "errno", None) not in DISK_ERRORS:
             return sys.__excepthook__(kind, error, traceback)
         rank = os.environ.get("RANK", "0")
         where = Path(sys.argv[0]).name + (f" (rank {rank})" if rank != "0" else "")

@@ -40,6 +40,14 @@ class Config:
     eval_filler: list[int] = option(
         [], "task: filler sentences of held-out passages, evaluated each (default: --filler)", least=0
     )
+    # what an interruption costs
+    save_every: int = option(20, "steps between checkpoints; there is one after the last step, too", least=1)
+    keep: int = option(2, "newest checkpoints to keep; with 2 there is one left should the other be damaged", least=1)
+    resume: str = option(
+        "",
+        "go on with run --name: auto, from its newest checkpoint that is whole (none: from the start); or the path of one",
+    )
+    max_skips: int = option(3, "updates in a row skipped for numbers that are not finite; one more ends the run", least=0)
     # the algorithm
     algorithm: str = option("dapo", "the README lists what belongs to each", list(EPSILONS))
     temperature: float = option(1.0, "sampling temperature; the trainer's log-probabilities use the same", above=0)
@@ -95,6 +103,14 @@ class Config:
     gpu_memory: float = option(80.0, "--plan: GiB of a GPU, to say whether it fits", above=0)
 
 
+# What may differ when a run goes on: where it lies and how long it gets; what rounding is all they can change. By contents,
+# resume.settings compares the files of model and data.
+MAY_CHANGE = (
+    "name model data steps save_every keep resume max_skips max_rounds eval_before mismatch_limit tensor_parallel "
+    "vllm_share tokens_per_pass checkpointing context_parallel replicate plan ranks gpu_memory"
+).split()
+
+
 def check(config, world, cuda):
     """Raises BadInput for settings that contradict each other or the number of ranks."""
     if not 0 < config.fraction <= 1:
@@ -117,6 +133,8 @@ def check(config, world, cuda):
             f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {trainers} {who} need a multiple of "
             f"{config.updates * trainers}"
         )
+    if config.resume and not config.name:
+        raise BadInput(f"--resume {config.resume} needs the --name of the run that goes on")
     if world % config.tensor_parallel:
         raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")
     if config.tensor_parallel > 1 and not cuda and not config.plan:

@@ -153,7 +153,6 @@ def make(config, rate, out):
     model = Qwen3.from_config(model_config, generator=torch.Generator().manual_seed(config.seed))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
     rng = random.Random(f"{config.seed} sft")
-    out.mkdir(parents=True)
     metrics_file, total = open(out / "metrics.jsonl", "w"), itertools.count(1)
 
     for stage in ("copy", "recall"):

@@ -9,8 +9,8 @@ restart, attention stays within a document (attention.py), and the loss is the m
 neither packing nor the number of ranks changes what is computed. Documents longer than --context are dropped and counted.
 
 A run leaves in --out: config.json (every setting), metrics.jsonl, loss.png, checkpoint/ (a Hugging Face directory), and
-while it is not finished resume/: the same command with --resume goes on from there (to the same weights, on a CPU bit for
-bit).
+checkpoints/ that the same command with --resume auto goes on from (resume.py; to the same weights, on a CPU bit for bit). At
+SIGTERM and SIGINT it saves and exits with code 75 (interrupt.py).
 
 metrics.jsonl, one object a step
   step, epoch                  steps done; how often the rows have been drawn on average
@@ -28,7 +28,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from tqdm import tqdm
 
 import curriculum
 import data
+import durable
 import parallel
 import plot
 import resume
@@ -47,6 +47,7 @@ import schedule
 import sources
 from checkpoint import check_weights, full_tensor
 from cli import BadInput, one_line_errors, option, parse
+from interrupt import EXIT_CODE, Interrupt
 from model import Qwen3, Qwen3Config
 
 
@@ -63,8 +64,11 @@ class Chats:
     context: int = option(0, "tokens of the longest document (0: what the model's config allows)", least=0)
     tokens_per_pass: int = option(16384, "tokens of documents that train at once; sets the peak of memory", least=1)
     checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
-    save_every: int = option(100, "steps between two states that --resume can go on from (0: none)", least=0)
-    resume: bool = option(False, "go on with the run in --out from its last saved state")
+    save_every: int = option(100, "steps between checkpoints; there is one after the last step, too", least=1)
+    keep: int = option(2, "newest checkpoints to keep; with 2 there is one left should the other be damaged", least=1)
+    resume: str = option(
+        "", "go on with the run in --out: auto, from its newest checkpoint that is whole (none: from the start); or a path"
+    )
 
 
 @dataclass
@@ -92,9 +96,6 @@ for field in dataclasses.fields(curriculum.Settings if config.data else Chats):
 if not 0 <= config.adam_beta2 < 1:
     raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
 out = Path(config.out)
-if out.exists() and not config.resume:
-    more = "; --resume goes on with it" if (out / "resume").exists() else ""
-    raise BadInput(f"--out {out} exists already{more}; name another directory or remove it")
 
 
 def learning_rate(step, steps):
@@ -105,6 +106,7 @@ def learning_rate(step, steps):
 
 if not config.data:
     config.steps, config.learning_rate = config.steps or 1200, config.learning_rate or 3e-3
+    lock = resume.claim(out, "")
     curriculum.make(config, learning_rate, out)
     sys.exit()
 
@@ -152,6 +154,13 @@ if world > 1 or cuda:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 if cuda:
     torch.cuda.set_device(device)
+
+# What may differ when the run goes on; the data's and the model's files are compared by what is in them.
+may_change = "out data model resume save_every keep tokens_per_pass checkpointing".split()
+lock = resume.claim(out, config.resume) if main else None
+fixed = resume.settings(config, may_change)
+checkpoint, state = resume.find(out / "checkpoints", config.resume, fixed) if config.resume else (None, None)
+
 nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's --nnodes; each holds a replica
 mesh = parallel.weight_mesh(device.type, nodes) if dist.is_initialized() else None
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
@@ -160,33 +169,25 @@ optimizer = torch.optim.AdamW(
     model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
 )
 
-# What must be the same when a run goes on; the others may change.
-free = ("out", "data", "resume", "save_every", "tokens_per_pass", "checkpointing")
-fixed = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
-fixed["digest of data"] = sources.digest(config.data)
-done = 0
-if config.resume:
-    saved, state = resume.newest(out / "resume")
-    if saved is None:
-        raise BadInput(f"--resume: {out} has no saved state to go on from")
-    for key in fixed:
-        if state["settings"].get(key) != fixed[key]:
-            raise BadInput(f"--resume: {key} was {state['settings'].get(key)}, now it is {fixed[key]}")
-    resume.load(saved, model, optimizer)
-    done = state["step"]
+if checkpoint:
+    resume.load(checkpoint, model, optimizer)
+    resume.set_random_states(state["random"])
+done = state["step"] if checkpoint else 0
 if main:
-    out.mkdir(parents=True, exist_ok=True)
     settings = {**dataclasses.asdict(config), "ranks": world, "device": str(device)}
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    if done:  # steps after the saved state come again
-        kept = (out / "metrics.jsonl").read_text().splitlines(keepends=True)[:done]
-        (out / "metrics.partial").write_text("".join(kept))
-        os.replace(out / "metrics.partial", out / "metrics.jsonl")
+    durable.write(out / "config.json", json.dumps(settings, indent=2) + "\n")
+    metrics_file = resume.open_metrics(out / "metrics.jsonl", done)
+
+
+def save(step):
+    state = {"settings": fixed, "random": resume.random_states()}
+    resume.save(out / "checkpoints", step, model, optimizer, state, {}, config.keep)
+
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
-metrics_file = open(out / "metrics.jsonl", "a") if main else None
 bar = tqdm(total=config.steps, initial=done, desc="sft", unit="step", disable=not main)
+interrupt = Interrupt()
 for step in range(done + 1, config.steps + 1):
     started = time.perf_counter()
     rows = [source[i] for i in range((step - 1) * config.batch, step * config.batch)]
@@ -231,22 +232,29 @@ for step in range(done + 1, config.steps + 1):
             "seconds": round(elapsed, 4),
             "tokens_per_second": round(tokens / elapsed, 1),
         }
-        print(json.dumps(metrics), file=metrics_file, flush=True)
+        durable.append(metrics_file, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
         bar.update()
-    if config.save_every and step % config.save_every == 0 and step < config.steps:
-        resume.save(out / "resume", step, model, optimizer, {"settings": fixed})
+    stop = interrupt.asked()
+    if stop or step % config.save_every == 0 or step == config.steps:
+        save(step)
+    if stop:
+        break
 
 # --------------------------------------------------------------------------------------------------------------- end
 
 bar.close()
+if interrupt.asked():
+    if main:
+        print(f"interrupted; --out {out} --resume auto goes on", file=sys.stderr)
+    sys.exit(EXIT_CODE)
+interrupt.close()
 model.save_pretrained(out / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
     # Whatever a base model stops at, this one ends its turn.
     path = out / "checkpoint" / "generation_config.json"
     generation = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
-    shutil.rmtree(out / "resume", ignore_errors=True)
+    durable.write(path, json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
     plot.loss_curve(out)
     print(f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
 if mesh:

@@ -25,33 +25,8 @@ Where we depart from the papers, or had to choose
 - Clip-Cov and KL-Cov choose their tokens once per update, by the sampler's log-probabilities (cov.py says why).
 - vLLM's log-probabilities and ours differ by rounding; truncated importance sampling corrects it (--importance-cap).
 
-metrics.jsonl, one object a step
-  step, prompts_drawn          steps done; prompts drawn from the source so far
-  reward, accuracy             mean reward of all sampled completions; share of them with reward >= 1
-  all_right, all_wrong         share of sampled groups whose rewards are all equal and >= 1, all equal and below
-  rounds                       generation rounds dynamic sampling needed
-  completion_tokens, finished  mean length of a trained completion; share of them that stopped by themselves
-  loss                         the policy loss. With one update per rollout every ratio is 1 and a group's advantages sum to
-                               0, so it reads near 0 (with equal lengths exactly 0) however well training goes: watch
-                               reward. Its gradient is not 0.
-  ratio, clip_fraction         mean pi / pi_old (gspo: of completions, by tokens); share of tokens whose gradient clipping,
-                               or clip-cov, removed
-  entropy, kl                  mean entropy of the policy per token, nats; mean k3 to the reference model (0 if --beta 0)
-  mismatch_mean, mismatch_max  |trainer - sampler| log-probability of sampled tokens, nats: proves vLLM has our weights
-  mismatch_k3                  k3 estimate of KL(sampler || trainer) per token
-  importance_capped            share of tokens whose importance weight reached the cap
-  grad_norm, grad_norm_masked  gradient norm before and after masking (before clipping)
-  selected_share, mask_overlap share of squared Q/K magnitude in the selected rows; share of selected rows selected in the
-                               previous update too (null in the first)
-  moved_selected               root mean square change of a weight of W_Q, W_K in one update, in selected rows
-  moved_unselected             and in the others: momentum's doing with --unselected grad (null if all are selected)
-  learning_rate                of the last update
-  tokens_trained               tokens through the network in one training forward: sum over groups of P + sum(R_i)
-  tokens_unshared              what it would be with the prompt repeated per completion: sum of G * P + sum(R_i)
-  seconds, tokens_per_second   wall time by stage (rollout, reward, logprobs, backward, mask, step, rehearsal of the largest
-                               group in step 1, sync) on rank 0; prompt and completion tokens trained on per second of
-                               the whole step. The only keys that differ between two runs with the same seed on the same
-                               machine.
+A run may be killed at any moment; --resume auto goes on with it (resume.py). At SIGTERM and SIGINT it saves and exits with
+code 75 (interrupt.py).
 """
 
 import json
@@ -71,10 +46,13 @@ from tqdm import tqdm
 import cov
 import dapo
 import data
+import durable
 import grpo
+import metrics
 import parallel
 import plan
 import plot
+import resume
 import saliency
 import schedule
 import sources
@@ -82,7 +60,8 @@ import tasks
 from algorithms import DYNAMIC_SAMPLING, epsilons, policy
 from checkpoint import check_weights
 from cli import BadInput, one_line_errors, parse
-from config import Config, check
+from config import MAY_CHANGE, Config, check
+from interrupt import EXIT_CODE, Interrupt
 from model import Qwen3, Qwen3Config
 from rewards import load_reward, score
 
@@ -109,7 +88,7 @@ class Group:
 
 
 one_line_errors()
-config = parse(Config, __doc__)
+config = parse(Config, f"{__doc__}\n{metrics.__doc__}")
 
 # ------------------------------------------------------------------------------------------------- ranks and devices
 
@@ -177,10 +156,13 @@ dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 if cuda:
     torch.cuda.set_device(device)
 torch.manual_seed(config.seed)
-config.name = config.name or time.strftime("%Y-%m-%d-%H%M%S")
+config.name = resume.together(lambda: config.name or time.strftime("%Y-%m-%d-%H%M%S"))[0]  # ranks' clocks differ
 run = Path("runs") / config.name
-if main and run.exists():
-    raise BadInput(f"{run} exists; choose another --name or remove it")
+lock = resume.claim(run, config.resume) if main else None
+fixed = resume.settings(config, MAY_CHANGE)
+checkpoint, state = resume.find(run / "checkpoints", config.resume, fixed) if config.resume else (None, None)
+if checkpoint and state["step"] > config.steps:
+    raise BadInput(f"--steps {config.steps}: the run has made {state['step']} already")
 
 from rollout import Rollout  # noqa: E402  (after the checks above: importing vLLM takes seconds)
 
@@ -201,7 +183,6 @@ reference = Qwen3.from_pretrained(config.model, compute_dtype, device, mesh, com
 optimizer = torch.optim.AdamW(
     model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
 )
-warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, config.warmup)))
 config.mismatch_limit = config.mismatch_limit or (0.1 if compute_dtype == torch.bfloat16 else 1e-3)
 config.epsilon_low, config.epsilon_high = epsilons(config)
 policy_loss, choose = policy(config)
@@ -310,28 +291,55 @@ def explain_out_of_memory(prompt_length):
         ) from error
 
 
+if checkpoint:
+    extra = resume.load(checkpoint, model, optimizer)
+    engine.sleep()
+    engine.sync(model)
+else:
+    state, extra = {"step": 0, "prompts_drawn": 0, "skips_in_a_row": 0, "before": None}, {}
 if main:
-    run.mkdir(parents=True)
     settings = {**asdict(config), "ranks": world, "device": str(device)}
-    (run / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    print(f"run directory: {run}", flush=True)
-before = evaluate() if held_out and config.eval_before else None
-if main and before:
-    print_accuracy("before:", before)
+    durable.write(run / "config.json", json.dumps(settings, indent=2) + "\n")
+    metrics_file = resume.open_metrics(run / "metrics.jsonl", state["step"])
+    print(f"run directory: {run}" + (f", going on after step {state['step']}" if checkpoint else ""), flush=True)
+first, drawn, skips, before = (state[key] for key in ("step", "prompts_drawn", "skips_in_a_row", "before"))
+masks, magnitudes = (
+    {n[len(k) :]: t.to(device) for n, t in extra.items() if n.startswith(k)} for k in ("mask ", "magnitude ")
+)
+if checkpoint:
+    random_rows.set_state(torch.tensor(state["random_rows"], dtype=torch.uint8))
+    resume.set_random_states(state["random"])
+elif held_out and config.eval_before:
+    before = evaluate()
+    if main:
+        print_accuracy("before:", before)
+
+
+def snapshot(step):
+    """What the next step begins with, beside weights, moments and the masks and magnitudes of this one."""
+    counters = {"step": step, "prompts_drawn": drawn, "skips_in_a_row": skips, "before": before, "settings": fixed}
+    return {**counters, "random": resume.random_states(), "random_rows": random_rows.get_state().tolist()}
+
+
+def save(state):
+    tensors = {**{f"mask {n}": t for n, t in masks.items()}, **{f"magnitude {n}": t for n, t in magnitudes.items()}}
+    resume.save(run / "checkpoints", state["step"], model, optimizer, state, tensors, config.keep)
+
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
-metrics_file = open(run / "metrics.jsonl", "w") if main else None
-bar = tqdm(total=config.steps, desc="train", unit="step", disable=not main)
-drawn, previous_masks = 0, None
-
-for step in range(1, config.steps + 1):
+bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not main)
+saved, interrupt = first, Interrupt()
+for step in range(first + 1, config.steps + 1):
     seconds.clear()
     started = time.perf_counter()
+    learning_rate = config.learning_rate * min(1.0, step / max(1, config.warmup))
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate
 
     # Rollout and reward. Dynamic sampling draws until the batch is full of groups whose completions differ in correctness.
     batch, sampled, rounds = [], [], 0
-    while len(batch) < config.prompts:
+    while len(batch) < config.prompts and not interrupt.asked():
         if rounds == config.max_rounds:
             raise BadInput(
                 f"step {step}: {rounds} rounds of {config.prompts} prompts gave {len(batch)} groups whose rewards differ, "
@@ -344,6 +352,8 @@ for step in range(1, config.steps + 1):
         sampled += groups
         drawn += config.prompts
         rounds += 1
+    if interrupt.asked():
+        break  # this step has changed nothing yet
     batch = batch[: config.prompts]
     engine.sleep()
 
@@ -365,8 +375,7 @@ for step in range(1, config.steps + 1):
                     with explain_out_of_memory(len(group.prompt)):
                         group.old_logprobs = logprobs_of(model, group, parts)
 
-    step_sums, update_means = torch.zeros(8, dtype=torch.float64), defaultdict(float)
-    worst_mismatch = torch.zeros(1, dtype=torch.float64)
+    made, mask_overlap = [], None  # the updates' figures
     for update, minibatch in enumerate(minibatches):
         tokens = sum(sum(group.lengths) for group in minibatch)  # completion tokens over all ranks
         totals = grpo.Totals(len(minibatch) * config.completions, tokens, config.max_completion)
@@ -374,7 +383,7 @@ for step in range(1, config.steps + 1):
             seed = config.seed * 2**32 + step * config.updates + update
             for group, chosen in zip(minibatch, cov.choose(minibatch, choose, seed), strict=True):
                 group.chosen = chosen
-        sums = torch.zeros(8, dtype=torch.float64, device=device)  # of loss, ratio, clipped, kl, entropy, |d|, k3, capped
+        sums = torch.zeros(8, dtype=torch.float64, device=device)  # metrics.SUMS
         worst = torch.zeros(1, dtype=torch.float64, device=device)
         with saliency.Tracker(model, config.site, config.tokens) as tracker:
             for group, parts in schedule.turns(minibatch, *place, config.tokens_per_pass):
@@ -411,90 +420,77 @@ for step in range(1, config.steps + 1):
         dist.all_reduce(sums)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         mismatch = sums[5].item() / tokens
-        if not mismatch <= config.mismatch_limit:
+        if math.isfinite(mismatch) and mismatch > config.mismatch_limit:
             raise BadInput(
                 f"step {step}: the sampler's log-probabilities differ from the trainer's by {mismatch:.2g} nats on average "
                 f"(limit {config.mismatch_limit:g}): vLLM does not have the trainer's weights or rounds otherwise"
             )
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]).item()
+        if not (math.isfinite(norm) and sums.isfinite().all()):  # of all ranks, so they agree
+            skips += 1
+            optimizer.zero_grad()
+            if skips > config.max_skips:
+                raise BadInput(
+                    f"step {step}: loss, gradient or log-probabilities were not finite in {skips} updates in a row "
+                    f"(--max-skips {config.max_skips}); start anew with a lower --learning-rate"
+                )
+            continue
+        skips = 0
 
         # LongAct: masks from this update's activations, before clipping.
         with stage("mask"):
-            magnitudes = tracker.magnitudes()
+            magnitudes, previous_masks = tracker.magnitudes(), masks
             masks = saliency.select_rows(magnitudes, config.fraction, config.rule, random_rows)
-            gradients = [parameter.grad for parameter in model.parameters()]
-            unmasked_norm = torch.nn.utils.get_total_norm(gradients)
             saliency.mask_gradients(model, masks)
         with stage("step"), explain_out_of_memory(longest_prompt):
-            masked_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            masked_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
             moved = saliency.masked_step(optimizer, model, masks, config.unselected)
             optimizer.zero_grad()
-        step_sums += sums.cpu()
-        worst_mismatch = torch.maximum(worst_mismatch, worst.cpu())
-        update_means["grad_norm"] += unmasked_norm.item() / config.updates
-        update_means["grad_norm_masked"] += masked_norm.item() / config.updates
-        update_means["moved_selected"] += moved[0].item() / config.updates
-        update_means["moved_unselected"] += moved[1].item() / config.updates
-        update_means["selected_share"] += saliency.selected_share(magnitudes, masks).item() / config.updates
+        figures = norm, masked_norm, saliency.selected_share(magnitudes, masks).item(), moved[0].item(), moved[1].item()
+        made.append((tokens, sums.cpu(), worst.item(), figures))
         mask_overlap = saliency.overlap(masks, previous_masks).item() if previous_masks else None
-        previous_masks = masks
-    if step == 1:  # the optimizer has its moments now: what does not fit shows in this step, not in hours
+    if step == first + 1:  # the optimizer has its moments now: what does not fit shows in this step, not in hours
         with stage("rehearsal"):
             rehearse()
-    learning_rate = warmup.get_last_lr()[0]
-    warmup.step()
     with stage("sync"):
         engine.sync(model)
 
-    # What happened.
+    # What happened, and what the next step, or the next life, begins with.
+    state = snapshot(step)
     if main:
-        tokens = sum(sum(group.lengths) for group in batch)
-        rewards = torch.stack([group.rewards for group in sampled])  # (groups, G)
-        equal = (rewards == rewards[:, :1]).all(1)
         elapsed = time.perf_counter() - started
-        loss, ratio, clipped, kl, entropy, mismatch, k3, capped = step_sums.tolist()
-        metrics = {
-            "step": step,
-            "prompts_drawn": drawn,
-            "reward": rewards.mean().item(),
-            "accuracy": (rewards >= 1).float().mean().item(),
-            "all_right": (equal & (rewards[:, 0] >= 1)).float().mean().item(),
-            "all_wrong": (equal & (rewards[:, 0] < 1)).float().mean().item(),
-            "rounds": rounds,
-            "completion_tokens": tokens / (config.prompts * config.completions),
-            "finished": sum(c.finished for group in batch for c in group.completions)
-            / (config.prompts * config.completions),
-            "loss": loss / config.updates,
-            "ratio": ratio / tokens,
-            "clip_fraction": clipped / tokens,
-            "entropy": entropy / tokens,
-            "kl": kl / tokens,
-            "mismatch_mean": mismatch / tokens,
-            "mismatch_max": worst_mismatch.item(),
-            "mismatch_k3": k3 / tokens,
-            "importance_capped": capped / tokens,
-            **{key: value if math.isfinite(value) else None for key, value in update_means.items()},
-            "mask_overlap": mask_overlap,
-            "learning_rate": learning_rate,
-            "tokens_trained": sum(group.tokens for group in batch),
-            "tokens_unshared": tokens + sum(len(group.prompt) * config.completions for group in batch),
-            "seconds": {**{name: round(value, 4) for name, value in seconds.items()}, "total": round(elapsed, 4)},
-            "tokens_per_second": round(sum(group.tokens for group in batch) / elapsed, 1),
-        }
-        print(json.dumps(metrics), file=metrics_file, flush=True)
-        bar.set_postfix_str(f"reward {metrics['reward']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
+        line = {"step": step, "prompts_drawn": drawn, "rounds": rounds, **metrics.of_rollout(sampled, batch)}
+        line |= {"skipped": config.updates - len(made), **metrics.of_updates(made)}
+        line |= {"mask_overlap": mask_overlap, "learning_rate": learning_rate}
+        line["seconds"] = {**{name: round(value, 4) for name, value in seconds.items()}, "total": round(elapsed, 4)}
+        line["tokens_per_second"] = round(line["tokens_trained"] / elapsed, 1)
+        durable.append(metrics_file, metrics.finite(line))
+        bar.set_postfix_str(f"reward {line['reward']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
         bar.update()
+    if step % config.save_every == 0 or step == config.steps:
+        save(state)
+        saved = step
 
 # --------------------------------------------------------------------------------------------------------------- end
 
 bar.close()
+if interrupt.asked():
+    if saved < state["step"]:
+        save(state)
+    if main:
+        print(f"interrupted after step {state['step']}; --name {config.name} --resume auto goes on", file=sys.stderr)
+    engine.close()
+    sys.exit(EXIT_CODE)
+interrupt.close()
 after = evaluate() if held_out else None
 model.save_pretrained(run / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
     if after:
         print_accuracy("after: ", after)
-        (run / "results.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
-    plot.save_magnitudes(run / "magnitudes.safetensors", magnitudes, masks)
+        durable.write(run / "results.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
     plot.reward_curve(run)
-    plot.heatmap(run)
+    if masks:  # unless every update was skipped
+        plot.save_magnitudes(run / "magnitudes.safetensors", magnitudes, masks)
+        plot.heatmap(run)
     print(f"checkpoint: {run}/checkpoint  figures: {run}/reward.png {run}/magnitudes.png")
 engine.close()

@@ -64,9 +64,9 @@ def run_script(*arguments, timeout=600, env=None):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def run_here(script, *arguments):
-    """Run a script of the repository in this process, which has imported what it imports -> what it printed. A BadInput
-    comes through; run_script shows what the user sees of one."""
+def run_here(script, *arguments, code=0):
+    """Run a script of the repository in this process, which has imported what it imports -> what it printed. It must end
+    with exit code `code`. A BadInput comes through; run_script shows what the user sees of one."""
     argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
     try:
         with (
@@ -76,7 +76,9 @@ def run_here(script, *arguments):
         ):
             runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as end:
-        assert not end.code
+        assert (end.code or 0) == code
+    else:
+        assert code == 0
     finally:
         gc.collect()  # the script's variables, as at the end of a process: open files, locks
     return printed.getvalue()
@@ -89,11 +91,11 @@ def refusal(script, *arguments):
     return str(caught.value)
 
 
-def run_ranks(ranks, code, *arguments, timeout=300, where=("--standalone",)):
+def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None, where=("--standalone",)):
     """Run a Python file under torchrun with `ranks` gloo processes."""
-    torchrun = ["-m", "torch.distributed.run", *where, "--nproc-per-node", ranks]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {"PYTHONPATH": path}
+    torchrun = ["-m", "torch.distributed.run", *where, "--nproc-per-node", ranks, "--max-restarts", restarts]
+    folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {"PYTHONPATH": os.pathsep.join(folders), **(env or {})}
     return run_script(*torchrun, code, *arguments, timeout=timeout, env=env)
 
 

@@ -1,16 +1,20 @@
 """Run by torchrun from test_distributed.py: the same step on one process and over ranks must agree, sharded and replicated,
 a group of completions on each rank or shared by several.
 
-torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT EXPORT REPLICATE CONTEXT_PARALLEL
+torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT EXPORT SAVED REPLICATE CONTEXT_PARALLEL
+
+SAVED/one is of one process (resume.py), SAVED/trained the export of the same model; SAVED/many is made of what came back.
 """
 
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import grpo
+import resume
 from checkpoint import full_tensor
 from model import Qwen3
 from parallel import context_group, weight_mesh
@@ -18,7 +22,8 @@ from saliency import Tracker, mask_gradients, masked_step, select_rows
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # a mismatch fails, it does not hang
 rank, world = dist.get_rank(), dist.get_world_size()
-checkpoint, export, replicate, context_parallel = *sys.argv[1:3], *map(int, sys.argv[3:])
+checkpoint, export, saved = map(Path, sys.argv[1:4])
+replicate, context_parallel = map(int, sys.argv[4:])
 mesh = weight_mesh("cpu", replicate)
 
 generator = torch.Generator().manual_seed(0)
@@ -92,6 +97,14 @@ for unselected, rule in (("grad", "top"), ("frozen", "bottom"), ("grad", "random
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-12)
 for (name, parameter), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
     torch.testing.assert_close(full_tensor(other), parameter, rtol=1e-4, atol=1e-6, msg=name)
+# What one process saved goes on on these ranks, and back.
+model = Qwen3.from_pretrained(checkpoint, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters())
+step, state = resume.find(saved / "one", "auto", {})
+extra = resume.load(step, model, optimizer)
+for parameter, other in zip(model.parameters(), Qwen3.from_pretrained(saved / "trained").parameters(), strict=True):
+    assert torch.equal(full_tensor(parameter), other)
+resume.save(saved / "many", 2, model, optimizer, {**state, "random": {"rank": rank}}, extra, 1)
 if rank == world - 1:
     print(f"agree; empty shards: {empty}")
 dist.destroy_process_group()

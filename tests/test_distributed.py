@@ -1,7 +1,10 @@
 """Shards, replicas and shared prompts against one process, under a real torchrun."""
 
 import pytest
+import torch
 from conftest import ROOT, make_small, run_nodes, run_ranks
+
+import resume
 
 EMPTY = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=2, num_hidden_layers=1)
 
@@ -15,12 +18,31 @@ EMPTY = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=2, num_hidde
         (run_nodes, 2, True, 2, 1, {}),
     ],
 )
-def test_values_gradients_masks_steps_and_exports_equal_one_process(
+def test_values_gradients_masks_steps_exports_and_checkpoints_equal_one_process(
     run, ranks, tied, replicate, context_parallel, shape, tmp_path
 ):
-    """Prompts and passes of 1 token to 46, most not a multiple of the ranks; with and without recomputing."""
-    make_small(tied, **shape).save_pretrained(tmp_path / "checkpoint")
-    flags = tmp_path / "checkpoint", tmp_path / "export", replicate, context_parallel
-    result = run(ranks, ROOT / "tests" / "ranks.py", *flags)
+    """Prompts and passes of 1 token to 46, most not a multiple of the ranks, with and without recomputing. What ranks.py
+    saved on those ranks is bit for bit what one process had saved."""
+    model = make_small(tied, **shape)
+    model.save_pretrained(tmp_path / "checkpoint")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        model(torch.arange(50)[None]).square().mean().backward()
+        optimizer.step()
+    mask = torch.tensor([True, False, True])
+    resume.save(tmp_path / "one", 2, model, optimizer, {"settings": {}, "random": {}}, {"mask": mask}, 1)
+    model.save_pretrained(tmp_path / "trained")
+    directories = tmp_path / "checkpoint", tmp_path / "export", tmp_path
+    result = run(ranks, ROOT / "tests" / "ranks.py", *directories, replicate, context_parallel)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"agree; empty shards: {bool(shape)}" in result.stdout
+
+    other = make_small(tied, seed=1, **shape)
+    other_optimizer = torch.optim.AdamW(other.parameters())
+    step, state = resume.find(tmp_path / "many", "auto", {})
+    assert state["random"] == [{"rank": rank} for rank in range(ranks)]
+    assert torch.equal(resume.load(step, other, other_optimizer)["mask"], mask)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(value, other_optimizer.state[b][key]), key

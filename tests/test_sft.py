@@ -11,13 +11,12 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_small, refusal, run_here, run_ranks, run_script
+from conftest import ROOT, refusal, run_here, run_ranks, run_script
 from safetensors.torch import load_file
 
 import curriculum
 import data
-import resume
-from cli import BadInput
+import durable
 from model import Qwen3
 
 TINY = ROOT / "assets" / "tiny"
@@ -81,7 +80,9 @@ def test_the_first_loss_is_the_models_by_transformers_and_a_fixed_number(runs):
 
 def test_a_run_leaves_what_it_promises(runs):
     run = runs / "whole"
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint", "config.json", "loss.png", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoint", "checkpoints", "config.json", "lock", "loss.png", "metrics.jsonl"
+    ]  # fmt: skip
     metrics = read_metrics(run)
     assert [m["step"] for m in metrics] == [1, 2, 3] and metrics[-1]["epoch"] == 0.9
     rates = [m["learning_rate"] for m in metrics]
@@ -116,37 +117,41 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(runs):
-    """It dies with two steps in metrics.jsonl, the state of step 1 whole and that of step 2 not yet."""
+    """It dies with two steps in metrics.jsonl, the checkpoint of step 1 whole and that of step 2 not yet."""
     (runs / "die.py").write_text(DIE)
     result = run_script(runs / "die.py", *command(runs, "killed"), env={"PYTHONPATH": str(ROOT)})
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
     killed, whole = runs / "killed", runs / "whole"
     assert len(read_metrics(killed)) == 2
-    assert sorted(path.name for path in (killed / "resume").iterdir()) == ["step-000001", "step-000002.partial"]
-    assert refusal(*command(runs, "killed", "--resume", "--batch", 8)) == "--resume: batch was 6, now it is 8"
-    assert "exists already; --resume goes on with it" in refusal(*command(runs, "killed"))
-    run_here(*command(runs, "killed", "--resume", "--checkpointing"))
+    left = sorted(path.name for path in (killed / "checkpoints").iterdir())
+    assert left == ["LATEST", "step-000001", "step-000002.partial"]
+    step = killed / "checkpoints" / "step-000001"
+    assert (
+        refusal(*command(runs, "killed", "--resume", "auto", "--batch", 8)) == f"--resume {step}: batch was 6, now it is 8"
+    )
+    assert "exists; --resume auto goes on with it" in refusal(*command(runs, "killed"))
+    run_here(*command(runs, "killed", "--resume", step, "--checkpointing"))
     assert read_metrics(killed) == read_metrics(whole)
     files = [load_file(run / "checkpoint" / "model.safetensors") for run in (whole, killed)]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-    assert "has no saved state" in refusal(*command(runs, "killed", "--resume"))
+    left = sorted(path.name for path in (killed / "checkpoints").iterdir())
+    assert left == ["LATEST", "step-000002", "step-000003"]  # --keep 2
 
 
-def test_states_of_other_ranks_or_models_are_refused(tmp_path, small):
-    optimizer = torch.optim.AdamW(small.parameters())
-    small(torch.arange(5)[None]).sum().backward()
-    optimizer.step()
-    resume.save(tmp_path, 7, small, optimizer, {})
-    step, state = resume.newest(tmp_path)
-    assert (step.name, state) == ("step-000007", {"step": 7, "ranks": 1})
-    with pytest.raises(BadInput, match="does not hold this model's tensors"):
-        resume.load(step, make_small(num_hidden_layers=1), optimizer)
-    (step / "rank-0-of-1.safetensors").write_bytes(b"cut")
-    with pytest.raises(BadInput, match="rank-0-of-1.safetensors cannot be read"):
-        resume.load(step, small, optimizer)
-    (step / "state.json").write_text('{"ranks": 2}')
-    with pytest.raises(BadInput, match="was written by 2 ranks"):
-        resume.newest(tmp_path)
+def test_a_signal_makes_it_save_and_end_with_code_75(runs, monkeypatch):
+    """SIGTERM comes as the first line of metrics.jsonl is written; no checkpoint was due."""
+    append = durable.append
+
+    def signalled(file, row):
+        append(file, row)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "append", signalled)
+        run_here(*command(runs, "stopped", "--save-every", 9), code=75)
+    assert len(read_metrics(runs / "stopped")) == 1 and not (runs / "stopped" / "checkpoint").exists()
+    run_here(*command(runs, "stopped", "--save-every", 9, "--resume", "auto"))
+    assert read_metrics(runs / "stopped") == read_metrics(runs / "whole")
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -156,7 +161,7 @@ def test_states_of_other_ranks_or_models_are_refused(tmp_path, small):
     (["--data", ROOT / "assets" / "longbench-sample.json"], "longbench-sample.json, line 1"),
     (["--data-weights", 1, 2], "2 numbers for 1 files"),
     (["--model", "nowhere"], "nowhere is not a checkpoint"),
-    (["--resume"], "has no saved state"),
+    (["--resume", "nowhere"], "--resume nowhere is not a checkpoint of this run"),
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line(flags, message, runs):
     assert message in refusal(*command(runs, "refused", *flags))

@@ -1,8 +1,10 @@
 """train.py run as a script, with real vLLM and real FSDP2: what it leaves behind, what it repeats, what it refuses."""
 
 import json
+import math
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,7 @@ def read_metrics(run):
     return [{key: m[key] for key in m if key not in ("seconds", "tokens_per_second")} for m in lines]
 
 
-def test_a_run_leaves_what_it_promises_and_repeats_digit_for_digit(runs):
+def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit(runs):
     run, result = train(runs("first"))
     config = json.loads((run / "config.json").read_text())
     assert (config["steps"], config["rule"], config["fraction"], config["context"]) == (2, "top", 0.3, 4096)
@@ -73,10 +75,21 @@ def test_a_run_leaves_what_it_promises_and_repeats_digit_for_digit(runs):
     start = Qwen3.from_pretrained(TINY)
     assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), start.parameters(), strict=True))
 
-    again, _ = train(runs("second"))
-    assert read_metrics(again) == metrics
-    assert (again / "results.json").read_text() == (run / "results.json").read_text()
-    weights = [(r / "checkpoint" / "model.safetensors").read_bytes() for r in (run, again)]
+    # Killed between a checkpoint's own name and LATEST, then sent SIGTERM amid generating, then left alone; bench/kill.py is
+    # the module of its reward, and has more of it.
+    name = runs("second")
+    killed, flags = ROOT / "runs" / name, [*SHORT, "--save-every", 1, "--reward", "kill:exact", "--resume", "auto"]
+    for place, code, left in (("save 6", -signal.SIGKILL, "LATEST.partial"), ("rollout 1 0 SIGTERM", 75, "LATEST")):
+        env = {"PYTHONPATH": str(ROOT / "bench"), "KILL": place}
+        result = run_script("train.py", "--name", name, *flags, env=env)
+        assert result.returncode == code, result.stderr[-3000:]
+        assert len(read_metrics(killed)) == 1
+        assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [left, "step-000001"]
+    assert "interrupted after step 1; --name test-second --resume auto goes on" in result.stderr
+    train(name, *flags[len(SHORT) :], env={"PYTHONPATH": str(ROOT / "bench")})
+    assert read_metrics(killed) == metrics
+    assert (killed / "results.json").read_text() == (run / "results.json").read_text()
+    weights = [(r / "checkpoint" / "model.safetensors").read_bytes() for r in (run, killed)]
     assert weights[0] == weights[1]
 
 
@@ -91,20 +104,22 @@ def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
             assert (old != new).float().mean() > 0.9, name
 
 
-def test_two_ranks_give_the_metrics_of_one_process(runs):
+def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
     """Several updates per rollout, dynamic sampling, a choice among all tokens, KL to a reference: everything that crosses
-    ranks. Passes so small that each rank would need another number of them. The two are nodes with a replica each, or one
-    context group."""
+    ranks. Passes so small that each rank would need another number of them. The two are nodes with a replica each; then a
+    context group, of which rank 1 is killed in step 2, and torchrun starts both again."""
     cov = ["--algorithm", "clip-cov", "--updates", 2, "--unselected", "frozen", "--tokens", "not-first"]
     grpo = ["--algorithm", "grpo", "--beta", 0.04]
-    for label, flags, run, sharing in (("cov", cov, run_nodes, 1), ("grpo", grpo, run_ranks, 2)):
+    killed = "--save-every 1 --resume auto --reward kill:exact --context-parallel 2".split()
+    again = {"restarts": 1, "env": {"KILL": "step 2"}}
+    for label, flags, run, more, how in (("cov", cov, run_nodes, [], {}), ("grpo", grpo, run_ranks, killed, again)):
         alone, _ = train(runs(f"{label}-1"), *flags)
         name = runs(f"{label}-2")
-        flags += ["--tokens-per-pass", 25, "--context-parallel", sharing]
-        result = run(2, "train.py", "--name", name, *SHORT, *flags)
+        result = run(2, "train.py", "--name", name, *SHORT, *flags, *more, "--tokens-per-pass", 25, **how)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert ("going on after step 1" in result.stdout) == bool(how)
         settings = json.loads((ROOT / "runs" / name / "config.json").read_text())
         assert settings["replicate"] == (2 if run is run_nodes else 1)
-        assert result.returncode == 0, result.stderr[-3000:]
         for one, two in zip(read_metrics(alone), read_metrics(ROOT / "runs" / name), strict=True):
             for key in one.keys() - {"mismatch_mean", "mismatch_max", "mismatch_k3"}:  # rounding itself
                 expected = one[key] if one[key] is None else pytest.approx(one[key], rel=2e-3, abs=2e-5)
@@ -117,18 +132,41 @@ def test_two_ranks_give_the_metrics_of_one_process(runs):
             assert read_metrics(alone)[1]["kl"] > 0
 
 
-def test_own_data_and_reward_through_a_toml_file(runs, tmp_path):
+MINE = """
+import rollout
+generate, calls = rollout.Rollout.generate, []
+
+def faulty(*arguments):
+    groups = generate(*arguments)
+    calls.append(1)
+    for group in groups[: {1: 0, 2: 1, 3: 4}[len(calls)]]:
+        group[0].logprobs[0] = float("-inf")
+    return groups
+
+rollout.Rollout.generate = faulty
+
+def length(answer, row):
+    assert row['wanted'] == 'The'
+    return (len(answer) % 7) / 7
+"""
+
+
+def test_own_data_and_reward_through_a_toml_file_and_updates_that_are_not_finite(runs, tmp_path):
+    """The reward module spoils a sampler's log-probability of the first update of step 2, and of both of step 3."""
     rows = [{"prompt": f"What is the code for {name}?", "answer": "x", "wanted": "The"} for name in ("Leo", "Eva") * 4]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.py").write_text(
-        "def length(answer, row):\n    assert row['wanted'] == 'The'\n    return (len(answer) % 7) / 7\n"
-    )
+    (tmp_path / "mine.py").write_text(MINE)
     toml = f'data = "{tmp_path}/rows.jsonl"\nreward = "mine:length"\ndata_weights = [1]\ntemperature = 1\n'
     toml += 'algorithm = "sapo"\nupdates = 2\n'
     (tmp_path / "config.toml").write_text(toml)
-    run, result = train(runs("own"), "--config", tmp_path / "config.toml", env={"PYTHONPATH": str(tmp_path)})
+    name = runs("own")
+    arguments = "--name", name, *SHORT, "--steps", 3, "--max-skips", 1, "--config", tmp_path / "config.toml"
+    result, run = run_script("train.py", *arguments, env={"PYTHONPATH": str(tmp_path)}), ROOT / "runs" / name
     assert "held-out" not in result.stdout  # no --eval-data, no accuracy
-    assert 0 < read_metrics(run)[0]["reward"] < 1
+    assert result.returncode == 1 and "train.py: error: step 3: loss, gradient or log-probabilities" in result.stderr
+    first, second = read_metrics(run)
+    assert 0 < first["reward"] < 1 and (first["skipped"], second["skipped"]) == (0, 1)
+    assert all(math.isfinite(second[key]) for key in second if second[key] is not None)
     assert json.loads((run / "config.json").read_text())["reward"] == "mine:length"
 
 
@@ -205,6 +243,7 @@ REFUSALS = {
     "uneven": (lambda t: ["--prompts", 5, "--updates", 2], "--prompts 5 cannot be shared"),
     "no GPU": (lambda t: ["--tensor-parallel", 2], "--tensor-parallel 2"),
     "no reward": (lambda t: ["--reward", "nowhere:f"], "--reward nowhere:f"),
+    "no run": (lambda t: ["--resume", t / "step-000001"], "step-000001 is not a checkpoint of this run"),
     "no step": (lambda t: ["--steps", 0], "--steps must be at least 1, not 0"),
     "facts": (lambda t: ["--facts", 49], "--facts 49: the task recall can have 1 to 48"),
     "no pair": (lambda t: ["--task", "tracking", "--facts", 1], "the task tracking can have 2 to 96"),
@@ -240,6 +279,7 @@ def test_a_refusal_is_one_line_and_exit_code_1(runs):
     ({"algorithm": "gspo"}, "--algorithm gspo needs --updates 2 or more"),
     ({"algorithm": "kl-cov"}, "--algorithm kl-cov needs --updates 2 or more"),
     ({"algorithm": "sapo", "updates": 2, "epsilon_high": 0.2}, "not for --algorithm sapo: it does not clip"),
+    ({"resume": "auto"}, "--resume auto needs the --name"),
     ({"algorithm": "gspo", "updates": 2, "beta": 0.1}, "--beta needs --algorithm grpo: gspo has no KL term"),
 ])  # fmt: skip
 def test_settings_that_do_not_go_with_an_algorithm_are_refused(settings, message):
@@ -251,8 +291,9 @@ def test_unknown_flags_and_used_names_are_refused(runs):
     assert run_script("train.py", "--learning-rat", 1).returncode == 2
     name = runs("used")
     Path(ROOT / "runs" / name).mkdir(parents=True)
+    (ROOT / "runs" / name / "config.json").write_text("{}")
     result = run_script("train.py", "--name", name)
-    assert result.returncode != 0 and "exists; choose another --name" in result.stderr
+    assert result.returncode != 0 and "exists; --resume auto goes on with it" in result.stderr
 
 
 def test_scripts_explain_themselves():

@@ -1,0 +1,63 @@
+"""Files and directories that no crash can tear: what is at a path is the old or the new, as a whole, and it is on disk."""
+
+import fcntl
+import json
+import os
+import shutil
+
+from cli import BadInput
+
+
+def sync(path):
+    """Have what is in a file, or which names are in a directory, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(path, text):
+    """Make or replace a small file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def publish(partial, directory):
+    """Give a directory, which is whole, its name. One that has the name is removed; nobody has it for the moment between."""
+    for path in partial.iterdir():
+        sync(path)
+    sync(partial)
+    old = directory.with_name(directory.name + ".old")
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(directory, old)
+    os.replace(partial, directory)
+    sync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def append(file, row):
+    """One more line of a JSONL file, open for appending bytes without a buffer, which would try again at the process's end.
+    Raises BadInput when the disk does not take it."""
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    try:
+        while line:
+            line = line[file.write(line) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise BadInput(f"{file.name} cannot be written: {error.strerror}") from error
+
+
+def lock(directory):
+    """-> an open file. The system drops its lock when this process ends, however it does. Raises BadInput if another
+    process has it."""
+    file = open(directory / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child process inherits it
+    except BlockingIOError:
+        raise BadInput(f"{directory}: another process is running there; wait for it, or stop it") from None
+    return file
