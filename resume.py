@@ -56,6 +56,14 @@ def claim(run, which):
     return durable.lock(run)
 
 
+def connect(backend):
+    """init_process_group for a process of torchrun that may be started again: torch 2.13 keeps one store over all restarts,
+    in which ranks would find the addresses of those that died."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
 def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

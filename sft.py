@@ -151,7 +151,7 @@ if main:
 if world > 1 or cuda:
     if "RANK" not in os.environ:  # started by python, not torchrun: one process
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    resume.connect("cpu:gloo,cuda:nccl" if cuda else "gloo")
 if cuda:
     torch.cuda.set_device(device)
 
@@ -247,6 +247,8 @@ bar.close()
 if interrupt.asked():
     if main:
         print(f"interrupted; --out {out} --resume auto goes on", file=sys.stderr)
+    if mesh:
+        dist.destroy_process_group()
     sys.exit(EXIT_CODE)
 interrupt.close()
 model.save_pretrained(out / "checkpoint", compute_dtype, companions_from=config.model)

@@ -152,7 +152,7 @@ held_out_tokens = {name: sum(len(encode(row)) for row in rows) / len(rows) for n
 
 # ----------------------------------------------------------------------------------------------- engine, then model
 
-dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+resume.connect("cpu:gloo,cuda:nccl" if cuda else "gloo")
 if cuda:
     torch.cuda.set_device(device)
 torch.manual_seed(config.seed)

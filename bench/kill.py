@@ -85,19 +85,9 @@ def main():
 
     def live(run, kill):
         """-> whether the run reached its end."""
-        command = [
-            sys.executable,
-            "train.py",
-            "--name",
-            run.name,
-            "--reward",
-            "kill:exact",
-            *FLAGS.split(),
-            "--resume",
-            "auto",
-        ]
+        command = f"train.py --name {run.name} --reward kill:exact --resume auto {FLAGS}".split()
         environment = {**os.environ, "PYTHONPATH": path, "KILL": kill}
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
         if result.returncode not in (0, -signal.SIGKILL):
             sys.exit(result.stderr)
         return result.returncode == 0
