@@ -78,29 +78,30 @@ class Layout:
     """Where the tokens of a group's completions are, as they lie one after the other in a row of N. Documents that follow
     each other in a row, and nothing before them, are completions of a prompt of length 0.
 
-    lengths: R_i. positions (N,): every completion continues at P. predictors (N,): which of [last prompt token | the N
-    tokens] predicts each token. slots (N,): place in a right-padded (G, R) batch.
+    lengths: R_i. positions (N,): every completion continues at P. slots (N,): place in a right-padded (G, R) batch.
+    predicted: the tokens that this rank's Share of the N predicts (all of them, if it is not shared), predictors: by which
+    of [last prompt token | its tokens].
     """
 
-    def __init__(self, prompt_length, lengths, device):
+    def __init__(self, prompt_length, lengths, device, share):
         self.lengths, self.shape = lengths, (len(lengths), max(lengths))
         sizes = torch.tensor(lengths)
         starts = sizes.cumsum(0) - sizes  # (G,) first token of each completion among the N
         offsets = torch.arange(sum(lengths)) - starts.repeat_interleave(sizes)  # (N,) place within its completion
         owner = torch.arange(len(lengths)).repeat_interleave(sizes)  # (N,) which completion
-        predictors = torch.where(offsets == 0, 0, torch.arange(sum(lengths)))
-        self.positions, self.predictors, self.slots = (
+        predicted, predictors = share.predictions(torch.where(offsets == 0, 0, torch.arange(sum(lengths))))
+        self.positions, self.predicted, self.predictors, self.slots = (
             index.to(device, non_blocking=True)
-            for index in (prompt_length + offsets, predictors, owner * max(lengths) + offsets)
+            for index in (prompt_length + offsets, predicted, predictors, owner * max(lengths) + offsets)
         )
 
-    def pad(self, x):
-        """(1, N, ...) -> (G, R, ...), zeros behind every completion."""
-        G, R = self.shape
-        if len(self.slots) == G * R:  # equal lengths: nothing to pad, nothing to copy
+    def pad(self, x, own=slice(None)):
+        """(1, N, ...) -> (G, R, ...), zeros behind every completion; if x is only the tokens `own`, zeros for the others."""
+        (G, R), slots = self.shape, self.slots[own]
+        if len(slots) == G * R:  # equal lengths: nothing to pad, nothing to copy
             return x.view(G, R, *x.shape[2:])
         padded = x.new_zeros(G * R, *x.shape[2:])
-        padded[self.slots] = x[0]
+        padded[slots] = x[0]
         return padded.view(G, R, *x.shape[2:])
 
     def unpad(self, x):

@@ -236,10 +236,11 @@ def full_tensor(parameter):
 
 
 def local_rows(parameter):
-    """This rank's rows of a parameter and the index of the first: FSDP2 splits dimension 0 like torch.chunk."""
+    """This rank's rows of a parameter and the index of the first: FSDP2 splits dimension 0 like torch.chunk, over the
+    last dimension of its mesh."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
-    rank, world = parameter.device_mesh.get_local_rank(), parameter.device_mesh.size()
+    rank, world = parameter.device_mesh.get_local_rank(-1), parameter.device_mesh.size(-1)
     return parameter.to_local(), min(rank * -(-len(parameter) // world), len(parameter))
 
 

@@ -95,6 +95,10 @@ class Config:
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.5, "share of GPU memory for vLLM while it generates; freed while training", above=0)
     tokens_per_pass: int = option(8192, "completion tokens of a group that train at once; sets the peak of memory", least=1)
+    context_parallel: int = option(1, "ranks that share a group's tokens, for prompts too long for one GPU", least=1)
+    replicate: int = option(
+        0, "copies of the model, each sharded over ranks / copies GPUs (0: one on each of torchrun's nodes)", least=0
+    )
     checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
     plan: bool = option(False, "print the memory and tokens a step needs on GPUs, from this configuration alone, and stop")
     dry_run: bool = option(False, "check everything, then take one step of a small model of random weights (dry_run.py)")
@@ -106,7 +110,7 @@ class Config:
 # resume.settings compares the files of model and data.
 MAY_CHANGE = (
     "name model data steps save_every keep resume max_skips max_rounds eval_before mismatch_limit tensor_parallel "
-    "vllm_share tokens_per_pass checkpointing plan dry_run ranks gpu_memory"
+    "vllm_share tokens_per_pass checkpointing context_parallel replicate plan dry_run ranks gpu_memory"
 ).split()
 
 
@@ -120,11 +124,17 @@ def check(config, world, cuda):
         raise BadInput(f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train")
     if not 0 <= config.adam_beta2 < 1:
         raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
+    if world % config.context_parallel:
+        raise BadInput(f"--context-parallel {config.context_parallel} does not divide the {world} ranks")
+    if config.replicate and world % config.replicate:
+        raise BadInput(f"--replicate {config.replicate} does not divide the {world} ranks")
     groups_per_update, uneven = divmod(config.prompts, config.updates)
-    if uneven or groups_per_update % world:
+    trainers = world // config.context_parallel
+    if uneven or groups_per_update % trainers:
+        who = "ranks" if config.context_parallel == 1 else f"context groups of {config.context_parallel} ranks"
         raise BadInput(
-            f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {world} ranks need a multiple of "
-            f"{config.updates * world}"
+            f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {trainers} {who} need a multiple of "
+            f"{config.updates * trainers}"
         )
     if config.resume and not config.name:
         raise BadInput(f"--resume {config.resume} needs the --name of the run that goes on")

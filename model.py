@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import GroupAttention, Layout, causal_attention, rope_tables, rotate
 from checkpoint import Qwen3Config, load_weights, save_checkpoint
+from parallel import Share
 
 HEAD_CHUNK_ELEMENTS = 2**27  # logits that exist at a time: 512 MiB in fp32, 883 tokens of Qwen3's vocabulary
 
@@ -42,10 +43,11 @@ class Squares:
         self.site, self.start, self.q, self.k = site, start, None, None
 
     @torch.no_grad()
-    def fill(self, q, k, layout):
-        """q (B, T, H, D), k (B, T, Hk, D): a sequence a row; with a Layout, its G completions -> (G, H, D), (G, Hk, D)."""
+    def fill(self, q, k, layout, share):
+        """q (B, T, H, D), k (B, T, Hk, D): a sequence a row; with a Layout, its G completions -> (G, H, D), (G, Hk, D). Of
+        tokens that are shared, each rank counts its own; saliency.Tracker adds them up."""
         if self.q is None:
-            rows = (layout.pad(x) if layout else x for x in (q, k))
+            rows = (layout.pad(x, share.own) if layout else x for x in (q, k))
             self.q, self.k = (x[:, self.start :].float().square().sum(1) for x in rows)
 
 
@@ -74,19 +76,20 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, squares, prompt, layout):
-        heads = (*x.shape[:2], -1, self.D)
-        q, k, values = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x)  # (B, T, heads, D)
+    def forward(self, x, cos, sin, squares, prompt, layout, share):
+        heads = -1, (-1, self.D)
+        q, k, values = self.q_proj(x).unflatten(*heads), self.k_proj(x).unflatten(*heads), self.v_proj(x)  # (B, T, heads, D)
         q_normed, k_normed = self.q_norm(q), self.k_norm(k)
         if squares:
-            squares.fill(*((q, k) if squares.site == "proj" else (q_normed, k_normed)), layout)
+            squares.fill(*((q, k) if squares.site == "proj" else (q_normed, k_normed)), layout, share)
         q, k = rotate(q_normed, cos, sin), rotate(k_normed, cos, sin)
-        v = values.view(heads)
+        q, k, values = share.to_heads(q), share.to_heads(k), share.to_heads(values)
+        v = values.unflatten(*heads)
         if prompt is None:
             y = causal_attention(q, k, v, layout and layout.lengths)
         else:
-            y = GroupAttention.apply(q, k, v, prompt[0], prompt[1].unflatten(-1, (-1, self.D)), layout)
-        return self.o_proj(y.flatten(2)), k, values  # not v: FSDP2 warns of outputs that are views
+            y = GroupAttention.apply(q, k, v, prompt[0], prompt[1].unflatten(*heads), layout)
+        return self.o_proj(share.to_tokens(y).flatten(2)), k, values  # not v: FSDP2 warns of outputs that are views
 
 
 class MLP(nn.Module):
@@ -104,7 +107,8 @@ class Block(nn.Module):
     """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys (B, T, Hk, D) and values (B, T, Hk * D).
 
     With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt; with a Layout
-    alone, documents that do not see each other.
+    alone, documents that do not see each other. In a context group x and the tables are of the rank's Share of the tokens,
+    keys and values of all tokens and the rank's heads.
     """
 
     def __init__(self, config):
@@ -113,8 +117,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, squares=None, prompt=None, layout=None):
-        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, squares, prompt, layout)
+    def forward(self, x, cos, sin, squares, prompt, layout, share):
+        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, squares, prompt, layout, share)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
@@ -188,7 +192,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def chunks(tokens, chunk):
-        return [slice(start, start + chunk) for start in range(0, tokens, chunk)]
+        return [slice(start, start + chunk) for start in range(0, max(1, tokens), chunk)]  # no tokens: a chunk of none
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -196,7 +200,8 @@ class TokenLogprobs(torch.autograd.Function):
 
 class Prompt(NamedTuple):
     """What completions need of the prompt they follow: its last token's hidden state (1, C); of each layer the keys
-    (1, P, Hk, D), the values (1, P, Hk * D) and, if a Tracker is active, the Squares."""
+    (1, P, Hk, D), the values (1, P, Hk * D) and, if a Tracker is active, the Squares. In a context group of n ranks the last
+    one has the hidden state, others (0, C), and keys and values are of Hk / n heads."""
 
     length: int
     last: torch.Tensor
@@ -216,11 +221,12 @@ class Prompt(NamedTuple):
 
 
 class Qwen3(nn.Module):
-    """`tracker`: set by saliency.Tracker, receives every layer's activation norms. `checkpointing`: recompute blocks."""
+    """`tracker`: set by saliency.Tracker, receives every layer's activation norms. `checkpointing`: recompute blocks.
+    `context`: the ProcessGroup whose ranks read a prompt and follow it together (parallel.py), or None."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.tracker, self.checkpointing = config, None, False
+        self.config, self.tracker, self.checkpointing, self.context = config, None, False, None
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -262,13 +268,15 @@ class Qwen3(nn.Module):
         if not len(prompt_ids):
             raise ValueError("a prompt needs at least one token: nothing else predicts a completion's first")
         positions = torch.arange(len(prompt_ids), device=prompt_ids.device)
-        cache = []
-        x, squares = self._blocks(prompt_ids[None], positions, cache=cache)
-        return Prompt(len(prompt_ids), x[0, -1:].clone(), *map(list, zip(*cache)), squares)
+        share, cache = Share(len(prompt_ids), self.context), []
+        x, squares = self._blocks(prompt_ids[None], positions, cache=cache, share=share)
+        last = x[0, -1:] if share.is_last else x[0, :0]
+        return Prompt(len(prompt_ids), last.clone(), *map(list, zip(*cache)), squares)
 
     def completion_logprobs(self, prompt, completions, temperature=1.0):
         """The second stage: Prompt, list of (R_i,) int64 -> log-probabilities (N,) and entropies (N,) fp32, one completion
-        after the other. Any of a prompt's completions may go in any call; a Tracker must see both stages.
+        after the other. Any of a prompt's completions may go in any call; a Tracker must see both stages. The ranks of a
+        context group give the same completions, and each gets the whole result.
 
         Raises ValueError for an empty completion, or none.
         """
@@ -276,39 +284,42 @@ class Qwen3(nn.Module):
         if not lengths or not min(lengths):
             raise ValueError(f"completions need at least one token each, got lengths {lengths}")
         targets = torch.cat(list(completions))  # (N,)
-        layout = Layout(prompt.length, lengths, targets.device)
-        x, squares = self._blocks(targets[None], layout.positions, prompt, layout)
+        share = Share(len(targets), self.context)
+        layout = Layout(prompt.length, lengths, targets.device, share)
+        x, squares = self._blocks(targets[None], layout.positions, prompt, layout, share=share)
         if self.tracker:
             self.tracker.add(squares, prompt.squares)
-        hidden = self.model.norm(torch.cat((prompt.last, x[0]))[layout.predictors])  # (N, C)
-        return self.lm_head(hidden, targets, temperature, self.model.embed_tokens.weight)
+        hidden = self.model.norm(torch.cat((prompt.last, x[0]))[layout.predictors])  # (N, C), a rank's share of it
+        results = self.lm_head(hidden, targets[layout.predicted], temperature, self.model.embed_tokens.weight)
+        return tuple(share.whole(result, layout.predicted) for result in results)
 
     def _rows(self, input_ids, lengths=None):
         """input_ids (B, T), each row a sequence of its own, or (1, T) of documents of `lengths` -> hidden states (B, T, C)
         before the final norm."""
-        layout = Layout(0, lengths, input_ids.device) if lengths else None
+        layout = Layout(0, lengths, input_ids.device, Share(input_ids.size(1))) if lengths else None
         positions = layout.positions if layout else torch.arange(input_ids.size(1), device=input_ids.device)
         x, squares = self._blocks(input_ids, positions, layout=layout)
         if self.tracker:
             self.tracker.add(squares)
         return x
 
-    def _blocks(self, ids, positions, prompt=None, layout=None, cache=None):
-        """ids (B, T) -> hidden states (B, T, C) and each layer's Squares (or None); the list `cache`, if given, receives
-        each layer's keys and values."""
-        x = self.model.embed_tokens(ids)  # (B, T, C)
-        cos, sin = rope_tables(self.config, positions, x.dtype)
+    def _blocks(self, ids, positions, prompt=None, layout=None, cache=None, share=None):
+        """ids (B, T), positions (T,) -> hidden states (B, T, C) and each layer's Squares (or None), of `share` of the
+        tokens if given; the list `cache`, if given, receives each layer's keys and values."""
+        share = share or Share(ids.size(1))
+        x = self.model.embed_tokens(ids[:, share.own])  # (B, T, C)
+        cos, sin = rope_tables(self.config, positions[share.own], x.dtype)
         squares = [None] * len(self.model.layers)
         if self.tracker:
-            start = 1 if self.tracker.tokens == "not-first" and not prompt else 0
+            start = 1 if self.tracker.tokens == "not-first" and not prompt and not share.start else 0
             squares = [Squares(self.tracker.site, start) for _ in squares]
         recompute = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
             past = (prompt.keys[i], prompt.values[i]) if prompt else None
             if recompute:
-                x, k, v = checkpoint(block, x, cos, sin, squares[i], past, layout, use_reentrant=False)
+                x, k, v = checkpoint(block, x, cos, sin, squares[i], past, layout, share, use_reentrant=False)
             else:
-                x, k, v = block(x, cos, sin, squares[i], past, layout)
+                x, k, v = block(x, cos, sin, squares[i], past, layout, share)
             if cache is not None:
                 cache.append((k, v))
         return x, squares
@@ -316,14 +327,16 @@ class Qwen3(nn.Module):
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu", mesh=None, compute_dtype=None):
+    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu", mesh=None, compute_dtype=None, context=None):
         """Build the model and fill it from safetensors, tensor by tensor (never two copies in memory).
 
         With a DeviceMesh, parameters are sharded over it by FSDP2 before a weight is read, and each rank reads only its
         own rows; `compute_dtype` is then what forward and backward run in, `dtype` that of the masters and gradients.
+        `context`: the ProcessGroup that shares prompts.
         Raises BadInput for a missing directory, another architecture, missing, misshapen or unexpected tensors.
         """
         model = cls.empty(Qwen3Config.from_pretrained(directory), dtype, device, mesh, compute_dtype)
+        model.context = context
         load_weights(model, directory)
         return model
 

@@ -17,6 +17,7 @@ import schedule
 from checkpoint import Qwen3Config
 from cli import BadInput
 from model import HEAD_CHUNK_ELEMENTS
+from parallel import check_heads
 
 GIB = 2**30
 CONTEXTS = (8192, 16384, 32768, 65536, 131072)
@@ -30,25 +31,32 @@ def parameter_counts(c):
     return block, c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.hidden_size
 
 
-def block_bytes(c, size):
+def block_bytes(c, size, exchanged=False):
     """What one block keeps of a token for its backward, and the most that its backward adds to that; bytes.
 
     size: bytes of the compute dtype. Each norm keeps what it normalised, in fp32, and its result before the weight.
+    exchanged: attention's output is there twice, by heads and by tokens.
     """
     C, q, k, F = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
     wide = 4 if size == 2 else 0  # fp32 copies that fp32 compute does not make
     norms = (size + wide) * (2 * C + q + k)
     projections = 2 * size * C + (size if size == 4 else 0) * (q + k) + size * (q + k + k)  # inputs of q, k, v and of the
     # MLP; q and k before their norms (in bf16 the fp32 copy replaces them); rotated q and k, and v
-    attention = size * q + 4 * c.num_attention_heads + size * C  # its output, log-sum-exp; the sum after it
+    attention = (
+        size * q * (1 + exchanged) + 4 * c.num_attention_heads + size * C
+    )  # its output, log-sum-exp; the sum after it
     mlp = 4 * size * F  # gate, silu(gate), up, product
     return norms + projections + attention + mlp, size * (C + 2 * F)
 
 
-def activations(c, prompt, pass_tokens, checkpointing, size):
+def activations(c, prompt, pass_tokens, checkpointing, size, context_parallel=1):
     """{moment: {line: bytes}}: what there is while a pass's head, a block of a pass, or the prompt goes back."""
+    prompt, pass_tokens = (
+        -(-prompt // context_parallel),
+        -(-pass_tokens // context_parallel),
+    )  # all that follows is of tokens
     L, C, kv = c.num_hidden_layers, c.hidden_size, 2 * c.num_key_value_heads * c.head_dim
-    kept, transient = block_bytes(c, size)
+    kept, transient = block_bytes(c, size, context_parallel > 1)
     per_layer = size * C if checkpointing else kept
     cache = prompt * size * kv * L
     prompt_lines = {
@@ -78,12 +86,12 @@ def activations(c, prompt, pass_tokens, checkpointing, size):
     }
 
 
-def training_memory(c, prompt, pass_tokens, checkpointing, ranks, size, sharded=True, reference=False):
+def training_memory(c, prompt, pass_tokens, checkpointing, ranks, size, sharded=True, reference=False, context_parallel=1):
     """{line: bytes} of one rank at the worst moment of an update, and that moment's name.
 
     prompt: 0 for sft.py; pass_tokens: of the fullest pass; reference: a second model for the KL term; size: bytes of the
     compute dtype; sharded: by FSDP2 over `ranks` (masters, gradients and moments in fp32), else everything is on one
-    device and computes with the masters themselves.
+    device and computes with the masters themselves; context_parallel: ranks that share prompt and pass.
     """
     block, rest = parameter_counts(c)
     total = block * c.num_hidden_layers + rest
@@ -97,9 +105,9 @@ def training_memory(c, prompt, pass_tokens, checkpointing, ranks, size, sharded=
         # computed and in fp32 for its reduction, beside the one before it
         lines["gathered weights and a block's gradient"] = size * (rest + 3 * block) + (size + 8) * block
     if reference:  # its shards, what of it is gathered, and the prompt's keys and values by it
-        cache = prompt * 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers
+        cache = prompt * 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers / context_parallel
         lines["reference model at work"] = size * (total / ranks + (rest + 2 * block if sharded else 0) + cache)
-    moments = activations(c, prompt, pass_tokens, checkpointing, size)
+    moments = activations(c, prompt, pass_tokens, checkpointing, size, context_parallel)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     return lines | moments[worst], worst
 
@@ -167,12 +175,14 @@ def report(config, ranks):
     c, context = model_and_context(config)
     if config.max_completion >= context:
         raise BadInput(f"--max-completion {config.max_completion} leaves no room for a prompt in {context} tokens")
+    check_heads(config.context_parallel, c)
     capacity = config.gpu_memory * GIB
     pass_tokens = sum(schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass))
 
     def at(context):
         prompt, R, G = context - config.max_completion, config.max_completion, config.completions
-        lines, moment = training_memory(c, prompt, pass_tokens, config.checkpointing, ranks, 2, reference=bool(config.beta))
+        setting = config.checkpointing, ranks // config.replicate, 2, True, bool(config.beta), config.context_parallel
+        lines, moment = training_memory(c, prompt, pass_tokens, *setting)
         weights, one, group = rollout_memory(c, prompt, R, G, config.tensor_parallel)
         asleep = lines["parameters (fp32)"] + lines["optimizer (fp32 moments)"]  # held while vLLM generates
         room = config.vllm_share * capacity - weights

@@ -48,12 +48,17 @@ class Tracker:
         self.model.tracker = None
 
     def add(self, squares, prompt=None):
-        """Called by the model once per forward. squares: per layer .q (S, H, D) and .k (S, Hk, D) fp32, sums of squares over
-        the tokens of S sequences; prompt: the same of the one prompt (S = 1) that all of them share."""
+        """Called by the model once per forward, by the ranks of a context group together.
+
+        squares: per layer .q (S, H, D) and .k (S, Hk, D) fp32, sums of squares over the tokens of S sequences; prompt: the
+        same of the one prompt (S = 1) that all of them share."""
         sums = [each for layer in squares for each in (layer.q, layer.k)]
         if prompt:
             own = 0 if self.tokens == "prompt" else 1
             sums = [own * each + shared for each, shared in zip(sums, (x for layer in prompt for x in (layer.q, layer.k)))]
+            if self.model.context:  # each of its ranks has counted its own tokens
+                for each in sums:
+                    dist.all_reduce(each, group=self.model.context)
         norms = [each.sqrt().sum(0) for each in sums]  # of each sequence, added up
         self.sums = norms if self.sums is None else [total + norm for total, norm in zip(self.sums, norms, strict=True)]
         self.sequences += len(sums[0])

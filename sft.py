@@ -41,6 +41,7 @@ import curriculum
 import data
 import dry_run
 import durable
+import parallel
 import plan
 import plot
 import resume
@@ -184,7 +185,8 @@ lock = resume.claim(out, config.resume) if main else None
 fixed = resume.settings(config, may_change)
 checkpoint, state = resume.find(out / "checkpoints", config.resume, fixed) if config.resume else (None, None)
 
-mesh = dist.init_device_mesh(device.type, (world,)) if dist.is_initialized() else None
+nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's --nnodes; each holds a replica
+mesh = parallel.weight_mesh(device.type, nodes) if dist.is_initialized() else None
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
 model.checkpointing = config.checkpointing
 optimizer = torch.optim.AdamW(

@@ -50,6 +50,7 @@ import dry_run
 import durable
 import grpo
 import metrics
+import parallel
 import plan
 import plot
 import resume
@@ -100,17 +101,17 @@ device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.
 compute_dtype = torch.bfloat16 if cuda else torch.float32
 main = rank == 0
 
+config.replicate = config.replicate or int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's --nnodes
+check(config, config.ranks or world, cuda)
 if config.plan:
-    ranks = config.ranks or world
-    check(config, ranks, cuda)
     if main:
-        print(plan.report(config, ranks), end="")
+        print(plan.report(config, config.ranks or world), end="")
     sys.exit()
-check(config, world, cuda)
 
 # ------------------------------------------------------------------------------------------------------------- data
 
 model_config = Qwen3Config.from_pretrained(config.model)
+parallel.check_heads(config.context_parallel, model_config)
 config.context = config.context or model_config.context_length
 if config.context > model_config.context_length:
     raise BadInput(f"--context {config.context} is more than the {model_config.context_length} tokens of {config.model}")
@@ -178,10 +179,12 @@ engine = Rollout(
     config.tensor_parallel,
     config.vllm_share,
 )
-mesh = dist.init_device_mesh(device.type, (world,)) if cuda or world > 1 else None
-model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
+mesh = parallel.weight_mesh(device.type, config.replicate)
+context = parallel.context_group(device.type, config.context_parallel)
+place = rank // config.context_parallel, world // config.context_parallel  # which context group, of how many
+model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype, context)
 model.checkpointing = config.checkpointing
-reference = Qwen3.from_pretrained(config.model, compute_dtype, device, mesh, compute_dtype) if config.beta else None
+reference = Qwen3.from_pretrained(config.model, compute_dtype, device, mesh, compute_dtype, context) if config.beta else None
 optimizer = torch.optim.AdamW(
     model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
 )
@@ -287,7 +290,8 @@ def explain_out_of_memory(prompt_length):
             raise
         raise BadInput(
             f"out of memory in training on {prompt_length} prompt tokens and up to {config.tokens_per_pass} completion "
-            f"tokens a pass: lower --tokens-per-pass or --context ({config.context}), or use --checkpointing or more ranks; "
+            f"tokens a pass: lower --tokens-per-pass or --context ({config.context}), or use --checkpointing, more ranks or "
+            "--context-parallel; "
             "--plan shows what takes how much"
         ) from error
 
@@ -372,7 +376,7 @@ for step in range(first + 1, config.steps + 1):
     if config.updates > 1:
         with stage("logprobs"):
             for minibatch in minibatches:
-                for group, parts in schedule.turns(minibatch, rank, world, config.tokens_per_pass):
+                for group, parts in schedule.turns(minibatch, *place, config.tokens_per_pass):
                     with explain_out_of_memory(len(group.prompt)):
                         group.old_logprobs = logprobs_of(model, group, parts)
 
@@ -387,7 +391,7 @@ for step in range(first + 1, config.steps + 1):
         sums = torch.zeros(8, dtype=torch.float64, device=device)  # metrics.SUMS
         worst = torch.zeros(1, dtype=torch.float64, device=device)
         with saliency.Tracker(model, config.site, config.tokens) as tracker:
-            for group, parts in schedule.turns(minibatch, rank, world, config.tokens_per_pass):
+            for group, parts in schedule.turns(minibatch, *place, config.tokens_per_pass):
                 with stage("logprobs"), explain_out_of_memory(len(group.prompt)):
                     prompt = model.read(torch.tensor(group.prompt, device=device))  # its keys and values, once
                     leaves = prompt.detach()
@@ -413,7 +417,8 @@ for step in range(first + 1, config.steps + 1):
                     k3 = (d.exp() - d - 1).sum()
                     capped = (d.exp() >= config.importance_cap).sum() if config.importance_cap else d.new_zeros(())
                     own = loss.detach(), stats.ratio, stats.clipped, stats.kl, entropies.sum(), d.abs().sum(), k3, capped
-                    sums += torch.stack([value.detach().double() for value in own])
+                    own = torch.stack([value.detach().double() for value in own])
+                    sums += own / config.context_parallel  # as many ranks count it
                     worst = torch.maximum(worst, d.abs().max())
                 with stage("backward"), explain_out_of_memory(len(group.prompt)):
                     prompt.backward(leaves)  # what the passes left at the prompt's keys and values

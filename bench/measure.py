@@ -33,7 +33,8 @@ def peak_bytes(function):
     """The most memory that was allocated at once during function(), beyond what was before.
 
     On a GPU from the allocator's own counter. On a CPU from the profiler's record of every allocation of a tensor, so
-    without what libraries allocate for themselves.
+    without what libraries allocate for themselves. It does not see what gloo's threads free: that counts as freed when its
+    address is given out again.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -44,10 +45,19 @@ def peak_bytes(function):
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    nodes, events = record.profiler.kineto_results.experimental_event_tree(), []
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if node.name == "[memory]":
+            events.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))  # size < 0: freed
     now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
+    live = {}  # address -> bytes
+    for _, address, size in sorted(events, key=lambda event: event[0]):
+        now += size - (live.pop(address, 0) if size > 0 else 0)
+        live.pop(address, None)
+        if size > 0:
+            live[address] = size
         peak = max(peak, now)
     return peak
 

@@ -5,8 +5,10 @@ import gc
 import io
 import os
 import runpy
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -89,9 +91,20 @@ def refusal(script, *arguments):
     return str(caught.value)
 
 
-def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None):
+def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None, where=("--standalone",)):
     """Run a Python file under torchrun with `ranks` gloo processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "--max-restarts", restarts]
+    torchrun = ["-m", "torch.distributed.run", *where, "--nproc-per-node", ranks, "--max-restarts", restarts]
     folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {"PYTHONPATH": os.pathsep.join(folders), **(env or {})}
     return run_script(*torchrun, code, *arguments, timeout=timeout, env=env)
+
+
+def run_nodes(nodes, code, *arguments):
+    """The same on `nodes` nodes of one process each, which this machine plays -> the last node's CompletedProcess."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--nnodes", nodes, "--master-addr", "127.0.0.1", "--master-port", port]
+    with ThreadPoolExecutor(nodes) as pool:
+        results = [pool.submit(run_ranks, 1, code, *arguments, where=[*where, "--node-rank", i]) for i in range(nodes)]
+    return results[-1].result()

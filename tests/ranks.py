@@ -1,6 +1,7 @@
-"""Run by torchrun from test_distributed.py: the same step on one process and sharded over ranks must agree.
+"""Run by torchrun from test_distributed.py: the same step on one process and over ranks must agree, sharded and replicated,
+a group of completions on each rank or shared by several.
 
-torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT EXPORT SAVED
+torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT EXPORT SAVED REPLICATE CONTEXT_PARALLEL
 
 SAVED/one is of one process (resume.py), SAVED/trained the export of the same model; SAVED/many is made of what came back.
 """
@@ -16,16 +17,18 @@ import grpo
 import resume
 from checkpoint import full_tensor
 from model import Qwen3
+from parallel import context_group, weight_mesh
 from saliency import Tracker, mask_gradients, masked_step, select_rows
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # a mismatch fails, it does not hang
 rank, world = dist.get_rank(), dist.get_world_size()
-mesh = dist.init_device_mesh("cpu", (world,))
-checkpoint, export, saved = map(Path, sys.argv[1:])
+checkpoint, export, saved = map(Path, sys.argv[1:4])
+replicate, context_parallel = map(int, sys.argv[4:])
+mesh = weight_mesh("cpu", replicate)
 
 generator = torch.Generator().manual_seed(0)
 draw = lambda n: torch.randint(0, 101, (n,), generator=generator)  # noqa: E731
-groups = [(draw(5 + 9 * i), [draw(n) for n in (3, 1, 1 + i)]) for i in range(6)]
+groups = [(draw(1 + 9 * i), [draw(n) for n in (3, 1, 1 + i)]) for i in range(6)]
 advantages = torch.randn(6, 3, generator=generator)
 tokens = sum(len(c) for _, completions in groups for c in completions)
 
@@ -39,34 +42,38 @@ def loss(i, part, logprobs, scale):
 
 
 def step(model, indices, scale, checkpointing, two_stage):
-    """Masked gradients of `indices` of the groups, and the norm that clipping saw."""
-    model.checkpointing = checkpointing
-    with Tracker(model) as tracker:
+    """Leaves masked gradients of `indices` of the groups -> their log-probabilities and entropies {group: (N, 2)},
+    magnitudes, masks, the norm that clipping saw."""
+    model.checkpointing, values = checkpointing, {}
+    with Tracker(model, tokens="not-first") as tracker:
         for i in indices:
             prompt, completions = groups[i]
-            if not two_stage:
-                loss(i, [0, 1, 2], torch.cat(model.group_logprobs(prompt, completions, 1.3)), scale).backward()
-                continue
             read = model.read(prompt)
-            leaves = read.detach()
-            for part in ([2, 0], [1]):
-                logprobs, _ = model.completion_logprobs(leaves, [completions[j] for j in part], 1.3)
-                loss(i, part, logprobs, scale).backward()
-            read.backward(leaves)
+            leaves = read.detach() if two_stage else read
+            for part in ([0, 2], [1]) if two_stage else ([0, 2, 1],):  # one token alone is fewer than ranks
+                logprobs, entropies = model.completion_logprobs(leaves, [completions[j] for j in part], 1.3)
+                (loss(i, part, logprobs, scale) - 0.01 * scale * entropies.sum()).backward()
+                values.setdefault(i, []).append(torch.stack((logprobs, entropies), 1).detach())
+            if two_stage:
+                read.backward(leaves)
+    values = {i: torch.cat(parts) for i, parts in values.items()}
     magnitudes = tracker.magnitudes()
     masks = select_rows(magnitudes, 0.3)
     mask_gradients(model, masks)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-    return magnitudes, masks, norm
+    return values, magnitudes, masks, norm
 
 
 whole = Qwen3.from_pretrained(checkpoint)
-expected_magnitudes, expected_masks, expected_norm = step(whole, range(6), 1.0, checkpointing=False, two_stage=False)
+expected_values, expected_magnitudes, expected_masks, expected_norm = step(whole, range(6), 1.0, False, False)
 
-sharded = Qwen3.from_pretrained(checkpoint, mesh=mesh)
+sharded = Qwen3.from_pretrained(checkpoint, mesh=mesh, context=context_group("cpu", context_parallel))
+indices = range(rank // context_parallel, 6, world // context_parallel)
 for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
     sharded.zero_grad()
-    magnitudes, masks, norm = step(sharded, range(rank, 6, world), world, checkpointing, two_stage)
+    values, magnitudes, masks, norm = step(sharded, indices, world, checkpointing, two_stage)
+    for i in indices:
+        torch.testing.assert_close(values[i], expected_values[i], rtol=1e-5, atol=1e-5)
     for name, magnitude in magnitudes.items():  # every rank saw all groups, so both are averages over 18 sequences
         torch.testing.assert_close(magnitude, expected_magnitudes[name], rtol=1e-5, atol=1e-6)
     for name, mask in masks.items():

@@ -1,4 +1,5 @@
-"""Run by torchrun from test_plan.py: every rank's measured peak of an FSDP2 update beside what plan.py predicts.
+"""Run by torchrun from test_plan.py: every rank's measured peak of an FSDP2 update beside what plan.py predicts, each rank
+with a group of its own and all with one.
 
 torchrun --nproc-per-node 2 tests/ranks_memory.py CHECKPOINT
 """
@@ -15,6 +16,7 @@ from shapes import draw_group, train_on
 
 import plan
 from model import Qwen3
+from parallel import context_group
 
 dist.init_process_group("gloo")
 mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -35,11 +37,11 @@ def update():
 
 update()
 held = sum(p.to_local().numel() * 4 * 3 for p in model.parameters())
-# The least of a few: when the other rank is late, on a busy machine, buffers of its collectives live longer.
-measured = min(peak_bytes(update) for _ in range(4)) + held
-lines, _ = plan.training_memory(model.config, 1024, 256, True, dist.get_world_size(), 4)
-print(
-    f"rank {dist.get_rank()}: predicted / measured {sum(lines.values()) / measured:.3f}, {measured:,} bytes, {lines}",
-    flush=True,
-)
+world = dist.get_world_size()
+for sharing in (1, world):
+    model.context = context_group("cpu", sharing)
+    measured = peak_bytes(update) + held
+    lines, _ = plan.training_memory(model.config, 1024, 256, True, world, 4, context_parallel=sharing)
+    ratio = sum(lines.values()) / measured
+    print(f"{sharing} sharing: predicted / measured {ratio:.3f}, {measured:,} bytes, {lines}", flush=True)
 dist.destroy_process_group()

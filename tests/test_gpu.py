@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from attention import GroupAttention, Layout, causal_attention
 from model import Qwen3, Qwen3Config
+from parallel import Share
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and GPU_TESTS=1")
 
@@ -37,7 +38,8 @@ def test_causal_attention_with_grouped_queries_runs_flash_kernels():
 
 @pytest.mark.parametrize("lengths", [[64] * 4, [5, 200, 33]])
 def test_completions_attend_to_a_longer_prompt_by_flash_kernels_and_rightly(lengths):
-    N, layout = sum(lengths), Layout(700, lengths, "cuda")
+    N = sum(lengths)
+    layout = Layout(700, lengths, "cuda", Share(N))
     tensors = heads(N, 8), heads(N, 2), heads(N, 2), heads(700, 2), heads(700, 2)
     q, k, v, prompt_k, prompt_v = tensors
     weights = torch.randn(1, N, 8, 128, device="cuda")

@@ -129,7 +129,7 @@ def test_predicted_memory_of_two_ranks(tmp_path):
     result = run_ranks(2, ROOT / "tests" / "ranks_memory.py", tmp_path / "checkpoint")
     assert result.returncode == 0, result.stderr[-3000:]
     ratios = [float(x) for x in re.findall(r"predicted / measured ([\d.]+)", result.stdout)]
-    assert len(ratios) == 2 and all(0.85 <= ratio <= 1.15 for ratio in ratios), result.stdout
+    assert len(ratios) == 4 and all(0.85 <= ratio <= 1.15 for ratio in ratios), result.stdout
 
 
 def test_the_plan_of_a_preset_needs_no_files():
@@ -147,8 +147,24 @@ def test_the_plan_of_a_preset_needs_no_files():
     assert "fits 80 GiB (less 2 for CUDA): yes" in text
     for context in ("8,192", "16,384", "32,768", "65,536", "131,072"):
         assert re.search(rf"^ +{context} ", text, re.M)
+    assert re.search(r"^ +131,072 .* NO, but needs YaRN", text, re.M)
+    shared = run_here("train.py", "--plan", *flags, "--prompts", 8, "--context-parallel", 8)
+    assert re.search(r"^ +131,072 .* yes, but needs YaRN", shared, re.M)
     small = run_here("train.py", "--plan", *flags, "--prompts", 8, "--gpu-memory", 40)
     assert "fits 40 GiB (less 2 for CUDA): NO" in small
+
+
+def test_replicas_shard_over_fewer_ranks_and_context_groups_share_tokens():
+    c = Qwen3Config.preset("8B")
+    one, _ = plan.training_memory(c, 131072, 8192, True, 8, 2, reference=True)
+    shared, _ = plan.training_memory(c, 131072, 8192, True, 8, 2, reference=True, context_parallel=8)
+    for line in ("prompt, kept for its backward", "prompt's keys and values", "their gradients"):
+        assert one[line] == 8 * shared[line]
+    flags = ["--model", "Qwen3-8B", "--prompts", 16, "--checkpointing", "--context", 8192, "--max-completion", 4096]
+    one_node, two = (
+        run_here("train.py", "--plan", *flags, "--ranks", ranks, "--replicate", ranks // 8) for ranks in (8, 16)
+    )
+    assert one_node.splitlines()[1:] == two.splitlines()[1:]  # a node's GPUs hold what they held
 
 
 @pytest.mark.parametrize(
@@ -159,7 +175,11 @@ def test_the_plan_of_a_preset_needs_no_files():
         (["--model", "Qwen3-8B", "--context", 65536], "more than the 40960 tokens of Qwen3-8B"),
         (["--gpu-memory", 0], "--gpu-memory must be more than 0"),
         (["--vllm-share", 1.5], "--vllm-share is a share"),
-        (["--ranks", 3], "--prompts 16 cannot be shared"),
+        (["--ranks", 3], "--prompts 16 cannot be shared: 1 updates x 3 ranks"),
+        (["--ranks", 6, "--context-parallel", 2], "1 updates x 3 context groups of 2 ranks need a multiple of 3"),
+        (["--ranks", 8, "--context-parallel", 3], "--context-parallel 3 does not divide the 8 ranks"),
+        (["--ranks", 16, "--context-parallel", 16], "does not divide the model's 2 key heads"),
+        (["--ranks", 8, "--replicate", 3], "--replicate 3 does not divide the 8 ranks"),
         (["--no-plan", "--ranks", 2], "--ranks 2 is for --plan"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, refusal, run_ranks, run_script
+from conftest import ROOT, refusal, run_nodes, run_ranks, run_script
 
 from cli import BadInput
 from config import Config, check
@@ -106,18 +106,20 @@ def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
 
 def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
     """Several updates per rollout, dynamic sampling, a choice among all tokens, KL to a reference: everything that crosses
-    ranks. Passes so small that each rank would need another number of them. In the second run rank 1 is killed in step 2,
-    and torchrun starts both ranks again."""
+    ranks. Passes so small that each rank would need another number of them. The two are nodes with a replica each; then a
+    context group, of which rank 1 is killed in step 2, and torchrun starts both again."""
     cov = ["--algorithm", "clip-cov", "--updates", 2, "--unselected", "frozen", "--tokens", "not-first"]
     grpo = ["--algorithm", "grpo", "--beta", 0.04]
-    killed = "--save-every 1 --resume auto --reward kill:exact".split()
-    for label, flags, more, restarts, kill in (("cov", cov, [], 0, ""), ("grpo", grpo, killed, 1, "step 2")):
+    killed = "--save-every 1 --resume auto --reward kill:exact --context-parallel 2".split()
+    again = {"restarts": 1, "env": {"KILL": "step 2"}}
+    for label, flags, run, more, how in (("cov", cov, run_nodes, [], {}), ("grpo", grpo, run_ranks, killed, again)):
         alone, _ = train(runs(f"{label}-1"), *flags)
         name = runs(f"{label}-2")
-        arguments = "--name", name, *SHORT, *flags, *more, "--tokens-per-pass", 25
-        result = run_ranks(2, "train.py", *arguments, restarts=restarts, env={"KILL": kill})
+        result = run(2, "train.py", "--name", name, *SHORT, *flags, *more, "--tokens-per-pass", 25, **how)
         assert result.returncode == 0, result.stderr[-3000:]
-        assert ("going on after step 1" in result.stdout) == (restarts == 1)
+        assert ("going on after step 1" in result.stdout) == bool(how)
+        settings = json.loads((ROOT / "runs" / name / "config.json").read_text())
+        assert settings["replicate"] == (2 if run is run_nodes else 1)
         for one, two in zip(read_metrics(alone), read_metrics(ROOT / "runs" / name), strict=True):
             for key in one.keys() - {"mismatch_mean", "mismatch_max", "mismatch_k3"}:  # rounding itself
                 expected = one[key] if one[key] is None else pytest.approx(one[key], rel=2e-3, abs=2e-5)
