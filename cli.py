@@ -8,9 +8,11 @@ Order of precedence: the flag, then the files from last to first, then the defau
 import argparse
 import dataclasses
 import errno
+import json
 import math
 import os
 import sys
+import time
 import tomllib
 import typing
 from pathlib import Path
@@ -115,13 +117,34 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 def one_line_errors():
     """From here on a BadInput, or a disk that takes nothing more, ends the process with one line and exit code 1; other
-    errors keep their traceback."""
+    errors keep their traceback. Of the ranks of a node, which all find the same before they meet, the first says it."""
 
     def hook(kind, error, traceback):
-        if not issubclass(kind, BadInput) and getattr(error, "errno", None) not in DISK_ERRORS:
-            return sys.__excepthook__(kind, error, traceback)
-        rank = os.environ.get("RANK", "0")
-        where = Path(sys.argv[0]).name + (f" (rank {rank})" if rank != "0" else "")
-        print(f"{where}: error: {error}", file=sys.stderr, flush=True)
+        line = one_line(kind, error)
+        if line is None or os.environ.get("LOCAL_RANK", "0") == "0":
+            print_error(line, kind, error, traceback)
+        tell_torchrun(line or f"{kind.__name__}: {error}")
 
     sys.excepthook = hook
+
+
+def one_line(kind, error):
+    """What is printed of an error instead of its traceback; None if it is to be read with it."""
+    if issubclass(kind, BadInput) or getattr(error, "errno", None) in DISK_ERRORS:
+        return f"{Path(sys.argv[0]).name}: error: {error}"
+    return None
+
+
+def print_error(line, kind, error, traceback):
+    if line is None:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def tell_torchrun(text):
+    """Why this rank ends; torchrun prints it last, as the traceback of the root cause."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        report = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": report}))

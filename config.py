@@ -24,6 +24,10 @@ class Config:
     truncate_prompts: bool = option(False, "cut the middle out of prompts that are too long, instead of dropping them")
     eval_data: list[str] = option([], "files of held-out prompts, each evaluated before and after (default: none)")
     reward: str = option("rewards:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
+    reward_workers: int = option(0, "processes of each rank that score answers (0: the rank itself)", least=0)
+    reward_timeout: float = option(
+        0.0, "seconds in which a worker must have scored an answer, or the run saves and stops (0: any)", least=0
+    )
     thinking: bool = option(False, "let the model think first (Qwen3's thinking template); the answer follows </think>")
     task: str = option("recall", "without --data: recall a fact of a passage, or track one that changes", list(tasks.TASKS))
     facts: int = option(17, "task: facts in a passage")
@@ -100,6 +104,7 @@ class Config:
         0, "copies of the model, each sharded over ranks / copies GPUs (0: one on each of torchrun's nodes)", least=0
     )
     checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
+    deterministic: bool = option(False, "the same bits in every run of the same ranks, as far as can be, see README; slower")
     plan: bool = option(False, "print the memory and tokens a step needs on GPUs, from this configuration alone, and stop")
     dry_run: bool = option(False, "check everything, then take one step of a small model of random weights (dry_run.py)")
     ranks: int = option(0, "--plan: for so many GPUs (0: as many as torchrun started)", least=0)
@@ -109,7 +114,8 @@ class Config:
 # What may differ when a run goes on: where it lies and how long it gets; what rounding is all they can change. By contents,
 # resume.settings compares the files of model and data.
 MAY_CHANGE = (
-    "name model data steps save_every keep resume max_skips max_rounds eval_before mismatch_limit tensor_parallel "
+    "name model data reward_workers reward_timeout steps save_every keep resume max_skips max_rounds eval_before "
+    "mismatch_limit tensor_parallel deterministic "
     "vllm_share tokens_per_pass checkpointing context_parallel replicate plan dry_run ranks gpu_memory"
 ).split()
 
@@ -136,6 +142,8 @@ def check(config, world, cuda):
             f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {trainers} {who} need a multiple of "
             f"{config.updates * trainers}"
         )
+    if config.reward_timeout and not config.reward_workers:
+        raise BadInput("--reward-timeout needs --reward-workers: this process cannot stop what it is itself in")
     if config.resume and not config.name:
         raise BadInput(f"--resume {config.resume} needs the --name of the run that goes on")
     if world % config.tensor_parallel:

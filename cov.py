@@ -50,6 +50,8 @@ def choose(groups, how, seed):
     """
     advantages = torch.cat([g.advantages.repeat_interleave(torch.tensor(g.lengths)) for g in groups])  # (N,)
     logprobs = torch.cat([torch.tensor(c.logprobs) for g in groups for c in g.completions])  # (N,)
+    known = logprobs.isfinite()
+    logprobs[~known] = logprobs[known].mean()  # so that it is none to choose
     chosen = iter(how(covariance(advantages, logprobs), seed).split([n for g in groups for n in g.lengths]))
     return [[next(chosen) for _ in group.lengths] for group in groups]
 

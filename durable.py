@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 
@@ -42,8 +43,9 @@ def publish(partial, directory):
 
 def append(file, row):
     """One more line of a JSONL file, open for appending bytes without a buffer, which would try again at the process's end.
-    Raises BadInput when the disk does not take it."""
-    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    JSON has no NaN and no infinity: null instead. Raises BadInput when the disk does not take it."""
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    line = (json.dumps(finite, allow_nan=False) + "\n").encode()
     try:
         while line:
             line = line[file.write(line) :]

@@ -5,6 +5,7 @@ reward, accuracy             mean reward of all sampled completions; share of th
 all_right, all_wrong         share of sampled groups whose rewards are all equal and >= 1, all equal and below
 completion_tokens, finished  mean length of a trained completion; share of them that stopped by themselves
 tokens_trained               tokens through the network in one training forward: sum over groups of P + sum(R_i)
+tokens_dropped               completion tokens that no loss has, since vLLM's log-probability of them was not finite
 tokens_unshared              what it would be with the prompt repeated per completion: sum of G * P + sum(R_i)
 skipped                      updates left out since their loss, gradient or a log-probability was not finite. What follows is
                              of the others, null without any
@@ -29,8 +30,6 @@ seconds, tokens_per_second   wall time by stage (rollout, reward, logprobs, back
                              two runs with the same seed on the same machine, interrupted or not.
 """
 
-import math
-
 import torch
 
 SUMS = ("loss", "ratio", "clip_fraction", "kl", "entropy", "mismatch_mean", "mismatch_k3", "importance_capped")
@@ -51,6 +50,7 @@ def of_rollout(sampled, batch):
         "completion_tokens": tokens / len(completions),
         "finished": sum(completion.finished for completion in completions) / len(completions),
         "tokens_trained": sum(group.tokens for group in batch),
+        "tokens_dropped": tokens - sum(sum(group.known) for group in batch),
         "tokens_unshared": tokens + sum(len(group.prompt) * len(group.completions) for group in batch),
     }
 
@@ -65,8 +65,3 @@ def of_updates(updates):
     result["loss"] = torch.stack(sums)[:, 0].mean().item()
     result["mismatch_max"] = max(mismatches)
     return result | {key: sum(values) / len(updates) for key, values in zip(FIGURES, zip(*figures), strict=True)}
-
-
-def finite(values):
-    """JSON has no NaN: null instead."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}

@@ -30,17 +30,17 @@ import numpy
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 import durable
 import sources
 from cli import BadInput
+from processes import rank_and_world, together
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
-# ------------------------------------------------------------------------------------------------------ run and ranks
+# ------------------------------------------------------------------------------------------------------ the run
 
 
 def claim(run, which):
@@ -54,37 +54,6 @@ def claim(run, which):
         raise BadInput(f"--resume {which} is not a checkpoint of this run: it must be auto or a directory {inside}/step-N")
     run.mkdir(parents=True, exist_ok=True)
     return durable.lock(run)
-
-
-def connect(backend):
-    """init_process_group for a process of torchrun that may be started again: torch 2.13 keeps one store over all restarts,
-    in which ranks would find the addresses of those that died."""
-    store, rank, world = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-
-
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def together(function, *arguments):
-    """Call on every rank -> what it returned, of each rank. A BadInput, or what a disk says, on any rank is a BadInput on
-    all of them, so that none waits for one that is gone."""
-    result = problem = None
-    try:
-        result = function(*arguments)
-    except (OSError, BadInput) as error:
-        problem = str(error)
-    except CheckpointException as error:  # torch's: what went wrong on which rank
-        problem = str(next(iter(error.failures.values()))[0])
-    everyone = [(result, problem)] * rank_and_world()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, (result, problem))
-    for _, problem in everyone:
-        if problem:
-            raise BadInput(problem)
-    return [result for result, _ in everyone]
 
 
 # ---------------------------------------------------------------------------------------------------- what is in a state

@@ -18,6 +18,7 @@ metrics.jsonl, one object a step
   grad_norm, learning_rate     gradient norm before clipping; learning rate of the update
   documents, tokens            documents in the step; all their tokens
   tokens_trained, passes       the assistant's tokens; rows that went through the network, over all ranks
+  skipped                      1 if the update was left out since loss or gradient was not finite (they are null then), or 0
   seconds, tokens_per_second   wall time of the step; tokens a second. The only keys that differ between two runs with the
                                same seed on the same machine
   stage                        without --data: copy or recall; there are step, loss, grad_norm, learning_rate beside it
@@ -27,7 +28,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -41,9 +41,11 @@ import curriculum
 import data
 import dry_run
 import durable
+import memory
 import parallel
 import plan
 import plot
+import processes
 import resume
 import schedule
 import sources
@@ -73,6 +75,7 @@ class Chats:
     resume: str = option(
         "", "go on with the run in --out: auto, from its newest checkpoint that is whole (none: from the start); or a path"
     )
+    max_skips: int = option(3, "updates in a row skipped for numbers that are not finite; one more ends the run", least=0)
     dry_run: bool = option(False, "check everything, then take one step of a small model of random weights (dry_run.py)")
     plan: bool = option(False, "print the memory a step needs on GPUs, from this configuration alone, and stop")
     ranks: int = option(0, "--plan: for so many GPUs (0: as many as torchrun started)", least=0)
@@ -93,6 +96,7 @@ class Config(curriculum.Settings, Chats):
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", least=0)
     adam_beta2: float = option(0.99, "AdamW's second-moment decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at", above=0)
+    deterministic: bool = option(False, "the same bits in every run of the same ranks, as far as can be, see README; slower")
 
 
 one_line_errors()
@@ -104,6 +108,10 @@ for field in dataclasses.fields(curriculum.Settings if config.data else Chats):
 if not 0 <= config.adam_beta2 < 1:
     raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
 out = Path(config.out)
+rank, world, device, compute_dtype = processes.here()
+main = rank == 0
+if config.deterministic:
+    processes.deterministic(device.type == "cuda")
 
 
 def learning_rate(step, steps):
@@ -118,13 +126,6 @@ if not config.data:
     curriculum.make(config, learning_rate, out)
     sys.exit()
 
-# ------------------------------------------------------------------------------------------------- ranks and devices
-
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-cuda = torch.cuda.is_available()
-device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-compute_dtype = torch.bfloat16 if cuda else torch.float32
-main = rank == 0
 if config.ranks and not config.plan:
     raise BadInput(f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train")
 ranks = config.ranks or world
@@ -167,12 +168,7 @@ if main:
 
 # ------------------------------------------------------------------------------------------------ model and optimizer
 
-if world > 1 or cuda:
-    if "RANK" not in os.environ:  # started by python, not torchrun: one process
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    resume.connect("cpu:gloo,cuda:nccl" if cuda else "gloo")
-if cuda:
-    torch.cuda.set_device(device)
+processes.connect(device)
 if config.dry_run:
     config, encode = dry_run.of_sft(config, model_config, tokenizer, world), dry_run.endings(encode)
     out = Path(config.out)
@@ -180,13 +176,15 @@ if config.dry_run:
         measure(source[i])
 
 # What may differ when the run goes on; the data's and the model's files are compared by what is in them.
-may_change = "out data model resume save_every keep tokens_per_pass checkpointing dry_run plan ranks gpu_memory".split()
+may_change = (
+    "out data model resume save_every keep max_skips deterministic tokens_per_pass checkpointing dry_run plan ranks "
+    "gpu_memory"
+).split()
 lock = resume.claim(out, config.resume) if main else None
 fixed = resume.settings(config, may_change)
 checkpoint, state = resume.find(out / "checkpoints", config.resume, fixed) if config.resume else (None, None)
 
-nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's --nnodes; each holds a replica
-mesh = parallel.weight_mesh(device.type, nodes) if dist.is_initialized() else None
+mesh = parallel.weight_mesh(device.type, processes.nodes())  # each node holds a replica
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
 model.checkpointing = config.checkpointing
 optimizer = torch.optim.AdamW(
@@ -196,7 +194,7 @@ optimizer = torch.optim.AdamW(
 if checkpoint:
     resume.load(checkpoint, model, optimizer)
     resume.set_random_states(state["random"])
-done = state["step"] if checkpoint else 0
+done, skips = (state["step"], state["skips_in_a_row"]) if checkpoint else (0, 0)
 if main:
     settings = {**dataclasses.asdict(config), "ranks": world, "device": str(device)}
     durable.write(out / "config.json", json.dumps(settings, indent=2) + "\n")
@@ -204,7 +202,7 @@ if main:
 
 
 def save(step):
-    state = {"settings": fixed, "random": resume.random_states()}
+    state = {"settings": fixed, "random": resume.random_states(), "skips_in_a_row": skips}
     resume.save(out / "checkpoints", step, model, optimizer, state, {}, config.keep)
 
 
@@ -223,23 +221,24 @@ for step in range(done + 1, config.steps + 1):
         documents = [encode(rows[i]) for i in packs[k]]
         ids, mask = (torch.tensor([list(itertools.chain(*part))], device=device) for part in zip(*documents))  # (1, T)
         lengths = [rows[i]["tokens"] for i in packs[k]]
-        try:
+        what = f"{ids.numel()} tokens, the longest document {max(lengths)}"
+        mend = f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context}), or use --checkpointing or more ranks"
+        with memory.explain(what, mend):
             loss = -model.logprobs(ids, mask, lengths).sum() / trained
             (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
-        except torch.OutOfMemoryError as error:
-            raise BadInput(
-                f"out of memory in training on {ids.numel()} tokens, the longest document {max(lengths)}: lower "
-                f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context}), use --checkpointing or more ranks"
-            ) from error
         loss_sum += loss.detach()
-    if mesh:
-        dist.all_reduce(loss_sum)
+    dist.all_reduce(loss_sum)
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()
-    if not math.isfinite(norm):
-        raise BadInput(f"step {step}: the gradient is not finite; start anew with a lower --learning-rate")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step - 1, config.steps)
-    optimizer.step()
+    skips = 0 if math.isfinite(norm) and loss_sum.isfinite() else skips + 1  # of all ranks, so they agree
+    if skips > config.max_skips:
+        raise BadInput(
+            f"step {step}: loss or gradient was not finite in {skips} updates in a row (--max-skips {config.max_skips}); "
+            "start anew with a lower --learning-rate"
+        )
+    if not skips:
+        optimizer.step()
     optimizer.zero_grad()
     if main:
         tokens, elapsed = sum(row["tokens"] for row in rows), time.perf_counter() - started
@@ -253,6 +252,7 @@ for step in range(done + 1, config.steps + 1):
             "tokens": tokens,
             "tokens_trained": trained,
             "passes": len(packs),
+            "skipped": int(skips > 0),
             "seconds": round(elapsed, 4),
             "tokens_per_second": round(tokens / elapsed, 1),
         }
@@ -271,8 +271,7 @@ bar.close()
 if interrupt.asked():
     if main:
         print(f"interrupted; --out {out} --resume auto goes on", file=sys.stderr)
-    if mesh:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
     sys.exit(EXIT_CODE)
 interrupt.close()
 model.save_pretrained(out / "checkpoint", compute_dtype, companions_from=config.model)
@@ -283,5 +282,4 @@ if main:
     durable.write(path, json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
     plot.loss_curve(out)
     print(dry_run.PASSED if config.dry_run else f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
-if mesh:
-    dist.destroy_process_group()
+dist.destroy_process_group()

@@ -30,13 +30,12 @@ code 75 (interrupt.py).
 
 import json
 import math
-import os
 import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -49,22 +48,24 @@ import data
 import dry_run
 import durable
 import grpo
+import memory
 import metrics
 import parallel
 import plan
 import plot
+import processes
+import prompts
 import resume
 import saliency
 import schedule
-import sources
-import tasks
+import scoring
 from algorithms import DYNAMIC_SAMPLING, epsilons, policy
 from checkpoint import check_weights
 from cli import BadInput, one_line_errors, parse
 from config import MAY_CHANGE, Config, check
 from interrupt import EXIT_CODE, Interrupt
 from model import Qwen3, Qwen3Config
-from rewards import load_reward, score
+from rewards import load_reward
 
 
 @dataclass
@@ -83,6 +84,10 @@ class Group:
     def lengths(self):  # R_i of each completion
         return [len(completion.ids) for completion in self.completions]
 
+    @cached_property
+    def known(self):  # of each completion, how many tokens the sampler gave a finite log-probability; the others are dropped
+        return [sum(map(math.isfinite, completion.logprobs)) for completion in self.completions]
+
     @property
     def tokens(self):  # what it costs to train on it
         return len(self.prompt) + sum(self.lengths)
@@ -93,22 +98,18 @@ config = parse(Config, f"{__doc__}\n{metrics.__doc__}")
 
 # ------------------------------------------------------------------------------------------------- ranks and devices
 
-if "RANK" not in os.environ:  # started by python, not torchrun: one process
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-cuda = torch.cuda.is_available()
-device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-compute_dtype = torch.bfloat16 if cuda else torch.float32
-main = rank == 0
-
-config.replicate = config.replicate or int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's --nnodes
+rank, world, device, compute_dtype = processes.here()
+cuda, main = device.type == "cuda", rank == 0
+config.replicate = config.replicate or processes.nodes()
 check(config, config.ranks or world, cuda)
 if config.plan:
     if main:
         print(plan.report(config, config.ranks or world), end="")
     sys.exit()
+if config.deterministic:
+    processes.deterministic(cuda)
 
-# ------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------------- prompts
 
 model_config = Qwen3Config.from_pretrained(config.model)
 parallel.check_heads(config.context_parallel, model_config)
@@ -129,45 +130,27 @@ def encode(row, limit=prompt_limit):
     return data.encode_prompt(tokenizer, row, config.thinking, limit, config.truncate_prompts)
 
 
-if config.data:
-    measure = lambda row: len(encode(row, math.inf))  # noqa: E731
-    how = config.data_rows, config.seed, measure, prompt_limit, config.truncate_prompts, main
-    files, longest_prompt, lines = data.load(config.data, sources.prompt_row, *how)
-    source = sources.Mixture(files, config.data_weights, config.seed)
-    held_out = {path: sources.read(path, sources.prompt_row) for path in config.eval_data}  # name -> rows
-    both = ((path, sources.shared(rows, files)) for path, rows in held_out.items())
-    lines += [f"data: {count:,} held-out prompts of {path} are trained on as well" for path, count in both if count]
-    if main:
-        print("\n".join(lines))
-else:
-    source = tasks.Source(config.task, f"train {config.seed}", config.facts, config.filler)
-    held_out = {}
-    for filler in (config.eval_filler or [config.filler]) if config.eval_prompts else []:
-        held_out_source = tasks.Source(config.task, "held out", config.facts, filler)
-        held_out[f"filler {filler}"] = [held_out_source[i] for i in range(config.eval_prompts)]
-    files, longest_prompt = [[source[0]]], len(encode(source[0]))
-# A row that the reward cannot use, or a held-out prompt that is too long, shows now, not in hours.
-for row in (row for rows in (*files, *held_out.values()) for row in rows):
-    score(reward, "", row)
-held_out_tokens = {name: sum(len(encode(row)) for row in rows) / len(rows) for name, rows in held_out.items()}
+source, held_out, longest_prompt = prompts.load(config, encode, prompt_limit, reward, main)
 
 # ----------------------------------------------------------------------------------------------- engine, then model
 
-resume.connect("cpu:gloo,cuda:nccl" if cuda else "gloo")
-if cuda:
-    torch.cuda.set_device(device)
+processes.connect(device)
 torch.manual_seed(config.seed)
 if config.dry_run:
     config = dry_run.of_rl(config, model_config, tokenizer, world)
-    reward, longest_prompt = dry_run.in_turn(reward), config.context - config.max_completion
-    encode, held_out = partial(encode, limit=longest_prompt), {}
-config.name = resume.together(lambda: config.name or time.strftime("%Y-%m-%d-%H%M%S"))[0]  # ranks' clocks differ
+    longest_prompt, held_out = config.context - config.max_completion, {}
+    encode = partial(encode, limit=longest_prompt)
+config.name = processes.together(lambda: config.name or time.strftime("%Y-%m-%d-%H%M%S"))[0]  # ranks' clocks differ
 run = Path("runs") / config.name
 lock = resume.claim(run, config.resume) if main else None
 fixed = resume.settings(config, MAY_CHANGE)
 checkpoint, state = resume.find(run / "checkpoints", config.resume, fixed) if config.resume else (None, None)
 if checkpoint and state["step"] > config.steps:
     raise BadInput(f"--steps {config.steps}: the run has made {state['step']} already")
+
+score_all = scoring.start(config.reward, config.reward_workers, config.reward_timeout)
+if config.dry_run:
+    score_all = dry_run.in_turn(score_all)
 
 from rollout import Rollout  # noqa: E402  (after the checks above: importing vLLM takes seconds)
 
@@ -212,19 +195,19 @@ def sample(rows, indices, n, temperature, progress=False):
     share, shares = rank // config.tensor_parallel, world // config.tensor_parallel
     rows, indices = rows[share::shares], indices[share::shares]
     with stage("rollout"):
-        prompts = [encode(row) for row in rows]
+        encoded = [encode(row) for row in rows]
         seeds = [config.seed * 2**32 + index * config.completions for index in indices]
         limits = temperature, config.max_completion, seeds, stop_ids, progress and main
-        sampled = engine.generate(prompts, n, *limits) if prompts else []
+        sampled = engine.generate(encoded, n, *limits) if encoded else []
+
+    def scored():
+        texts = [[tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions] for completions in sampled]
+        pairs = [(data.answer_text(t, config.thinking), row) for row, own in zip(rows, texts, strict=True) for t in own]
+        rewards = torch.tensor(score_all(pairs)).view(len(rows), n)
+        return [Group(*group) for group in zip(indices, encoded, sampled, rewards, strict=True)]
+
     with stage("reward"):
-        groups = []
-        for row, index, prompt, completions in zip(rows, indices, prompts, sampled, strict=True):
-            texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
-            answers = [data.answer_text(text, config.thinking) for text in texts]
-            rewards = torch.tensor([score(reward, answer, row) for answer in answers])
-            groups.append(Group(index, prompt, completions, rewards))
-        everyone = [None] * world
-        dist.all_gather_object(everyone, groups)
+        everyone = processes.together(scored)
     leaders = everyone[:: config.tensor_parallel]  # ranks of one engine all hold the same groups
     return sorted((group for groups in leaders for group in groups), key=lambda group: group.index)
 
@@ -234,9 +217,10 @@ def evaluate():
     -> {name: {"prompts", "prompt_tokens" (mean), "accuracy", "accuracy_greedy"}}."""
     results = {}
     for name, rows in held_out.items():
-        results[name] = {"prompts": len(rows), "prompt_tokens": held_out_tokens[name]}
+        results[name] = {"prompts": len(rows)}
         for key, n, temperature in (("accuracy", config.eval_completions, 1.0), ("accuracy_greedy", 1, 0.0)):
             groups = sample(rows, [2**24 + i for i in range(len(rows))], n, temperature, progress=True)
+            results[name]["prompt_tokens"] = sum(len(group.prompt) for group in groups) / len(groups)
             results[name][key] = torch.stack([group.rewards >= 1 for group in groups]).float().mean().item()
     return results
 
@@ -264,36 +248,10 @@ def logprobs_of(policy, group, parts):
     return result
 
 
-def rehearse():
-    """The worst that can come, for nothing but its memory: the longest prompt, the fullest pass."""
-    ids = torch.zeros(max(longest_prompt, config.max_completion), dtype=torch.int64, device=device)
-    lengths = schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass)
-    completions = [ids[:length] for length in lengths]
-    with explain_out_of_memory(longest_prompt):
-        prompt = model.read(ids[:longest_prompt])
-        leaves = prompt.detach()
-        if reference:
-            with torch.no_grad():
-                reference.completion_logprobs(reference.read(ids[:longest_prompt]), completions)
-        logprobs, _ = model.completion_logprobs(leaves, completions)
-        (0 * logprobs.sum()).backward()
-        prompt.backward(leaves)
-    optimizer.zero_grad()
-
-
-@contextmanager
-def explain_out_of_memory(prompt_length):
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise BadInput(
-            f"out of memory in training on {prompt_length} prompt tokens and up to {config.tokens_per_pass} completion "
-            f"tokens a pass: lower --tokens-per-pass or --context ({config.context}), or use --checkpointing, more ranks or "
-            "--context-parallel; "
-            "--plan shows what takes how much"
-        ) from error
+def explain_out_of_memory(prompt_tokens):
+    what = f"{prompt_tokens} prompt tokens and up to {config.tokens_per_pass} completion tokens a pass"
+    mend = f"--tokens-per-pass or --context ({config.context}), or use --checkpointing, more ranks or --context-parallel"
+    return memory.explain(what, mend)
 
 
 if checkpoint:
@@ -326,9 +284,22 @@ def snapshot(step):
     return {**counters, "random": resume.random_states(), "random_rows": random_rows.get_state().tolist()}
 
 
-def save(state):
+def save():
+    global saved
+    saved = state["step"]
     tensors = {**{f"mask {n}": t for n, t in masks.items()}, **{f"magnitude {n}": t for n, t in magnitudes.items()}}
-    resume.save(run / "checkpoints", state["step"], model, optimizer, state, tensors, config.keep)
+    resume.save(run / "checkpoints", saved, model, optimizer, state, tensors, config.keep)
+
+
+@contextmanager
+def saved_before_it_stops():
+    """What ends the run while nothing of the step has been trained costs no step: it is mended, and the run goes on."""
+    try:
+        yield
+    except BadInput:
+        if saved < state["step"]:
+            save()
+        raise
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
@@ -344,19 +315,20 @@ for step in range(first + 1, config.steps + 1):
 
     # Rollout and reward. Dynamic sampling draws until the batch is full of groups whose completions differ in correctness.
     batch, sampled, rounds = [], [], 0
-    while len(batch) < config.prompts and not interrupt.asked():
-        if rounds == config.max_rounds:
-            raise BadInput(
-                f"step {step}: {rounds} rounds of {config.prompts} prompts gave {len(batch)} groups whose rewards differ, "
-                f"{config.prompts} are needed; the task is too hard or too easy for this model, or raise "
-                f"--max-rounds or --completions"
-            )
-        indices = list(range(drawn, drawn + config.prompts))
-        groups = sample([source[i] for i in indices], indices, config.completions, config.temperature)
-        batch += [g for g in groups if config.algorithm not in DYNAMIC_SAMPLING or dapo.keep_group(g.rewards)]
-        sampled += groups
-        drawn += config.prompts
-        rounds += 1
+    with saved_before_it_stops():
+        while len(batch) < config.prompts and not interrupt.asked():
+            if rounds == config.max_rounds:
+                raise BadInput(
+                    f"step {step}: {rounds} rounds of {config.prompts} prompts gave {len(batch)} groups whose rewards "
+                    f"differ, {config.prompts} are needed; the task is too hard or too easy for this model, or raise "
+                    f"--max-rounds or --completions"
+                )
+            indices = list(range(drawn, drawn + config.prompts))
+            groups = sample([source[i] for i in indices], indices, config.completions, config.temperature)
+            batch += [g for g in groups if config.algorithm not in DYNAMIC_SAMPLING or dapo.keep_group(g.rewards)]
+            sampled += groups
+            drawn += config.prompts
+            rounds += 1
     if interrupt.asked():
         break  # this step has changed nothing yet
     batch = batch[: config.prompts]
@@ -382,7 +354,8 @@ for step in range(first + 1, config.steps + 1):
 
     made, mask_overlap = [], None  # the updates' figures
     for update, minibatch in enumerate(minibatches):
-        tokens = sum(sum(group.lengths) for group in minibatch)  # completion tokens over all ranks
+        known = sum(sum(group.known) for group in minibatch)
+        tokens = max(1, known)  # completion tokens over all ranks
         totals = grpo.Totals(len(minibatch) * config.completions, tokens, config.max_completion)
         if choose:
             seed = config.seed * 2**32 + step * config.updates + update
@@ -399,17 +372,23 @@ for step in range(first + 1, config.steps + 1):
                 for part in parts:
                     with stage("logprobs"), explain_out_of_memory(len(group.prompt)):
                         logprobs, entropies = model.completion_logprobs(leaves, ids_of(group, part), config.temperature)
-                    old = torch.cat([group.old_logprobs[i] for i in part]) if group.old_logprobs else logprobs.detach()
-                    sampler = torch.cat([torch.tensor(group.completions[i].logprobs) for i in part]).to(device)
-                    lengths = [group.lengths[i] for i in part]
+                    sampler = torch.cat([torch.tensor(group.completions[i].logprobs) for i in part])
+                    kept = sampler.isfinite().nonzero()[:, 0].to(device)  # indices into the part's tokens
+                    sampler, logprobs, entropies = sampler.to(device)[kept], logprobs[kept], entropies[kept]
+
+                    def of_part(values):  # G times (R_i,) -> (N,), the part's tokens that are kept
+                        return torch.cat([values[i] for i in part]).to(device)[kept]  # noqa: B023
+
+                    old = of_part(group.old_logprobs) if group.old_logprobs else logprobs.detach()
+                    lengths = [group.known[i] for i in part]
                     advantages = group.advantages[part].repeat_interleave(torch.tensor(lengths)).to(device)
                     terms = {}
                     if config.importance_cap:
                         terms["importance"] = grpo.importance_weights(old, sampler, config.importance_cap)
                     if reference:
-                        terms["ref_logprobs"] = torch.cat([ref_logprobs[i] for i in part])
+                        terms["ref_logprobs"] = of_part(ref_logprobs)
                     if choose:
-                        terms["chosen"] = torch.cat([group.chosen[i] for i in part]).to(device)
+                        terms["chosen"] = of_part(group.chosen)
                     loss, stats = policy_loss(logprobs, old, advantages, lengths, totals, **terms)
                     with stage("backward"), explain_out_of_memory(len(group.prompt)):
                         (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
@@ -431,7 +410,7 @@ for step in range(first + 1, config.steps + 1):
                 f"(limit {config.mismatch_limit:g}): vLLM does not have the trainer's weights or rounds otherwise"
             )
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]).item()
-        if not (math.isfinite(norm) and sums.isfinite().all()):  # of all ranks, so they agree
+        if not (known and math.isfinite(norm) and sums.isfinite().all()):  # of all ranks, so they agree
             skips += 1
             optimizer.zero_grad()
             if skips > config.max_skips:
@@ -456,7 +435,10 @@ for step in range(first + 1, config.steps + 1):
         mask_overlap = saliency.overlap(masks, previous_masks).item() if previous_masks else None
     if step == first + 1:  # the optimizer has its moments now: what does not fit shows in this step, not in hours
         with stage("rehearsal"):
-            rehearse()
+            with explain_out_of_memory(longest_prompt):
+                lengths = schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass)
+                memory.rehearse(model, reference, longest_prompt, lengths)
+            optimizer.zero_grad()
     with stage("sync"):
         engine.sync(model)
 
@@ -469,19 +451,18 @@ for step in range(first + 1, config.steps + 1):
         line |= {"mask_overlap": mask_overlap, "learning_rate": learning_rate}
         line["seconds"] = {**{name: round(value, 4) for name, value in seconds.items()}, "total": round(elapsed, 4)}
         line["tokens_per_second"] = round(line["tokens_trained"] / elapsed, 1)
-        durable.append(metrics_file, metrics.finite(line))
+        durable.append(metrics_file, line)
         bar.set_postfix_str(f"reward {line['reward']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
         bar.update()
     if step % config.save_every == 0 or step == config.steps:
-        save(state)
-        saved = step
+        save()
 
 # --------------------------------------------------------------------------------------------------------------- end
 
 bar.close()
 if interrupt.asked():
     if saved < state["step"]:
-        save(state)
+        save()
     if main:
         print(f"interrupted after step {state['step']}; --name {config.name} --resume auto goes on", file=sys.stderr)
     engine.close()

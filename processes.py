@@ -1,0 +1,89 @@
+"""The processes of a run: which of them this is, how they meet, and that they end together, with one reason.
+
+torchrun starts one process for each GPU. Started by python alone, a script is one of one.
+"""
+
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from cli import BadInput, one_line, print_error, tell_torchrun
+
+
+def here():
+    """-> rank, world (ranks in all), device, and the dtype to compute in: bfloat16 on a GPU, float32 on a CPU."""
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, torch.bfloat16 if cuda else torch.float32
+
+
+def nodes():
+    """Machines that torchrun has started ranks on: its --nnodes."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def deterministic(cuda):
+    """Have every operation that has a way to give the same bits twice take it, and name those that have none in a warning.
+    To be called before vLLM is imported."""
+    if cuda:
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "VLLM_BATCH_INVARIANT": "1"}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def connect(device):
+    """init_process_group on every rank. From here on the first error of any rank is the last thing on the screen: what the
+    others then run into, since it is gone, is one line each.
+
+    torchrun may start all ranks again; torch 2.13 keeps one store over all starts, in which they would find the addresses
+    of those that died. Hence a name of its own for each start.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+    def hook(kind, error, traceback):
+        line = one_line(kind, error)
+        text = line or f"{kind.__name__}: {error}"
+        try:
+            first = json.loads(store.compare_set("first error", "", json.dumps([rank, text])))
+        except RuntimeError:  # whoever kept the store is gone as well
+            first = [rank, text]
+        if first[0] == rank:
+            print_error(line, kind, error, traceback)
+        elif first[1] != text:
+            print(f"rank {rank} ends, since rank {first[0]} did: {first[1]}", file=sys.stderr, flush=True)
+        tell_torchrun(first[1])
+
+    sys.excepthook = hook
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def together(function, *arguments):
+    """Call on every rank -> what it returned, of each rank. A BadInput, or what a disk says, on any rank is a BadInput on
+    all of them, so that none waits for one that is gone."""
+    result = problem = None
+    try:
+        result = function(*arguments)
+    except (OSError, BadInput) as error:
+        problem = str(error)
+    except CheckpointException as error:  # torch's: what went wrong on which rank
+        problem = str(next(iter(error.failures.values()))[0])
+    everyone = [(result, problem)] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, (result, problem))
+    for _, problem in everyone:
+        if problem:
+            raise BadInput(problem)
+    return [result for result, _ in everyone]
