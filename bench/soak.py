@@ -1,0 +1,108 @@
+"""Does a long run stay as it began? 2,000 steps of train.py, small and with a checkpoint, an end and a --resume auto after each
+100: memory, open files, processes and speed over all of them.
+
+    python bench/soak.py --steps 2000 --life 100
+
+Trainer and engine are one process; a worker of --reward-workers is beside it. After every step's line in metrics.jsonl the
+process is looked at in /proc. Prints a line for each life, and at last one JSON object:
+
+    steps, lives, rounds          steps and lives made; rounds of generation a step took on average
+    rss_mib                       resident memory at step WARM of a life, mean of the first three lives and of the last three
+    rss_slope_mib                 MiB more after 1,000 steps, least squares within lives from step WARM on, mean over lives
+    rss_slope_error               its standard error over lives
+    files, processes              most open files of a life, most processes, in the first life and in the last
+    seconds_a_step                median over steps from WARM on, of the first three lives and of the last three
+    tokens_per_second             the same of what metrics.jsonl says
+Exit code 1 if open files or processes grew.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import numpy
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cli import option, parse  # noqa: E402
+
+FLAGS = (
+    "--prompts 4 --completions 4 --updates 2 --eval-prompts 0 --facts 6 --filler 6 --max-rounds 100 --keep 2 "
+    "--reward-workers 1 --learning-rate 1e-6"
+).split()
+WARM = 20  # steps of a life after which its memory is looked at
+
+
+@dataclass
+class Config:
+    steps: int = option(2000, "steps in all", least=100)
+    life: int = option(100, "steps after which the process ends and another goes on", least=50)
+    name: str = option("soak", "the run's directory in runs/, removed before and after")
+
+
+def look(pid):
+    """-> resident MiB, open files, and processes: this one and its children."""
+    proc = Path("/proc", str(pid))
+    resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    children = [child for task in (proc / "task").iterdir() for child in (task / "children").read_text().split()]
+    return resident, len(os.listdir(proc / "fd")), 1 + len(children)
+
+
+def live(name, last):
+    """Run train.py up to step `last` -> what `look` saw after each step."""
+    command = [sys.executable, "train.py", "--name", name, *FLAGS, "--steps", str(last), "--save-every", "100000"]
+    metrics, seen = ROOT / "runs" / name / "metrics.jsonl", []
+    before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    process = subprocess.Popen(
+        [*command, "--resume", "auto"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None:
+        time.sleep(0.02)
+        done = metrics.read_bytes().count(b"\n") - before if metrics.exists() else 0
+        if done > len(seen):
+            seen += [look(process.pid)] * (done - len(seen))
+    if process.returncode:
+        raise SystemExit(f"train.py ended with code {process.returncode} before step {last}")
+    return seen
+
+
+config = parse(Config, __doc__)
+run = ROOT / "runs" / config.name
+shutil.rmtree(run, ignore_errors=True)
+lives = []
+for last in range(config.life, config.steps + 1, config.life):
+    lives.append(live(config.name, last))
+    resident, files, processes = lives[-1][-1]
+    print(f"{last} steps: {resident:.0f} MiB, {files} open files, {processes} processes", flush=True)
+lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+warm = [lines[i : i + config.life][WARM:] for i in range(0, len(lines), config.life)]
+slopes = [1000 * numpy.polyfit(range(len(life) - WARM), [rss for rss, _, _ in life[WARM:]], 1)[0] for life in lives]
+
+
+def ends(value):  # of the first three lives and of the last three
+    return [round(value(part), 3) for part in (slice(3), slice(-3, None))]
+
+
+most = [[max(moment[i] for moment in life) for life in lives] for i in (1, 2)]
+report = {
+    "steps": len(lines),
+    "lives": len(lives),
+    "rounds": round(mean(line["rounds"] for line in lines), 2),
+    "rss_mib": ends(lambda part: mean(life[WARM][0] for life in lives[part])),
+    "rss_slope_mib": round(mean(slopes), 2),
+    "rss_slope_error": round(stdev(slopes) / len(slopes) ** 0.5, 2) if len(slopes) > 1 else None,
+    "files": [most[0][0], most[0][-1]],
+    "processes": [most[1][0], most[1][-1]],
+    "seconds_a_step": ends(lambda part: median(line["seconds"]["total"] for life in warm[part] for line in life)),
+    "tokens_per_second": ends(lambda part: median(line["tokens_per_second"] for life in warm[part] for line in life)),
+}
+print(json.dumps(report, indent=1))
+shutil.rmtree(run)
+sys.exit(any(last > first for first, last in (report["files"], report["processes"])))
