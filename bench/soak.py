@@ -1,12 +1,12 @@
-"""Does a long run stay as it began? 2,000 steps of train.py, small and with a checkpoint, an end and a --resume auto after each
-100: memory, open files, processes and speed over all of them.
+"""Does a long run stay as it began? 2,000 steps of train.py, small, that ends and goes on by --resume auto after each 100:
+memory, open files, processes and speed over all of them.
 
     python bench/soak.py --steps 2000 --life 100
 
 Trainer and engine are one process; a worker of --reward-workers is beside it. After every step's line in metrics.jsonl the
 process is looked at in /proc. Prints a line for each life, and at last one JSON object:
 
-    steps, lives, rounds          steps and lives made; rounds of generation a step took on average
+    steps, lives                  made
     rss_mib                       resident memory at step WARM of a life, mean of the first three lives and of the last three
     rss_slope_mib                 MiB more after 1,000 steps, least squares within lives from step WARM on, mean over lives
     rss_slope_error               its standard error over lives
@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from cli import option, parse  # noqa: E402
 
 FLAGS = (
-    "--prompts 4 --completions 4 --updates 2 --eval-prompts 0 --facts 6 --filler 6 --max-rounds 100 --keep 2 "
+    "--algorithm grpo --prompts 4 --completions 4 --updates 2 --eval-prompts 0 --facts 6 --filler 6 "
     "--reward-workers 1 --learning-rate 1e-6"
 ).split()
 WARM = 20  # steps of a life after which its memory is looked at
@@ -55,17 +55,21 @@ def look(pid):
     return resident, len(os.listdir(proc / "fd")), 1 + len(children)
 
 
+def lines_in(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def live(name, last):
     """Run train.py up to step `last` -> what `look` saw after each step."""
     command = [sys.executable, "train.py", "--name", name, *FLAGS, "--steps", str(last), "--save-every", "100000"]
     metrics, seen = ROOT / "runs" / name / "metrics.jsonl", []
-    before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    before = lines_in(metrics)
     process = subprocess.Popen(
         [*command, "--resume", "auto"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while process.poll() is None:
         time.sleep(0.02)
-        done = metrics.read_bytes().count(b"\n") - before if metrics.exists() else 0
+        done = lines_in(metrics) - before
         if done > len(seen):
             seen += [look(process.pid)] * (done - len(seen))
     if process.returncode:
@@ -94,7 +98,6 @@ most = [[max(moment[i] for moment in life) for life in lives] for i in (1, 2)]
 report = {
     "steps": len(lines),
     "lives": len(lives),
-    "rounds": round(mean(line["rounds"] for line in lines), 2),
     "rss_mib": ends(lambda part: mean(life[WARM][0] for life in lives[part])),
     "rss_slope_mib": round(mean(slopes), 2),
     "rss_slope_error": round(stdev(slopes) / len(slopes) ** 0.5, 2) if len(slopes) > 1 else None,
