@@ -168,7 +168,8 @@ if main:
 
 # ------------------------------------------------------------------------------------------------ model and optimizer
 
-processes.connect(device)
+if world > 1 or device.type == "cuda":
+    processes.connect(device)
 if config.dry_run:
     config, encode = dry_run.of_sft(config, model_config, tokenizer, world), dry_run.endings(encode)
     out = Path(config.out)
@@ -184,7 +185,7 @@ lock = resume.claim(out, config.resume) if main else None
 fixed = resume.settings(config, may_change)
 checkpoint, state = resume.find(out / "checkpoints", config.resume, fixed) if config.resume else (None, None)
 
-mesh = parallel.weight_mesh(device.type, processes.nodes())  # each node holds a replica
+mesh = parallel.weight_mesh(device.type, processes.nodes()) if dist.is_initialized() else None  # each node holds a replica
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
 model.checkpointing = config.checkpointing
 optimizer = torch.optim.AdamW(
@@ -208,7 +209,7 @@ def save(step):
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
-bar = tqdm(total=config.steps, initial=done, desc="sft", unit="step", disable=not main)
+bar = tqdm(total=config.steps, initial=done, desc="sft", unit="step", disable=not main, leave=False)  # an error stays last
 interrupt = Interrupt()
 for step in range(done + 1, config.steps + 1):
     started = time.perf_counter()
@@ -227,7 +228,8 @@ for step in range(done + 1, config.steps + 1):
             loss = -model.logprobs(ids, mask, lengths).sum() / trained
             (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
         loss_sum += loss.detach()
-    dist.all_reduce(loss_sum)
+    if mesh:
+        dist.all_reduce(loss_sum)
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step - 1, config.steps)
@@ -267,11 +269,13 @@ for step in range(done + 1, config.steps + 1):
 
 # --------------------------------------------------------------------------------------------------------------- end
 
+bar.leave = True
 bar.close()
 if interrupt.asked():
     if main:
         print(f"interrupted; --out {out} --resume auto goes on", file=sys.stderr)
-    dist.destroy_process_group()
+    if mesh:
+        dist.destroy_process_group()
     sys.exit(EXIT_CODE)
 interrupt.close()
 model.save_pretrained(out / "checkpoint", compute_dtype, companions_from=config.model)
@@ -282,4 +286,5 @@ if main:
     durable.write(path, json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
     plot.loss_curve(out)
     print(dry_run.PASSED if config.dry_run else f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
-dist.destroy_process_group()
+if mesh:
+    dist.destroy_process_group()

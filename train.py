@@ -304,7 +304,9 @@ def saved_before_it_stops():
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
-bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not main)
+bar = tqdm(
+    total=config.steps, initial=first, desc="train", unit="step", disable=not main, leave=False
+)  # an error stays last
 saved, interrupt = first, Interrupt()
 for step in range(first + 1, config.steps + 1):
     seconds.clear()
@@ -415,7 +417,7 @@ for step in range(first + 1, config.steps + 1):
             optimizer.zero_grad()
             if skips > config.max_skips:
                 raise BadInput(
-                    f"step {step}: loss, gradient or log-probabilities were not finite in {skips} updates in a row "
+                    f"step {step}: loss or gradient was not finite in {skips} updates in a row "
                     f"(--max-skips {config.max_skips}); start anew with a lower --learning-rate"
                 )
             continue
@@ -459,6 +461,7 @@ for step in range(first + 1, config.steps + 1):
 
 # --------------------------------------------------------------------------------------------------------------- end
 
+bar.leave = True
 bar.close()
 if interrupt.asked():
     if saved < state["step"]:

@@ -86,7 +86,8 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
         assert len(read_metrics(killed)) == 1
         assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [left, "step-000001"]
     assert "interrupted after step 1; --name test-second --resume auto goes on" in result.stderr
-    train(name, *flags[len(SHORT) :], env={"PYTHONPATH": str(ROOT / "bench")})
+    more = "--reward-workers", 2, "--deterministic"
+    train(name, *flags[len(SHORT) :], *more, env={"PYTHONPATH": str(ROOT / "bench")})
     assert read_metrics(killed) == metrics
     assert (killed / "results.json").read_text() == (run / "results.json").read_text()
     weights = [(r / "checkpoint" / "model.safetensors").read_bytes() for r in (run, killed)]
@@ -133,17 +134,23 @@ def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
 
 
 MINE = """
-import rollout
-generate, calls = rollout.Rollout.generate, []
+import torch
+import grpo, rollout
+generate, aggregate, batches, losses = rollout.Rollout.generate, grpo.aggregate, [], []
 
-def faulty(*arguments):
+def without_a_logprob(*arguments):
     groups = generate(*arguments)
-    calls.append(1)
-    for group in groups[: {1: 0, 2: 1, 3: 4}[len(calls)]]:
-        group[0].logprobs[0] = float("-inf")
+    batches.append(1)
+    if len(batches) == 1:
+        groups[0][0].logprobs[0] = float("-inf")
+        groups[1][1].logprobs[:] = [float("nan")] * len(groups[1][1].logprobs)
     return groups
 
-rollout.Rollout.generate = faulty
+def without_a_value(per_token, *arguments, **keywords):
+    losses.append(1)  # 4 groups in 2 updates: 4 a step
+    return aggregate(per_token * (torch.nan if len(losses) in (5, 9, 11) else 1), *arguments, **keywords)
+
+rollout.Rollout.generate, grpo.aggregate = without_a_logprob, without_a_value
 
 def length(answer, row):
     assert row['wanted'] == 'The'
@@ -151,8 +158,9 @@ def length(answer, row):
 """
 
 
-def test_own_data_and_reward_through_a_toml_file_and_updates_that_are_not_finite(runs, tmp_path):
-    """The reward module spoils a sampler's log-probability of the first update of step 2, and of both of step 3."""
+def test_own_data_and_reward_through_a_toml_file_and_numbers_that_are_not_finite(runs, tmp_path):
+    """The reward module spoils the sampler's log-probability of a token and of a whole completion in step 1, the loss of the
+    first update of step 2, and of both of step 3."""
     rows = [{"prompt": f"What is the code for {name}?", "answer": "x", "wanted": "The"} for name in ("Leo", "Eva") * 4]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "mine.py").write_text(MINE)
@@ -163,11 +171,38 @@ def test_own_data_and_reward_through_a_toml_file_and_updates_that_are_not_finite
     arguments = "--name", name, *SHORT, "--steps", 3, "--max-skips", 1, "--config", tmp_path / "config.toml"
     result, run = run_script("train.py", *arguments, env={"PYTHONPATH": str(tmp_path)}), ROOT / "runs" / name
     assert "held-out" not in result.stdout  # no --eval-data, no accuracy
-    assert result.returncode == 1 and "train.py: error: step 3: loss, gradient or log-probabilities" in result.stderr
+    assert result.returncode == 1 and "train.py: error: step 3: loss or gradient was not finite" in result.stderr
     first, second = read_metrics(run)
     assert 0 < first["reward"] < 1 and (first["skipped"], second["skipped"]) == (0, 1)
-    assert all(math.isfinite(second[key]) for key in second if second[key] is not None)
+    assert first["tokens_dropped"] > 1 and second["tokens_dropped"] == 0
+    assert all(math.isfinite(line[key]) for line in (first, second) for key in line if line[key] is not None)
     assert json.loads((run / "config.json").read_text())["reward"] == "mine:length"
+
+
+FAILS = """
+calls = []
+
+def score(answer, row):
+    calls.append(answer)
+    if len(calls) == 11 + 16 + 3:
+        raise ZeroDivisionError("mine")
+    return len(calls) % 2
+"""
+
+
+def test_a_reward_that_fails_costs_no_step(runs, tmp_path):
+    """One worker is asked for 10 answers of held-out prompts and 16 of step 1, then fails; its trainer saves that step."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    name, rows = runs("fails"), jsonl(tmp_path, *[GOOD.replace('"p"', f'"p{i}"') for i in range(8)])
+    flags = *SHORT, "--data", rows, "--eval-data", jsonl(tmp_path, GOOD, name="held.jsonl"), "--eval-completions", 9
+    flags += "--reward", "fails:score", "--reward-workers", 1, "--reward-timeout", 99, "--algorithm", "grpo"
+    result = run_script("train.py", "--name", name, *flags, env={"PYTHONPATH": str(tmp_path)})
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and "ZeroDivisionError: mine" in lines
+    last = [line for line in lines if line.strip()][-1]
+    assert last.startswith("train.py: error: the reward function failed on row rows.jsonl line ")
+    assert (ROOT / "runs" / name / "checkpoints" / "LATEST").read_text() == "step-000001\n"
+    assert len(read_metrics(ROOT / "runs" / name)) == 1
 
 
 def test_a_skipped_sync_stops_the_run(runs, tmp_path):
@@ -216,9 +251,9 @@ def checkpoint_with(tmp_path, **changes):
     return tmp_path / "changed"
 
 
-def jsonl(tmp_path, *lines):
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    return tmp_path / "rows.jsonl"
+def jsonl(tmp_path, *lines, name="rows.jsonl"):
+    (tmp_path / name).write_text("\n".join(lines))
+    return tmp_path / name
 
 
 GOOD = '{"prompt": "p", "answer": "a"}'

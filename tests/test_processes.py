@@ -1,0 +1,46 @@
+"""processes.py: ranks that fail together, one of which is why."""
+
+import pytest
+from conftest import run_ranks
+
+CODE = """
+import sys
+import torch
+import torch.distributed as dist
+import processes
+from cli import BadInput, one_line_errors
+
+class Weird(BaseException):
+    pass
+
+def work():
+    if rank == 1:
+        raise BadInput("what rank 1 read is wrong")
+
+one_line_errors()
+rank, world, device, dtype = processes.here()
+processes.connect(device)
+if sys.argv[1] == "alone" and rank == 1:
+    raise Weird("on rank 1 alone")
+if sys.argv[1] == "together":
+    processes.together(work)
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    "how, text", [("alone", "Weird: on rank 1 alone"), ("together", "error: what rank 1 read is wrong")]
+)
+def test_ranks_end_at_once_with_the_first_cause_last_on_the_screen(how, text, tmp_path):
+    """Nothing waits for the collective's half hour: run_ranks does not, either."""
+    (tmp_path / "code.py").write_text(CODE)
+    result = run_ranks(2, tmp_path / "code.py", how, timeout=120)
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
+    root = next(i for i, line in enumerate(lines) if line.startswith("Root Cause"))
+    assert any(line.strip().startswith("traceback : ") and line.endswith(text) for line in lines[root:])
+    own = [line for line in lines if line.startswith(("code.py: ", "Weird: ", "rank "))]
+    if how == "alone":
+        assert own == [text, f"rank 0 ends, since rank 1 did: {text}"]
+    else:
+        assert own == [f"code.py: {text}"]  # by one of the two
