@@ -28,7 +28,7 @@ class Config:
     task: str = option("recall", "without --data: recall a fact of a passage, or track one that changes", list(tasks.TASKS))
     facts: int = option(17, "task: facts in a passage")
     filler: int = option(17, "task: filler sentences in a passage", least=0)
-    seed: int = option(0, "seed of prompts, sampling and random rows", least=0)
+    seed: int = option(0, "seed of prompts, sampling and random rows", least=0, most=2**31 - 1)  # vLLM gets it times 2^32
     # how much
     steps: int = option(60, "training steps, each one rollout", least=1)
     prompts: int = option(16, "groups (prompts) a step trains on, over all ranks", least=1)
@@ -87,7 +87,7 @@ class Config:
     # the optimizer
     learning_rate: float = option(3e-4, "AdamW's learning rate, constant after warm-up (8B: 1e-6)", above=0)
     warmup: int = option(10, "steps of linear warm-up", least=0)
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay; it would move masked rows too")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay; it would move masked rows too", least=0)
     adam_beta2: float = option(0.999, "AdamW's second-moment decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at, after masking", above=0)
     # the machine

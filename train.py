@@ -59,7 +59,7 @@ import schedule
 import sources
 import tasks
 from algorithms import DYNAMIC_SAMPLING, epsilons, policy
-from checkpoint import check_weights
+from checkpoint import check_weights, generation_config
 from cli import BadInput, one_line_errors, parse
 from config import MAY_CHANGE, Config, check
 from interrupt import EXIT_CODE, Interrupt
@@ -120,6 +120,7 @@ if config.max_completion >= config.context:
 tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
 with torch.device("meta"):
     check_weights(Qwen3(model_config), config.model)  # names and shapes, before anything takes time
+generation_config(config.model)  # vLLM will read it
 stop_ids = data.stop_ids(tokenizer)
 reward = load_reward(config.reward)
 prompt_limit = config.context - config.max_completion
@@ -291,8 +292,7 @@ def explain_out_of_memory(prompt_length):
         raise BadInput(
             f"out of memory in training on {prompt_length} prompt tokens and up to {config.tokens_per_pass} completion "
             f"tokens a pass: lower --tokens-per-pass or --context ({config.context}), or use --checkpointing, more ranks or "
-            "--context-parallel; "
-            "--plan shows what takes how much"
+            "--context-parallel; --plan shows what takes how much"
         ) from error
 
 
@@ -348,8 +348,7 @@ for step in range(first + 1, config.steps + 1):
         if rounds == config.max_rounds:
             raise BadInput(
                 f"step {step}: {rounds} rounds of {config.prompts} prompts gave {len(batch)} groups whose rewards differ, "
-                f"{config.prompts} are needed; the task is too hard or too easy for this model, or raise "
-                f"--max-rounds or --completions"
+                f"{config.prompts} are needed; the task is too hard or too easy, or raise --max-rounds or --completions"
             )
         indices = list(range(drawn, drawn + config.prompts))
         groups = sample([source[i] for i in indices], indices, config.completions, config.temperature)
