@@ -1,6 +1,7 @@
 """Every setting of a training run, with its default and its line of --help, and which of them do not go together."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpo
 import saliency
@@ -136,6 +137,8 @@ def check(config, world, cuda):
             f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {trainers} {who} need a multiple of "
             f"{config.updates * trainers}"
         )
+    if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
+        raise BadInput(f"--name {config.name} is not below runs/, where all runs of train.py go")
     if config.resume and not config.name:
         raise BadInput(f"--resume {config.resume} needs the --name of the run that goes on")
     if world % config.tensor_parallel:

@@ -236,6 +236,8 @@ FLAGS = {
     "fillers with files": (lambda t: [*prompts()(t), "--eval-filler", 3], "--eval-filler is of --task"),
     "prompt too long": (flags("--context", 300), "tokens; the context leaves 276"),
     "no ranks": (flags("--tensor-parallel", 2), "--tensor-parallel 2 does not divide the 1 ranks"),
+    "name elsewhere": (flags("--name", "/tmp/run"), "--name /tmp/run is not below runs/"),
+    "name above": (flags("--name", "a/../../run"), "is not below runs/"),
     "no steps": (flags("--steps", 0), "--steps must be at least 1, not 0"),
     "too many facts": (flags("--facts", 49), "--facts 49: the task recall can have 1 to 48"),
     "no pair": (flags("--task", "tracking", "--facts", 1), "the task tracking can have 2 to 96"),
