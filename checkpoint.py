@@ -5,6 +5,8 @@ FSDP2. transformers and vLLM load what is written as it is.
 """
 
 import json
+import math
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch.distributed.tensor import DTensor
 import durable
 from cli import BadInput
 
+DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names of what weights may be stored in
 SHARD_BYTES = 5 * 10**9  # size of one safetensors file, Hugging Face's default
 # Files beside the weights that make a directory usable by transformers and vLLM; they go with the model unchanged.
 COMPANIONS = (
@@ -69,17 +72,9 @@ class Qwen3Config:
     def from_pretrained(cls, directory):
         """Read `directory`/config.json. Raises BadInput when it is missing, unreadable or not a dense Qwen3."""
         path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise BadInput(
-                f"{directory} is not a checkpoint: it has no config.json; give a Hugging Face model directory"
-            ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInput(f"{path} cannot be read: {error}") from error
-        if not isinstance(raw, dict):
-            raise BadInput(f"{path} is not an object of settings")
-        return cls.from_dict(raw, path)
+        if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
+            raise BadInput(f"{directory} is not a checkpoint: it has no config.json; give a Hugging Face model directory")
+        return cls.from_dict(read_object(path), path)
 
     @classmethod
     def from_dict(cls, raw, path="config"):
@@ -87,10 +82,14 @@ class Qwen3Config:
         (rope_parameters) form. Raises BadInput naming the first thing that is not supported."""
         if raw.get("model_type") != "qwen3":
             raise BadInput(f"{path}: model_type {raw.get('model_type')!r} is not supported, only dense 'qwen3'")
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        layers = raw.get("layer_types") or []
+        for key, value, kind in (("rope_scaling", rope, dict), ("layer_types", layers, list)):
+            if not isinstance(value, kind):
+                raise BadInput(f"{path}: {key} is {value!r:.60}, not an object or list as Qwen3 has it")
+        rope = dict(rope)
         theta = rope.pop("rope_theta", raw.get("rope_theta"))
         kind = rope.pop("rope_type", rope.pop("type", "default"))
-        layers = raw.get("layer_types") or []
         unsupported = {
             "attention bias (attention_bias)": raw.get("attention_bias"),
             "sliding-window attention (use_sliding_window)": raw.get("use_sliding_window"),
@@ -105,6 +104,7 @@ class Qwen3Config:
                 raise BadInput(f"{path}: {what} is not supported")
         if theta is None:
             raise BadInput(f"{path}: rope_theta is missing; Qwen3 has 1000000")
+        check_numbers({"rope_theta": theta}, path)
         if kind == "yarn" and "factor" not in rope:
             raise BadInput(f"{path}: YaRN needs a factor")
         if kind == "yarn":
@@ -117,7 +117,10 @@ class Qwen3Config:
         missing = sorted(required - raw.keys())
         if missing:
             raise BadInput(f"{path}: {', '.join(missing)} missing")
+        check_numbers({name: raw[name] for name in names if name in raw}, path)
         scaling = {"rope_type": "yarn", **rope} if kind == "yarn" else None
+        if scaling:
+            check_numbers(scaling, path)
         config = cls(**{name: raw[name] for name in names if name in raw}, rope_theta=float(theta), rope_scaling=scaling)
         if config.num_attention_heads % config.num_key_value_heads:
             raise BadInput(
@@ -140,9 +143,65 @@ class Qwen3Config:
         return max(int(yarn["factor"] * yarn["original_max_position_embeddings"]), self.max_position_embeddings)
 
 
+LARGEST = 2**20  # of any size: products of three are still numbers that torch can hold
+# key of config.json, or of its YaRN settings: (type, least, most)
+NUMBERS = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), (int, 1, LARGEST)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (int, 1, LARGEST)),
+    "num_hidden_layers": (int, 1, 1024),
+    "head_dim": (int, 2, LARGEST),
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), (int, 1, 2**31)),
+    "rope_theta": (float, 1 + 1e-6, 1e30),  # YaRN divides by its logarithm
+    **dict.fromkeys(("rms_norm_eps", "initializer_range"), (float, 0, 1)),
+    "factor": (float, 1, 1e6),
+}
+OPTIONAL_NUMBERS = "beta_fast beta_slow attention_factor mscale mscale_all_dim".split()  # of YaRN: more than 0, or null
+
+
+def check_numbers(values, path):
+    """Raises BadInput for the first of config.json's values that has another type than Qwen3's, or a size none has."""
+    for key, value in values.items():
+        number = type(value) in (int, float) and math.isfinite(value)
+        if key in NUMBERS:
+            kind, least, most = NUMBERS[key]
+            good = number and least <= value <= most and (kind is float or type(value) is int)
+            wanted = f"a{'n integer' if kind is int else ' number'} from {least:,} to {most:,}"
+        elif key in OPTIONAL_NUMBERS:
+            good, wanted = value is None or (number and value > 0), "a number more than 0"
+        elif key in ("tie_word_embeddings", "truncate"):
+            good, wanted = type(value) is bool, "true or false"
+        elif key in ("bos_token_id", "eos_token_id"):
+            ids = value if isinstance(value, list) else [value]
+            good, wanted = value is None or all(type(i) is int and i >= 0 for i in ids), "a token id"
+        else:
+            good = True
+        if good and key == "head_dim" and value % 2:
+            good, wanted = False, "even: RoPE turns its dimensions in pairs"
+        if not good:
+            raise BadInput(f"{path}: {key} must be {wanted}, not {value!r:.60}")
+
+
+def read_object(path):
+    """A file of one JSON object -> dict. Raises BadInput."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8 and not JSON are ValueErrors
+        raise BadInput(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} cannot be used: it is not a JSON object")
+    return value
+
+
+def generation_config(directory):
+    """`directory`/generation_config.json, {} without one. vLLM reads it when it starts. Raises BadInput."""
+    path = Path(directory) / "generation_config.json"
+    return read_object(path) if path.exists() else {}
+
+
 def check_weights(model, directory):
     """That the tensors of `directory` are the parameters of `model` (which may be on the meta device), by reading headers
-    only -> {tensor name: file}. Raises BadInput for unreadable files and for missing, misshapen or unexpected tensors."""
+    only -> {tensor name: file}. Raises BadInput for unreadable files and for tensors that are missing, misshapen, unexpected
+    or not of floating point."""
     files = weight_files(Path(directory))
     parameters = dict(model.named_parameters())
     if model.config.tie_word_embeddings:
@@ -156,6 +215,8 @@ def check_weights(model, directory):
         wanted, found = list(parameters[name].shape), stored.get_shape()
         if wanted != found:
             raise BadInput(f"{files[name]}: {name} has shape {found}, config.json makes it {wanted}")
+        if stored.get_dtype() not in DTYPES:
+            raise BadInput(f"{files[name]}: {name} is of {stored.get_dtype()}; weights are of {', '.join(DTYPES)}")
     return files
 
 
@@ -248,10 +309,13 @@ def weight_files(directory):
     """Tensor name -> safetensors file of a checkpoint directory, sharded or not. Raises BadInput."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if index.exists():
-        try:
-            names = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{index} is not an index of safetensors: {error!r}") from error
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise BadInput(f'{index} is not an index of safetensors: "weight_map" must be an object')
+        for name, file in names.items():
+            # A plain name: an index must not make us read outside of its directory.
+            if not (isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file):
+                raise BadInput(f"{index}: {name} must be in a .safetensors file beside the index, not in {file!r:.60}")
         for file in sorted(set(names.values())):
             if not (directory / file).exists():
                 raise BadInput(f"{directory / file} is missing, but {index.name} names it")

@@ -21,12 +21,16 @@ from pathlib import Path
 class BadInput(ValueError):
     """The user's input is wrong; the message is one line that names what, where, and the mend."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))  # libraries, whose words it may quote, write several
 
-def option(default, help, choices=None, least=None, above=None, positional=False):
+
+def option(default, help, choices=None, least=None, above=None, most=None, positional=False):
     """A dataclass field with its line of --help; `choices` lists the allowed values. A number must be at least `least`,
-    or greater than `above`, and finite. A list (its type says of what) takes its values after one flag: --lengths 1 2.
-    `positional`: given without a flag; it may be left out."""
-    metadata = {"help": help, "choices": choices, "least": least, "above": above, "positional": positional}
+    or greater than `above`, and finite, and at most `most`. A list (its type says of what) takes its values
+    after one flag: --lengths 1 2. `positional`: given without a flag; it may be left out."""
+    limits = {"least": least, "above": above, "most": most}
+    metadata = {"help": help, "choices": choices, "positional": positional, **limits}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -68,12 +72,15 @@ def parse(config_class, doc, argv=None):
 
 
 def _check_number(field, value):
-    flag, least, above = "--" + field.name.replace("_", "-"), field.metadata["least"], field.metadata["above"]
+    flag = "--" + field.name.replace("_", "-")
+    least, above, most = (field.metadata[key] for key in ("least", "above", "most"))
     for number in value if isinstance(value, list) else [value]:
         if least is not None and not least <= number < math.inf:
             raise BadInput(f"{flag} must be at least {least}, not {number}")
         if above is not None and not above < number < math.inf:
             raise BadInput(f"{flag} must be more than {above}, not {number}")
+        if most is not None and not number <= most:
+            raise BadInput(f"{flag} must be at most {most}, not {number}")
 
 
 def _help(field):
@@ -87,20 +94,20 @@ def _help(field):
 def _read_toml(path, config_class, types):
     try:
         values = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not TOML and not UTF-8 are ValueErrors
         raise BadInput(f"--config {path}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for key, value in values.items():
         if key not in fields:
             raise BadInput(f"--config {path}: unknown key {key!r}; --help lists the keys")
-        if types[key] is float and type(value) is int:
-            values[key] = value = float(value)
+        if types[key] is float:
+            values[key] = value = _as_float(value)
         kind = types[key]
         if typing.get_origin(kind) is list:
             item = typing.get_args(kind)[0]
             values[key] = value = value if isinstance(value, list) else [value]  # a list of one, as after a flag
             if item is float:
-                values[key] = value = [float(v) if type(v) is int else v for v in value]
+                values[key] = value = [_as_float(v) for v in value]
             if not value or any(type(v) is not item for v in value):
                 raise BadInput(f"--config {path}: {key} must be a list of {item.__name__}, not {value!r}")
         elif type(value) is not kind:
@@ -109,6 +116,11 @@ def _read_toml(path, config_class, types):
         if choices and value not in choices:
             raise BadInput(f"--config {path}: {key} must be one of {', '.join(choices)}, not {value!r}")
     return values
+
+
+def _as_float(value):
+    """An integer that a float can hold -> the float; what else TOML has -> the same."""
+    return float(value) if type(value) is int and abs(value) < 2**1023 else value
 
 
 # A disk that is full, over quota, over a file's limit, or not ours to write to.

@@ -1,6 +1,7 @@
 """Every setting of a training run, with its default and its line of --help, and which of them do not go together."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpo
 import saliency
@@ -32,7 +33,7 @@ class Config:
     task: str = option("recall", "without --data: recall a fact of a passage, or track one that changes", list(tasks.TASKS))
     facts: int = option(17, "task: facts in a passage")
     filler: int = option(17, "task: filler sentences in a passage", least=0)
-    seed: int = option(0, "seed of prompts, sampling and random rows", least=0)
+    seed: int = option(0, "seed of prompts, sampling and random rows", least=0, most=2**31 - 1)  # vLLM gets it times 2^32
     # how much
     steps: int = option(60, "training steps, each one rollout", least=1)
     prompts: int = option(16, "groups (prompts) a step trains on, over all ranks", least=1)
@@ -91,7 +92,7 @@ class Config:
     # the optimizer
     learning_rate: float = option(3e-4, "AdamW's learning rate, constant after warm-up (8B: 1e-6)", above=0)
     warmup: int = option(10, "steps of linear warm-up", least=0)
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay; it would move masked rows too")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay; it would move masked rows too", least=0)
     adam_beta2: float = option(0.999, "AdamW's second-moment decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at, after masking", above=0)
     # the machine
@@ -144,6 +145,8 @@ def check(config, world, cuda):
         )
     if config.reward_timeout and not config.reward_workers:
         raise BadInput("--reward-timeout needs --reward-workers: this process cannot stop what it is itself in")
+    if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
+        raise BadInput(f"--name {config.name} is not below runs/, where all runs of train.py go")
     if config.resume and not config.name:
         raise BadInput(f"--resume {config.resume} needs the --name of the run that goes on")
     if world % config.tensor_parallel:

@@ -26,6 +26,7 @@ QWEN_SPLIT = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]  # tokens of their own, but part of the text when decoded, as in Qwen3
+BYTES = 256 + len(SPECIAL + THINK)  # tokens of a tokenizer that knows no word
 # data.chat as a template, for transformers and vLLM.
 CHAT_TEMPLATE = r"""{%- for message in messages %}
     {%- set content = message.content %}
@@ -47,16 +48,18 @@ CHAT_TEMPLATE = r"""{%- for message in messages %}
 class Settings:
     """The part of sft.py's settings that is for making a model without --data."""
 
-    copy_until: float = option(0.5, "first stage: copy groups of tokens until a step's loss is below this, nats")
-    stop: int = option(401, "second stage: stop after so many steps, while RL has plenty left to teach (0: do not)")
+    copy_until: float = option(0.5, "first stage: copy groups of tokens until a step's loss is below this, nats", above=0)
+    stop: int = option(401, "second stage: stop after so many steps, while RL has plenty left to teach (0: do not)", least=0)
     min_facts: int = option(2, "fewest facts in a passage; as many filler sentences stand between them")
     max_facts: int = option(16, "most facts in a passage, reached after half of the second stage")
     questions: int = option(12, "most questions about one passage")
-    layers: int = option(3, "layers of the new model")
-    hidden_size: int = option(128, "its hidden size")
-    heads: int = option(8, "its query heads; two key heads")
-    head_dim: int = option(32, "its head size")
-    vocab_size: int = option(896, "rows of its embedding; the tokenizer stops at this or when every word is a token")
+    layers: int = option(3, "layers of the new model", least=1)
+    hidden_size: int = option(128, "its hidden size", least=1)
+    heads: int = option(8, "its query heads; two key heads", least=2)
+    head_dim: int = option(32, "its head size", least=2)
+    vocab_size: int = option(
+        896, "rows of its embedding; the tokenizer stops at this or when every word is a token", least=BYTES
+    )
 
 
 def train_tokenizer(vocab_size, seed):
@@ -127,13 +130,17 @@ def pad(rows):
     return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, mask))
 
 
-def make(config, rate, out):
-    """Train a new model in both stages; `rate`(step, steps) is the learning rate. Writes out/metrics.jsonl and
-    out/checkpoint. Raises BadInput for sizes that do not go together."""
+def check(config):
+    """Raises BadInput for sizes that do not go together."""
     if not 1 <= config.min_facts <= config.max_facts <= len(tasks.NAMES):
         raise BadInput(f"--min-facts and --max-facts must be ordered and in 1 to {len(tasks.NAMES)}")
-    if min(config.batch // 2, config.questions) < 1 or config.heads % 2:
-        raise BadInput("--questions must be positive, --batch at least 2, --heads even")
+    if min(config.batch // 2, config.questions) < 1 or config.heads % 2 or config.head_dim % 2:
+        raise BadInput("--questions must be positive, --batch at least 2, --heads and --head-dim even")
+
+
+def make(config, rate, out):
+    """Train a new model in both stages; `rate`(step, steps) is the learning rate. Writes out/metrics.jsonl and
+    out/checkpoint."""
     tokenizer = train_tokenizer(config.vocab_size, config.seed)
     model_config = Qwen3Config(
         hidden_size=config.hidden_size,

@@ -62,7 +62,9 @@ def load_tokenizer(directory, vocab_size):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise BadInput(f"{path} cannot be read: {error}") from error
-    largest = max(tokenizer.get_vocab().values())
+    tokenizer.no_truncation()  # what is too long is for us to refuse, not for the file to cut
+    tokenizer.no_padding()
+    largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         raise BadInput(f"{path} has token id {largest}, but the model's vocab_size is {vocab_size}: not its tokenizer")
     for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):

@@ -32,6 +32,7 @@ import sqlite3
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from contextlib import closing
 from dataclasses import dataclass
@@ -99,9 +100,23 @@ def judge():
         settings["timeout"] = float(settings["timeout"])
     except ValueError as error:
         raise BadInput(f"LONGACT_JUDGE_TIMEOUT must be a number of seconds, not {settings['timeout']!r}") from error
+    if not 0 < settings["timeout"] <= 86400:
+        raise BadInput(f"LONGACT_JUDGE_TIMEOUT must be more than 0 and at most a day, not {settings['timeout']:g}")
     if not settings["url"].startswith(("http://", "https://")):
         raise BadInput(f"LONGACT_JUDGE_URL must begin with http:// or https://, not {settings['url']!r}")
+    if not _is_address(settings["url"]):
+        raise BadInput(f"LONGACT_JUDGE_URL must be http://HOST:PORT/v1 or the like, not {settings['url']!r}")
+    if not (settings["key"].isascii() and settings["key"].isprintable()):
+        raise BadInput("LONGACT_JUDGE_KEY has characters that a header cannot hold, such as a line end")
     return Judge(**settings)
+
+
+def _is_address(url):
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return bool(parts.hostname and parts.port != 0 and url.isprintable() and " " not in url)
+    except ValueError:  # brackets that do not close, a port that is no number
+        return False
 
 
 @dataclass
@@ -118,7 +133,10 @@ class Judge:
     resting_until: float = 0.0  # time.monotonic()
 
     def __post_init__(self):
-        Path(self.cache).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(self.cache).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"LONGACT_JUDGE_CACHE {self.cache} cannot be used: {error.strerror}") from error
         self._sql("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, request TEXT, reply TEXT)")
 
     def _sql(self, statement, *values):

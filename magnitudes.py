@@ -205,8 +205,9 @@ def main():
         raise BadInput(f"--layers {shown[-1]}: {config.checkpoint} has layers 0 to {layers - 1}")
     name = evaluated.name(config.checkpoint)
     out = Path(config.out or f"runs/saliency/{name}")
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out} is a file; choose a directory")
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise BadInput(f"--out {out}: {there} is a file; choose a directory")
 
     model = load_model(config.checkpoint, model_config)
     measured = {site: measure(model, prompts, site, config.tokens) for site in saliency.SITES}

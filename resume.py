@@ -47,12 +47,16 @@ def claim(run, which):
     """Make or enter the directory of a run -> its lock, which holds as long as this process lives.
     which: "" for a new run, "auto" or a checkpoint's path to go on. Raises BadInput if the run exists and should not,
     if the path is not one of its checkpoints, and if another process is in it."""
-    if not which and run.exists() and set(os.listdir(run)) - {"lock"}:
-        raise BadInput(f"{run} exists; --resume auto goes on with it, or choose another name or remove it")
     inside = run / "checkpoints"
     if which not in ("", "auto") and not (Path(which).is_dir() and Path(which).resolve().parent == inside.resolve()):
         raise BadInput(f"--resume {which} is not a checkpoint of this run: it must be auto or a directory {inside}/step-N")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        begun = set(os.listdir(run)) - {"lock"}
+    except OSError as error:
+        raise BadInput(f"{run} cannot be the directory of a run: {error.strerror}; choose another") from error
+    if not which and begun:
+        raise BadInput(f"{run} exists; --resume auto goes on with it, or choose another name or remove it")
     return durable.lock(run)
 
 

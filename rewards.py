@@ -231,6 +231,9 @@ def load_reward(spec):
         function = getattr(module, name)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise BadInput(f"--reward {spec}: {error}; write module:function, the module on PYTHONPATH") from error
+    except Exception as error:  # the user's code: show where it failed
+        traceback.print_exc()
+        raise BadInput(f"--reward {spec}: {module_name} fails when it is imported: {error!r}") from error
     if not callable(function):
         raise BadInput(f"--reward {spec}: {name} is not a function")
     if hasattr(module, "check_reward"):
@@ -249,7 +252,7 @@ def score(reward, answer, row):
         raise BadInput(f"the reward function failed on row {row['id']}: {error!r}") from error
     try:
         value = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         raise BadInput(f"the reward function returned no finite number for row {row['id']}")

@@ -49,7 +49,7 @@ import processes
 import resume
 import schedule
 import sources
-from checkpoint import check_weights, full_tensor
+from checkpoint import check_weights, full_tensor, generation_config
 from cli import BadInput, one_line_errors, option, parse
 from interrupt import EXIT_CODE, Interrupt
 from model import Qwen3, Qwen3Config
@@ -85,7 +85,7 @@ class Chats:
 @dataclass
 class Config(curriculum.Settings, Chats):
     out: str = option("runs/sft", "directory of the run, see above")
-    seed: int = option(1, "seed of weights and data")
+    seed: int = option(1, "seed of weights and data", least=0, most=2**31 - 1)
     batch: int = option(
         32, "documents a step, over all ranks; without --data groups of tokens, and half as many chats", least=1
     )
@@ -122,6 +122,7 @@ def learning_rate(step, steps):
 
 if not config.data:
     config.steps, config.learning_rate = config.steps or 1200, config.learning_rate or 3e-3
+    curriculum.check(config)
     lock = resume.claim(out, "")
     curriculum.make(config, learning_rate, out)
     sys.exit()
@@ -145,6 +146,7 @@ if context > model_config.context_length:
 tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
 with torch.device("meta"):
     check_weights(Qwen3(model_config), config.model)
+generation = generation_config(config.model)
 
 
 def encode(row):
@@ -282,7 +284,6 @@ model.save_pretrained(out / "checkpoint", compute_dtype, companions_from=config.
 if main:
     # Whatever a base model stops at, this one ends its turn.
     path = out / "checkpoint" / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
     durable.write(path, json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
     plot.loss_curve(out)
     print(dry_run.PASSED if config.dry_run else f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")

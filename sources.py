@@ -72,12 +72,13 @@ def json_lines(path):
 def parquet_rows(path):
     """[("row 3", "PATH, row 3", value), ...] of a Parquet file, counted from 1. Raises BadInput for one that cannot be read
     or has no rows."""
+    import pyarrow
     import pyarrow.parquet  # 0.2 s that only those who have such a file wait for
 
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
         values = [value for batch in batches for value in batch.to_pylist()]
-    except (OSError, ValueError) as error:  # pyarrow's own errors are of these two kinds
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # the third: dates that Python has not
         raise BadInput(f"{path} cannot be read: {error}") from error
     if not values:
         raise BadInput(f"{path} has no rows")

@@ -60,7 +60,7 @@ import saliency
 import schedule
 import scoring
 from algorithms import DYNAMIC_SAMPLING, epsilons, policy
-from checkpoint import check_weights
+from checkpoint import check_weights, generation_config
 from cli import BadInput, one_line_errors, parse
 from config import MAY_CHANGE, Config, check
 from interrupt import EXIT_CODE, Interrupt
@@ -121,6 +121,7 @@ if config.max_completion >= config.context:
 tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
 with torch.device("meta"):
     check_weights(Qwen3(model_config), config.model)  # names and shapes, before anything takes time
+generation_config(config.model)  # vLLM will read it
 stop_ids = data.stop_ids(tokenizer)
 reward = load_reward(config.reward)
 prompt_limit = config.context - config.max_completion
@@ -322,7 +323,7 @@ for step in range(first + 1, config.steps + 1):
             if rounds == config.max_rounds:
                 raise BadInput(
                     f"step {step}: {rounds} rounds of {config.prompts} prompts gave {len(batch)} groups whose rewards "
-                    f"differ, {config.prompts} are needed; the task is too hard or too easy for this model, or raise "
+                    f"differ, {config.prompts} are needed; the task is too hard or too easy, or raise "
                     f"--max-rounds or --completions"
                 )
             indices = list(range(drawn, drawn + config.prompts))

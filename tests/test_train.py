@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, refusal, run_nodes, run_ranks, run_script
+from conftest import ROOT, run_nodes, run_ranks, run_script
 
 from cli import BadInput
 from config import Config, check
@@ -190,11 +190,24 @@ def score(answer, row):
 """
 
 
+def jsonl(tmp_path, *rows, name="rows.jsonl"):
+    (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / name
+
+
 def test_a_reward_that_fails_costs_no_step(runs, tmp_path):
     """One worker is asked for 10 answers of held-out prompts and 16 of step 1, then fails; its trainer saves that step."""
     (tmp_path / "fails.py").write_text(FAILS)
-    name, rows = runs("fails"), jsonl(tmp_path, *[GOOD.replace('"p"', f'"p{i}"') for i in range(8)])
-    flags = *SHORT, "--data", rows, "--eval-data", jsonl(tmp_path, GOOD, name="held.jsonl"), "--eval-completions", 9
+    name, rows = runs("fails"), jsonl(tmp_path, *[{"prompt": f"p{i}", "answer": "a"} for i in range(8)])
+    flags = (
+        *SHORT,
+        "--data",
+        rows,
+        "--eval-data",
+        jsonl(tmp_path, {"prompt": "p", "answer": "a"}, name="held.jsonl"),
+        "--eval-completions",
+        9,
+    )
     flags += "--reward", "fails:score", "--reward-workers", 1, "--reward-timeout", 99, "--algorithm", "grpo"
     result = run_script("train.py", "--name", name, *flags, env={"PYTHONPATH": str(tmp_path)})
     lines = result.stderr.splitlines()
@@ -242,63 +255,6 @@ def test_small_passes_give_the_metrics_of_one(runs):
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
-
-
-def checkpoint_with(tmp_path, **changes):
-    shutil.copytree(TINY, tmp_path / "changed")
-    config = json.loads((tmp_path / "changed" / "config.json").read_text())
-    (tmp_path / "changed" / "config.json").write_text(json.dumps({**config, **changes}))
-    return tmp_path / "changed"
-
-
-def jsonl(tmp_path, *lines, name="rows.jsonl"):
-    (tmp_path / name).write_text("\n".join(lines))
-    return tmp_path / name
-
-
-GOOD = '{"prompt": "p", "answer": "a"}'
-LONG = GOOD.replace('"p"', f'"{"p" * 99}"')
-REFUSALS = {
-    "no checkpoint": (lambda t: ["--model", t / "none"], "none is not a checkpoint"),
-    "not a Qwen3": (lambda t: ["--model", checkpoint_with(t, model_type="llama")], "'llama' is not supported"),
-    "other tokenizer": (lambda t: ["--model", checkpoint_with(t, vocab_size=300)], "not its tokenizer"),
-    "misshapen": (lambda t: ["--model", checkpoint_with(t, intermediate_size=300)], "has shape"),
-    "missing": (lambda t: ["--model", checkpoint_with(t, num_hidden_layers=9)], "lacks tensor model.layers."),
-    "no data": (lambda t: ["--data", t / "none.jsonl"], "none.jsonl"),
-    "empty data": (lambda t: ["--data", jsonl(t, "")], "has no rows"),
-    "bad line": (lambda t: ["--data", jsonl(t, GOOD, "{")], "line 2 is not JSON"),
-    "long prompt": (lambda t: ["--context", 300], "tokens; the context leaves 276"),
-    "long held-out row": (
-        lambda t: ["--context", 60, "--data", jsonl(t, GOOD, LONG), "--eval-data", jsonl(t, GOOD, LONG)],
-        "prompt rows.jsonl line 2 has",
-    ),
-    "weights": (lambda t: ["--data", jsonl(t, GOOD), "--data-weights", 0], "--data-weights must be more than 0"),
-    "no weights": (lambda t: ["--data-weights", 1], "--truncate-prompts need --data"),
-    "context": (lambda t: ["--context", 9999], "more than the 4096 tokens"),
-    "uneven": (lambda t: ["--prompts", 5, "--updates", 2], "--prompts 5 cannot be shared"),
-    "no GPU": (lambda t: ["--tensor-parallel", 2], "--tensor-parallel 2"),
-    "no reward": (lambda t: ["--reward", "nowhere:f"], "--reward nowhere:f"),
-    "no run": (lambda t: ["--resume", t / "step-000001"], "step-000001 is not a checkpoint of this run"),
-    "no step": (lambda t: ["--steps", 0], "--steps must be at least 1, not 0"),
-    "facts": (lambda t: ["--facts", 49], "--facts 49: the task recall can have 1 to 48"),
-    "no pair": (lambda t: ["--task", "tracking", "--facts", 1], "the task tracking can have 2 to 96"),
-    "eval filler": (lambda t: ["--data", jsonl(t, GOOD), "--eval-filler", 3], "--eval-filler is of --task"),
-    "toml key": (lambda t: ["--config", toml(t, "learning_rat = 1")], "unknown key 'learning_rat'"),
-    "toml type": (lambda t: ["--config", toml(t, 'steps = "3"')], "steps must be a int"),
-    "no toml": (lambda t: ["--config", t / "none.toml"], "none.toml"),
-}
-
-
-def toml(tmp_path, text):
-    (tmp_path / "c.toml").write_text(text)
-    return tmp_path / "c.toml"
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_bad_input_is_refused_before_anything_takes_time(case, tmp_path):
-    make, message = REFUSALS[case]
-    assert message in refusal("train.py", "--name", "test-early", "--eval-prompts", 4, *make(tmp_path))
-    assert not (ROOT / "runs" / "test-early").exists()
 
 
 def test_a_refusal_is_one_line_and_exit_code_1(runs):
