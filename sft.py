@@ -129,6 +129,8 @@ if not config.data:
 
 if config.ranks and not config.plan:
     raise BadInput(f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train")
+if processes.restarts() and not config.resume:
+    raise BadInput("torchrun's --max-restarts needs --resume auto: ranks it starts again would begin anew")
 ranks = config.ranks or world
 if config.batch % ranks:
     raise BadInput(f"--batch {config.batch} must be a multiple of the {ranks} ranks")

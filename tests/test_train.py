@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, run_nodes, run_ranks, run_script
+from inputs import rows
 
 from cli import BadInput
 from config import Config, check
@@ -190,24 +191,12 @@ def score(answer, row):
 """
 
 
-def jsonl(tmp_path, *rows, name="rows.jsonl"):
-    (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path / name
-
-
 def test_a_reward_that_fails_costs_no_step(runs, tmp_path):
     """One worker is asked for 10 answers of held-out prompts and 16 of step 1, then fails; its trainer saves that step."""
     (tmp_path / "fails.py").write_text(FAILS)
-    name, rows = runs("fails"), jsonl(tmp_path, *[{"prompt": f"p{i}", "answer": "a"} for i in range(8)])
-    flags = (
-        *SHORT,
-        "--data",
-        rows,
-        "--eval-data",
-        jsonl(tmp_path, {"prompt": "p", "answer": "a"}, name="held.jsonl"),
-        "--eval-completions",
-        9,
-    )
+    name, prompts = runs("fails"), [{"prompt": f"p{i}", "answer": "a"} for i in range(9)]
+    data, held_out = rows(tmp_path / "rows.jsonl", *prompts[:8]), rows(tmp_path / "held.jsonl", prompts[8])
+    flags = *SHORT, "--data", data, "--eval-data", held_out, "--eval-completions", 9
     flags += "--reward", "fails:score", "--reward-workers", 1, "--reward-timeout", 99, "--algorithm", "grpo"
     result = run_script("train.py", "--name", name, *flags, env={"PYTHONPATH": str(tmp_path)})
     lines = result.stderr.splitlines()
