@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cli import BadInput, one_line_errors
@@ -148,6 +149,9 @@ if __name__ == "__main__":
     for file in ("metrics.jsonl", "magnitudes.safetensors"):
         if not (directory / file).exists():
             raise BadInput(f"{directory / file} is missing; give the directory of a finished run")
-    reward_curve(directory)
-    heatmap(directory)
+    try:
+        reward_curve(directory)
+        heatmap(directory)
+    except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise BadInput(f"{directory}: metrics.jsonl or magnitudes.safetensors is not a run's: {error!r}") from error
     print(f"{directory}/reward.png {directory}/magnitudes.png")

@@ -267,6 +267,13 @@ def test_settings_that_do_not_go_with_an_algorithm_are_refused(settings, message
         check(Config(**settings), world=1, cuda=False)
 
 
+def test_torchrun_restarts_only_what_can_go_on(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(BadInput, match="--max-restarts needs --name NAME --resume auto"):
+        check(Config(name="mine"), world=1, cuda=False)
+    check(Config(name="mine", resume="auto"), world=1, cuda=False)
+
+
 def test_unknown_flags_and_used_names_are_refused(runs):
     assert run_script("train.py", "--learning-rat", 1).returncode == 2
     name = runs("used")
