@@ -106,7 +106,7 @@ class Config:
         0, "copies of the model, each sharded over ranks / copies GPUs (0: one on each of torchrun's nodes)", least=0
     )
     checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
-    deterministic: bool = option(False, "the same bits in every run of the same ranks, as far as can be: docs/interrupted.md")
+    deterministic: bool = option(False, "the same bits in every run of the same ranks, where possible: docs/interrupted.md")
     plan: bool = option(False, "print the memory and tokens a step needs on GPUs, from this configuration alone, and stop")
     dry_run: bool = option(False, "check everything, then take one step of a small model of random weights (dry_run.py)")
     ranks: int = option(0, "--plan: for so many GPUs (0: as many as torchrun started)", least=0)

@@ -96,7 +96,7 @@ class Config(curriculum.Settings, Chats):
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", least=0)
     adam_beta2: float = option(0.99, "AdamW's second-moment decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at", above=0)
-    deterministic: bool = option(False, "the same bits in every run of the same ranks, as far as can be: docs/interrupted.md")
+    deterministic: bool = option(False, "the same bits in every run of the same ranks, where possible: docs/interrupted.md")
 
 
 one_line_errors()
