@@ -3,15 +3,17 @@
     python ablation.py sweep         # learning rates for dense training and for LongAct alike, on seeds of their own
     python ablation.py compare       # rules and fractions, each at the learning rate that won, over --seeds seeds
     python ablation.py report        # the table and the figure again, from what was run
-    python ablation.py compare --train "--config 8b.toml" --ranks 8 --jobs 1 --out runs/ablation-8b     # the same at 8B
+    python ablation.py sweep --train "--model Qwen3-8B --data train.jsonl --eval-data held-out.jsonl" --ranks 8 --jobs 1 \\
+        --out runs/ablation-8b      # on your own data, which --train may also name by a --config; then compare, likewise
 
-What is run is at the top of the file: SWEEP and COMPARE. A seed fixes the prompts, their order, and the random numbers of
-sampling; arms of one seed differ in nothing but their flags. GRPO trains on every prompt it draws, so its arms see equal
-prompts; DAPO draws until enough groups differ, so its arms see prompts of the same sequence, more or fewer of them. Each
-rollout feeds two updates: with one, all ratios are 1 and clipping does nothing (rl.md A.1). A learning rate wins by the mean
-reward of the last quarter of the sweep's steps, on prompts that it meets for the first time; held-out prompts do not take
-part. bottom and random run at top's rate, and so does dense training a second time where its own is another: that
-comparison differs in nothing but the rows, the other is of each at its best.
+What is run is at the top of the file: TRAIN, the arms, and one task "data" in place of ours where --train names your own. A
+seed fixes the prompts, their order, and the random numbers of sampling; arms of one seed differ in nothing but their flags.
+GRPO trains on every prompt it draws, so its arms see equal prompts; DAPO draws until enough groups differ, so its arms see
+prompts of the same sequence, more or fewer of them. Each rollout feeds two updates: with one, all ratios are 1 and clipping
+does nothing (rl.md A.1). A learning rate wins by the mean reward of the last quarter of the sweep's steps, on prompts that
+it meets for the first time; held-out prompts do not take part. bottom and random run at top's rate, and so does dense
+training a second time where its own is another: that comparison differs in nothing but the rows, the other is of each at its
+best.
 
 A run that is in results.jsonl is not run again; one that was interrupted starts anew. --out holds
     results.jsonl   a run a line: task, algorithm, rule, fraction, learning_rate, seed; flags; rewards (mean reward of all
@@ -36,15 +38,23 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+import durable
+import evaluation
 import plot
 import stats
 from cli import BadInput, one_line_errors, option, parse
+from config import Config as Training
 
 TRAIN = (
     "--steps 16 --prompts 8 --completions 16 --updates 2 --warmup 2 --epsilon-low 0.2 --epsilon-high 0.28 "
-    "--eval-filler 17 32 45 --eval-prompts 64 --eval-completions 8 --no-eval-before"
+    "--eval-completions 8 --no-eval-before"
 )
-TASKS = {"recall": "--task recall --facts 17 --filler 17", "tracking": "--task tracking --facts 16 --filler 16"}
+HELD_OUT = "--eval-filler 17 32 45 --eval-prompts 64"
+TASKS = {
+    "recall": f"--task recall --facts 17 --filler 17 {HELD_OUT}",
+    "tracking": f"--task tracking --facts 16 --filler 16 {HELD_OUT}",
+    "data": "",  # the user's own, which --train names
+}
 TARGET = 0.7  # reward whose first reaching is counted in steps
 
 
@@ -60,17 +70,24 @@ class Arm(NamedTuple):
 
 
 FAMILIES = [("recall", "dapo"), ("recall", "grpo"), ("tracking", "dapo")]
-SWEEP = [Arm(*family, rule, 0.3) for family in FAMILIES for rule in ("all", "top")]
+OWN_DATA = [("data", "dapo"), ("data", "grpo")]
 LEARNING_RATES, SWEEP_SEEDS = (1e-4, 3e-4, 1e-3), (1000, 1001)
-COMPARE = [Arm(*family, rule, 0.3) for family in FAMILIES for rule in ("all", "top", "bottom", "random")]
-COMPARE += [Arm("recall", "dapo", "top", fraction) for fraction in (0.1, 0.2, 0.4)]  # 1.0 is all, 0.3 is there
+
+
+def swept(families):
+    return [Arm(*family, rule, 0.3) for family in families for rule in ("all", "top")]
+
+
+def compared_arms(families):
+    arms = [Arm(*family, rule, 0.3) for family in families for rule in ("all", "top", "bottom", "random")]
+    return arms + [Arm(*families[0], "top", fraction) for fraction in (0.1, 0.2, 0.4)]  # 1.0 is all, 0.3 is there
 
 
 @dataclass
 class Config:
     what: str = option("report", "sweep, compare or report", positional=True)
     seeds: int = option(8, "compare: seeds 0, 1, ... of each arm", least=1)
-    train: str = option("", "flags for train.py after those above, so that they win")
+    train: str = option("", "flags for train.py after those above, so that they win; keys of its --config do not")
     ranks: int = option(1, "processes of a run, by torchrun", least=1)
     jobs: int = option(2, "runs at a time, which share the cores", least=1)
     out: str = option("runs/ablation", "directory of results.jsonl, report.md and the figure")
@@ -94,7 +111,17 @@ def run(config, arm, learning_rate, seed):
             [*command, "--name", f"ablation/{name}"], env=environment, capture_output=True, text=True, errors="replace"
         )
         if made.returncode:
-            raise BadInput(f"{' '.join(command)} failed: {made.stderr.strip().splitlines()[-1:]}")
+            raise BadInput(f"{' '.join(command)} failed: {made.stderr.strip()[-300:]}")
+    try:
+        return line_of(arm, learning_rate, seed, flags, directory)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise BadInput(
+            f"{directory} is not what a run of train.py leaves: {error!r}; remove it to have it run again"
+        ) from error
+
+
+def line_of(arm, learning_rate, seed, flags, directory):
+    """The directory of a finished run -> its line of results.jsonl."""
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     mean = lambda key: float(np.mean([m[key] for m in steps])) if steps[0][key] is not None else None  # noqa: E731
     return {
@@ -112,6 +139,34 @@ def run(config, arm, learning_rate, seed):
     }
 
 
+def is_number(value, most=1e9):
+    return type(value) in (int, float) and abs(value) <= most
+
+
+def wrong_in(record):
+    """What keeps a line of results.jsonl from being a run; "" if nothing does."""
+    if not isinstance(record, dict):
+        return "no JSON object"
+    rewards, held_out = record.get("rewards"), record.get("held_out")
+    good = {
+        **{name: isinstance(record.get(name), str) for name in ("task", "algorithm", "rule")},
+        **{name: is_number(record.get(name)) for name in ("fraction", "learning_rate")},
+        "seed": type(record.get("seed")) is int,
+        "rewards": isinstance(rewards, list) and rewards and all(map(is_number, rewards)),
+        "held_out": isinstance(held_out, dict)
+        and held_out
+        and all(
+            isinstance(each, dict) and is_number(each.get("prompt_tokens")) and is_number(each.get("accuracy"), 1)
+            for each in held_out.values()
+        ),
+        **{
+            f"moved_{of}": (value := record.get(f"moved_{of}")) is None or is_number(value)
+            for of in ("selected", "unselected")
+        },
+    }
+    return next((f"{name} is {evaluation.brief(record.get(name))}" for name, right in good.items() if not right), "")
+
+
 def key(record):
     return Arm(*(record[field] for field in Arm._fields)), record["learning_rate"], record["seed"]
 
@@ -120,29 +175,28 @@ def run_all(config, out, wanted, done):
     """Every (arm, learning rate, seed) of `wanted` that is not in `done`; each is written when it ends."""
     todo = [each for each in wanted if each not in done]
     with (
-        open(out / "results.jsonl", "a") as file,
+        open(out / "results.jsonl", "ab", buffering=0) as file,
         ThreadPoolExecutor(config.jobs) as pool,
         tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=config.what, unit="run") as bar,
     ):
         try:
             for record in pool.map(lambda each: run(config, *each), todo):
-                file.write(json.dumps(record) + "\n")
-                file.flush()
+                durable.append(file, record)
                 bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def winners(records, out):
+def winners(records, families, out):
     """{(family, whether dense): learning rate} by reward at the end of the sweep, and the rewards."""
     rewards = defaultdict(list)
     for record in records:
         arm, learning_rate, seed = key(record)
-        if arm in SWEEP and seed in SWEEP_SEEDS and learning_rate in LEARNING_RATES:
+        if arm in swept(families) and seed in SWEEP_SEEDS and learning_rate in LEARNING_RATES:
             last = record["rewards"][-max(1, len(record["rewards"]) // 4) :]
             rewards[(arm[:2], arm.rule == "all"), learning_rate].append(float(np.mean(last)))
-    missing = len(SWEEP) * len(LEARNING_RATES) * len(SWEEP_SEEDS) - sum(map(len, rewards.values()))
+    missing = len(swept(families)) * len(LEARNING_RATES) * len(SWEEP_SEEDS) - sum(map(len, rewards.values()))
     if missing:
         raise BadInput(f"{out}/results.jsonl lacks {missing} runs of the sweep: python ablation.py sweep first")
     table = defaultdict(dict)  # (family, dense) -> {learning rate: reward}
@@ -206,7 +260,7 @@ def differences(baseline, by_seed):
 def tables(runs, rates, winning):
     """runs: {(arm, learning rate): {seed: record}} -> lines of report.md."""
     yield HEAD
-    for family in FAMILIES:
+    for family in dict.fromkeys(family for family, _ in winning):
         own = {who: by_seed for who, by_seed in runs.items() if who[0][:2] == family}
         if not own:
             continue
@@ -241,11 +295,12 @@ def tables(runs, rates, winning):
 def compared(winning):
     """(arm, learning rate) of every run that `compare` makes for each seed, dense training also at top's rate."""
     rates = lambda arm: {winning[arm[:2], dense] for dense in ((True, False) if arm.rule == "all" else (False,))}  # noqa: E731
-    return [(arm, rate) for arm in COMPARE for rate in sorted(rates(arm))]
+    families = list(dict.fromkeys(family for family, _ in winning))
+    return [(arm, rate) for arm in compared_arms(families) for rate in sorted(rates(arm))]
 
 
-def report(records, out):
-    rates, winning = winners(records, out)
+def report(records, families, out):
+    rates, winning = winners(records, families, out)
     wanted, runs = compared(winning), defaultdict(dict)
     for record in records:
         arm, rate, seed = key(record)
@@ -253,12 +308,13 @@ def report(records, out):
             runs[arm, rate][seed] = record
     runs = {who: runs[who] for who in wanted if who in runs}
     text = "\n".join(tables(runs, rates, winning))
-    (out / "report.md").write_text(text)
+    durable.write(out / "report.md", text)
     print(text)
     panels = {}
-    for family in FAMILIES:
+    for family in families:
         panels[", ".join(family)] = [who for who in runs if who[0][:2] == family and who[0].fraction == 0.3]
-    panels["recall, dapo, top rows"] = [who for who in runs if who[0][:2] == FAMILIES[0] and who[0].rule in ("top", "all")]
+    first = [who for who in runs if who[0][:2] == families[0]]
+    panels[f"{', '.join(families[0])}, top rows"] = [who for who in first if who[0].rule in ("top", "all")]
     for title, arms in panels.items():
         own = winning[arms[0][0][:2], True] if arms else None
         panels[title] = {label(*who, own): [r["rewards"] for r in runs[who].values()] for who in arms}
@@ -268,21 +324,38 @@ def report(records, out):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
+
+def names_data(flags):
+    """Whether the flags for train.py name the user's own data. Raises BadInput for wrong ones, before anything is run."""
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        raise BadInput(f"--train {flags!r}: {error}") from error
+    training = parse(Training, "the flags that --train gives to train.py", words)
+    if training.data and not training.eval_data:
+        raise BadInput("--train has data and no held-out data, on which runs are compared: add --eval-data FILE")
+    return bool(training.data)
+
+
 if __name__ == "__main__":
     one_line_errors()
     config = parse(Config, __doc__)
     if config.what not in ("sweep", "compare", "report"):
         raise BadInput(f"{config.what!r} is none of sweep, compare, report")
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "results.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {key(record) for record in records}
-    if config.what == "sweep":
-        run_all(config, out, [(arm, rate, seed) for seed in SWEEP_SEEDS for arm in SWEEP for rate in LEARNING_RATES], done)
-    elif config.what == "compare":
-        _, winning = winners(records, out)
-        run_all(config, out, [(*who, seed) for seed in range(config.seeds) for who in compared(winning)], done)
-    if config.what == "sweep":
-        sys.exit()
-    report([json.loads(line) for line in path.read_text().splitlines()], out)
+    own_data = names_data(config.train)
+    records = evaluation.read_lines(path, wrong_in) if path.exists() else []
+    families = OWN_DATA if own_data or any(record["task"] == "data" for record in records) else FAMILIES
+    winning = None if config.what == "sweep" else winners(records, families, out)[1]
+    if config.what != "report":
+        lock = evaluation.claim(out, "results.jsonl", "ablation")
+        records = evaluation.read_lines(path, wrong_in) if path.exists() else []
+        durable.write(path, "".join(json.dumps(record) + "\n" for record in records))  # without a line that was cut off
+        if config.what == "sweep":
+            wanted = [(arm, rate, seed) for seed in SWEEP_SEEDS for arm in swept(families) for rate in LEARNING_RATES]
+        else:
+            wanted = [(*who, seed) for seed in range(config.seeds) for who in compared(winning)]
+        run_all(config, out, wanted, {key(record) for record in records})
+    if config.what != "sweep":
+        report(evaluation.read_lines(path, wrong_in), families, out)

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import durable
 import saliency
 from cli import BadInput
 
@@ -74,8 +75,13 @@ def hook_vllm(clamp, model):
 
 
 def save(path, clamp, about):
-    """A safetensors file with the dictionary `about`, how the clamp was chosen, in its metadata."""
-    save_file(clamp, path, {"about": json.dumps(about)})
+    """A safetensors file with the dictionary `about`, how the clamp was chosen, in its metadata. Raises BadInput when the
+    disk does not take it."""
+    try:
+        with durable.replacing(path) as partial:
+            save_file(clamp, partial, {"about": json.dumps(about)})
+    except SafetensorError as error:
+        raise BadInput(f"{path} cannot be written: {error}") from error
 
 
 def load(path, config):
@@ -85,15 +91,18 @@ def load(path, config):
             clamp, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise BadInput(f"--clamp {path} cannot be read: {error}") from error
-    if "about" not in metadata:
-        raise BadInput(f"--clamp {path} is no clamp; perturb.py makes them")
+    try:
+        about = json.loads(metadata["about"])
+        about["rule"]  # evaluations name a clamp by it
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise BadInput(f"--clamp {path} is no clamp; perturb.py makes them") from None
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     wanted = {
-        f"model.layers.{i}.self_attn.{which}_proj": (n * config.head_dim,)
+        f"model.layers.{i}.self_attn.{which}_proj": ((n * config.head_dim,), torch.float32)
         for i in range(config.num_hidden_layers)
         for which, n in heads.items()
     }
-    if {name: tuple(values.shape) for name, values in clamp.items()} != wanted:
+    if {name: (tuple(values.shape), values.dtype) for name, values in clamp.items()} != wanted:
         raise BadInput(f"--clamp {path} is of a model with other layers or heads; make one of this checkpoint by perturb.py")
     digest = hashlib.sha256(b"".join(clamp[name].numpy().tobytes() for name in wanted)).hexdigest()[:16]
-    return clamp, {**json.loads(metadata["about"]), "values": digest}
+    return clamp, {**about, "values": digest}

@@ -112,6 +112,8 @@ def _read_toml(path, config_class, types):
                 raise BadInput(f"--config {path}: {key} must be a list of {item.__name__}, not {value!r}")
         elif type(value) is not kind:
             raise BadInput(f"--config {path}: {key} must be a {kind.__name__}, not {value!r}")
+        if "\\x00" in repr(value):
+            raise BadInput(f"--config {path}: {key} has a zero byte, which no path or name can have")
         choices = fields[key].metadata["choices"]
         if choices and value not in choices:
             raise BadInput(f"--config {path}: {key} must be one of {', '.join(choices)}, not {value!r}")

@@ -1,5 +1,6 @@
 """Files and directories that no crash can tear: what is at a path is the old or the new, as a whole, and it is on disk."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -18,13 +19,26 @@ def sync(path):
         os.close(descriptor)
 
 
-def write(path, text):
-    """Make or replace a small file."""
+@contextlib.contextmanager
+def replacing(path):
+    """Make or replace a file: what is written to the path this gives is at `path` when the block ends. Raises BadInput when
+    the disk does not take it; then `path` is as it was."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write(path, text):
+    """Make or replace a small file. Raises BadInput as `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
 def publish(partial, directory):

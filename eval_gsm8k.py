@@ -20,6 +20,7 @@ interrupted one stopped, on any number of ranks.
 """
 
 import hashlib
+import math
 import sys
 from dataclasses import dataclass
 
@@ -42,10 +43,10 @@ class Config:
     sampling: str = option("default", "default or paper, see above", ["default", "paper"])
     max_tokens: int = option(512, "tokens of an answer", least=1)
     thinking_budget: int = option(8192, "thinking: tokens a completion may have beyond --max-tokens", least=1)
-    seeds: int = option(1, "completions of each problem, with sampling seeds 0, 1, ...", least=1)
+    seeds: int = option(1, "completions of each problem, with sampling seeds 0, 1, ...", least=1, most=1000)
     out: str = option("", "directory of the results (default: runs/gsm8k/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
-    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
     clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
@@ -71,19 +72,17 @@ if config.seeds > 1 and sampling["temperature"] == 0:
     raise BadInput(f"--seeds {config.seeds} needs --mode thinking or --sampling paper: greedy completions are all the same")
 
 
-def prompt_ids(question):
+def prompt_ids(key, question):
     if config.mode == "base":
-        text = gsm8k.base_prompt(question)
-    else:
-        text = data.chat([{"role": "user", "content": gsm8k.chat_prompt(question)}], thinking)
-    return tokenizer.encode(text, add_special_tokens=False).ids
+        return data.encode_parts(tokenizer, [(gsm8k.base_prompt(question), False)])[0]
+    return data.encode_prompt(tokenizer, {"id": key, "prompt": gsm8k.chat_prompt(question)}, thinking, math.inf)
 
 
 rows = evaluation.on_rank_0(lambda: gsm8k.read(config.data))
 max_tokens = config.max_tokens + (config.thinking_budget if thinking else 0)
 items = [
     {
-        **{"id": key, "task": "gsm8k", "length": 0, "prompt_ids": prompt_ids(question), "max_tokens": max_tokens},
+        **{"id": key, "task": "gsm8k", "length": 0, "prompt_ids": prompt_ids(key, question), "max_tokens": max_tokens},
         **{"expected": str(gold), "gold": gold},
     }
     for key, question, gold in rows
@@ -91,10 +90,11 @@ items = [
 longest = max(items, key=lambda item: len(item["prompt_ids"]))
 context = len(longest["prompt_ids"]) + max_tokens
 if context > model_config.context_length:
+    fits = len(longest["prompt_ids"]) < model_config.context_length
+    mend = f"lower {'--thinking-budget' if thinking else '--max-tokens'}" if fits else "take that line out of --data"
     raise BadInput(
         f"the longest prompt ({longest['id']}, {len(longest['prompt_ids'])} tokens) and {max_tokens} tokens of completion "
-        f"need {context}; {config.checkpoint} has a context of {model_config.context_length}: lower "
-        f"{'--thinking-budget' if thinking else '--max-tokens'}"
+        f"need {context}; {config.checkpoint} has a context of {model_config.context_length}: {mend}"
     )
 settings = {
     "benchmark": "GSM8K",
@@ -105,7 +105,7 @@ settings = {
     "max_tokens": max_tokens,
     "seeds": config.seeds,
 }
-expected = [(key, seed) for key, *_ in rows for seed in range(config.seeds)]
+expected = {(item["id"], seed): (item["task"], item["length"]) for item in items for seed in range(config.seeds)}
 results = evaluation.Results(config.out or f"runs/gsm8k/{evaluated.name(config.checkpoint)}", settings, expected)
 
 # --------------------------------------------------------------------------------------------------------- completions

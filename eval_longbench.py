@@ -56,12 +56,12 @@ class Config:
     keep_thinking: bool = option(False, "official: read the answer from all text, thinking included")
     skip_empty: bool = option(False, "official: leave samples with an empty output out of the table")
     compensated: bool = option(False, "official: an unreadable answer counts 0.25")
-    seeds: int = option(1, "completions of each item, with sampling seeds 0, 1, ...", least=1)
-    yarn: float = option(0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0)
-    workers: int = option(0, "threads that prepare prompts (0: one a core)", least=0)
+    seeds: int = option(1, "completions of each item, with sampling seeds 0, 1, ...", least=1, most=1000)
+    yarn: float = option(0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0, most=1e6)
+    workers: int = option(0, "threads that prepare prompts (0: one a core)", least=0, most=1024)
     out: str = option("", "directory of the results (default: runs/longbench/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
-    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
     clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
@@ -105,7 +105,7 @@ settings = {
     "sampling": sampling,
     "seeds": config.seeds,
 }
-expected = [(entry.id, seed) for entry in entries for seed in range(config.seeds)]
+expected = {(entry.id, seed): (entry.difficulty, entry.length) for entry in entries for seed in range(config.seeds)}
 results = evaluation.Results(config.out or f"runs/longbench/{evaluated.name(config.checkpoint)}", settings, expected)
 first = evaluation.Results(results.out / "reasoning", settings, expected) if config.cot else results
 

@@ -50,19 +50,19 @@ class Config:
     mode: str = option("chat", "chat, thinking or base: template, sampling and budgets, see above", list(MODES))
     lengths: list[int] = option(LENGTHS, "tokens of prompt and answer together", least=1)
     tasks: list[str] = option([], "names of tasks (default: all 13, less those whose files are missing)")
-    samples: int = option(500, "samples of each task at each length", least=1)
+    samples: int = option(500, "samples of each task at each length", least=1, most=10**6)
     seed: int = option(42, "seed of the samples; RULER's is 42", least=0)
-    seeds: int = option(1, "thinking: completions of each sample, with sampling seeds 0, 1, ...", least=1)
-    yarn: float = option(0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0)
+    seeds: int = option(1, "thinking: completions of each sample, with sampling seeds 0, 1, ...", least=1, most=1000)
+    yarn: float = option(0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0, most=1e6)
     thinking_budget: int = option(8192, "thinking: tokens a completion may have beyond RULER's budget", least=1)
     data_dir: str = option(
         "", "directory with RULER's data files, see docs/ruler.md (default: none; no qa, essays generated)"
     )
     cache: str = option("runs/ruler-cache", "directory where samples are kept")
-    workers: int = option(0, "processes that make samples (0: one a core)", least=0)
+    workers: int = option(0, "processes that make samples (0: one a core)", least=0, most=1024)
     out: str = option("", "directory of the results (default: runs/ruler/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
-    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
     clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
@@ -145,7 +145,7 @@ settings = {
 }
 name = evaluated.name(config.checkpoint)
 seeds = range(config.seeds)
-expected = [(f"{task}-{length}-{i}", s) for task, length in paths for i in range(config.samples) for s in seeds]
+expected = {(f"{t}-{n}-{i}", s): (t, n) for t, n in paths for i in range(config.samples) for s in seeds}
 results = evaluation.Results(config.out or f"runs/ruler/{name}", settings, expected)
 
 
@@ -158,7 +158,7 @@ def items():
                 "id": f"{task}-{length}-{record['index']}",
                 "task": task,
                 "length": length,
-                "prompt_ids": lambda text=text: tokenizer.encode(text, add_special_tokens=False).ids,
+                "prompt_ids": lambda task=task, text=text: ruler.encode(task, text, tokenizer, ruler.TEMPLATES[template]),
                 "max_tokens": ruler.TASKS[task].tokens_to_generate + budget,
                 "expected": record["outputs"],
             }

@@ -33,13 +33,13 @@ class Config:
     sampling: str = option("greedy", "greedy or paper, see above", list(SAMPLING))
     task: str = option("recall", "recall or tracking, see tasks.py", list(tasks.TASKS))
     facts: int = option(17, "facts in a passage", least=1)
-    filler: int = option(17, "filler sentences in a passage", least=0)
-    samples: int = option(256, "prompts", least=1)
+    filler: int = option(17, "filler sentences in a passage", least=0, most=10**6)
+    samples: int = option(256, "prompts", least=1, most=10**6)
     max_tokens: int = option(24, "tokens of an answer", least=1)
-    seeds: int = option(1, "paper: completions of each prompt, with sampling seeds 0, 1, ...", least=1)
+    seeds: int = option(1, "paper: completions of each prompt, with sampling seeds 0, 1, ...", least=1, most=1000)
     out: str = option("", "directory of the results (default: runs/task/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
-    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0)
+    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
     clamp: str = option("", evaluated.CLAMP_HELP)
     compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
 
@@ -59,6 +59,8 @@ held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_p
 
 source = tasks.Source(config.task, "held out", config.facts, config.filler)
 limit = model_config.context_length - config.max_tokens
+if limit < 1:
+    raise BadInput(f"--max-tokens {config.max_tokens} leaves no room for a prompt in {model_config.context_length} tokens")
 items = [
     {
         "id": row["id"],
@@ -76,7 +78,7 @@ settings = {
     "sampling": SAMPLING[config.sampling],
     **{key: getattr(config, key) for key in ("task", "facts", "filler", "samples", "max_tokens", "seeds")},
 }
-expected = [(item["id"], seed) for item in items for seed in range(config.seeds)]
+expected = {(item["id"], seed): (item["task"], item["length"]) for item in items for seed in range(config.seeds)}
 results = evaluation.Results(config.out or f"runs/task/{evaluated.name(config.checkpoint)}", settings, expected)
 
 

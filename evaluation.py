@@ -15,14 +15,13 @@ and whatever its scorer needs. An evaluation's directory holds
     lock               held by the operating system for the evaluation that writes here; the empty file stays
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -33,6 +32,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import durable
 from cli import BadInput
 
 # Qwen3's model card: greedy decoding makes its thinking repeat itself. RULER is greedy.
@@ -182,54 +182,47 @@ def run(engine, results, items, total, seeds, sampling, stop_ids, tokenizer, sco
 class Results:
     """The finished samples of an evaluation in the directory `out`; done: set of (id, seed), some of `expected`.
 
-    expected: the (id, seed) of all its samples. Raises BadInput if the directory holds something else, results of other
-    settings or samples, or if another evaluation is writing there: rank 0 holds the directory's lock as long as it lives.
+    expected: {(id, seed): (task, length)} of all its samples. Raises BadInput if the directory holds something else, results
+    of other settings or samples, or if another evaluation is writing there: rank 0 holds the directory's lock as long as it
+    lives.
     """
 
     def __init__(self, out, settings, expected):
-        self.out, self.expected = Path(out), set(expected)
+        self.out, self.expected = Path(out), expected
         self.done = on_rank_0(lambda: self._start(settings))
         self.file = None
 
     def _start(self, settings):
         settings_file = self.out / "settings.json"
-        self._lock()
+        self.lock = claim(self.out, "settings.json", "evaluation")
         if settings_file.exists():
             difference = different(read_settings(settings_file), settings)
             if difference:
                 raise BadInput(
                     f"{self.out} holds results of other settings: {difference}; choose another --out or remove it"
                 )
+        elif list(self.out.glob("results*.jsonl")):
+            raise BadInput(f"{self.out} has results and no settings.json: nobody knows of what; choose another --out")
         else:
             write_json(settings_file, settings)
         return {(record["id"], record["seed"]) for record in self._collect()}
-
-    def _lock(self):
-        """The system drops the lock when this process ends, however it does."""
-        try:
-            if self.out.exists():
-                names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else {"a file"}
-                if names and not names & {"settings.json", "lock"}:
-                    raise BadInput(f"{self.out} is not empty and holds no evaluation (settings.json); choose another --out")
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / "lock", "w")
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child process inherits it
-        except BlockingIOError as error:
-            raise BadInput(f"another evaluation is writing to {self.out}; wait for it or choose another --out") from error
-        except OSError as error:
-            raise BadInput(f"{self.out} cannot be written: {error.strerror}; choose another --out") from error
 
     def _collect(self):
         """All finished samples, in results.jsonl and in order; the ranks' own files are taken in."""
         files = sorted(self.out.glob("results*.jsonl"))
         records = {(record["id"], record["seed"]): record for file in files for record in read_results(file)}
-        if others := records.keys() - self.expected:
+        if others := records.keys() - self.expected.keys():
             item, seed = min(others)
             raise BadInput(f"{self.out} holds a sample that is not of this evaluation: {item}, seed {seed}; remove its line")
+        for key, record in records.items():
+            if (found := (record["task"], record["length"])) != self.expected[key]:
+                raise BadInput(
+                    f"{self.out} holds {key[0]} as one of {brief(found)}, not {brief(self.expected[key])}; remove its line"
+                )
         # Numbered ids sort by number this way.
         order = sorted(records, key=lambda key: (records[key]["task"], records[key]["length"], len(key[0]), key))
         records = [records[key] for key in order]
-        write_text(self.out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        durable.write(self.out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         for file in files:
             if file.name != "results.jsonl":
                 file.unlink()
@@ -239,18 +232,33 @@ class Results:
         if self.file is None:
             rank = ranks()[0]
             self.file = open(self.out / (f"results.{rank}.jsonl" if rank else "results.jsonl"), "ab", buffering=0)
-        self.file.write((json.dumps(record) + "\n").encode())  # unbuffered: a line is one write, kept if we are killed
+        durable.append(self.file, record)
 
     def read(self):
         """All samples; for rank 0, after `run`. Raises BadInput if one has no result."""
         records = self._collect()
-        if missing := self.expected - {(record["id"], record["seed"]) for record in records}:
+        if missing := self.expected.keys() - {(record["id"], record["seed"]) for record in records}:
             item, seed = min(missing)
             raise BadInput(
                 f"{self.out} has no result of {len(missing)} of {len(self.expected)} samples, such as {item}, seed {seed}; "
                 "the same command makes them"
             )
         return records
+
+
+def claim(out, mark, what):
+    """Make the directory `out`, or enter it if it is empty, has a file `mark` or was claimed before -> its lock, see
+    durable.lock. Raises BadInput if it is something else, as `what` (evaluation) has no place in it, cannot be written, or
+    is claimed by another process."""
+    try:
+        if out.exists():
+            names = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"}
+            if names and not names & {mark, "lock"}:
+                raise BadInput(f"{out} is not empty and holds no {what} ({mark}); choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        return durable.lock(out)
+    except OSError as error:
+        raise BadInput(f"{out} cannot be written: {error.strerror}; choose another --out") from error
 
 
 def different(old, new):
@@ -277,8 +285,20 @@ def results_file(path):
 
 
 def read_results(path):
-    """The objects of a results file. A last line that a killed process left unfinished is left out, with a warning.
-    Raises BadInput for a file that is missing, or a line that is no result."""
+    """The objects of a results file, which are in it once each. Raises BadInput as read_lines, and for a sample's second
+    line."""
+    seen = set()
+    for number, record in enumerate(records := read_lines(path, wrong_in), 1):
+        key = record["id"], record["seed"]
+        if key in seen:
+            raise BadInput(f"{path}, line {number} is another result of {key[0]}, seed {key[1]}; remove one of the two")
+        seen.add(key)
+    return records
+
+
+def read_lines(path, wrong_in):
+    """The objects of a JSONL file. A last line that a killed process left unfinished is left out, with a warning. Raises
+    BadInput for a file that cannot be read, or a line of which wrong_in(object) says what is wrong."""
     try:
         *lines, rest = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -301,6 +321,8 @@ KINDS = {
     **{"id": (str,), "task": (str,), "length": (int, str), "seed": (int,), "prediction": (str,), "score": (int, float)},
     **{"prompt_tokens": (int,), "completion_tokens": (int,), "finished": (bool,)},
 }
+MOST = {"score": 1}  # of other numbers 2^53, from which on floats leave integers out
+HALF = re.compile("[\ud800-\udfff]")  # of a character, a lone surrogate, which no terminal shows
 
 
 def wrong_in(record):
@@ -311,8 +333,11 @@ def wrong_in(record):
         if key not in record:
             return f"no {key}"
         value = record[key]
-        if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        number = type(value) in (int, float)
+        if type(value) not in kinds or (number and not 0 <= value <= MOST.get(key, 2**53)):  # NaN is neither
             return f"{key} is {brief(value)}"
+        if isinstance(value, str) and HALF.search(value):
+            return f"{key} has half a character"
     return ""
 
 
@@ -324,20 +349,13 @@ def read_settings(path):
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("checkpoint"), str):
+    if not isinstance(settings, dict) or not isinstance(name := settings.get("checkpoint"), str) or HALF.search(name):
         raise BadInput(f'{path} is not an evaluation\'s: it must be an object with the "checkpoint"')
     return settings
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path, text):
-    """The whole file or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    durable.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def weights_fingerprint(checkpoint):

@@ -18,8 +18,8 @@ Settings come from the environment: a reward is given an answer and a row, and t
     LONGACT_JUDGE_KEY      sent as bearer token, if set
 
 Only text and numbers are judged, and of an answer only what follows "the answer is". Published code counts a "YES" anywhere
-in the reply, so that an answer may bring its own; here the reply must end with [[YES]], and an answer that is long or has
-"[[" in it is not asked about.
+in the reply, so that an answer may bring its own; here the reply must end with [[YES]], and an answer that is long, or has
+"[[" or "<|" in it, is not asked about: the endpoint reads <|im_end|> as the end of what we say.
 """
 
 import functools
@@ -64,7 +64,7 @@ def by_source(answer, row):
     if rewards.SOURCES[rewards.source(row)] not in JUDGED:
         return rule
     problem, said = question(row), " ".join(rewards.claim(answer).split())
-    if rule == 1 or not said or len(said) > LONGEST or "[[" in said:
+    if rule == 1 or not said or len(said) > LONGEST or "[[" in said or "<|" in said:
         return rule
     same = (judge().same(problem, said, rewards.claim(gold) or gold) for gold in rewards.golds(row))
     return float(any(same))
@@ -119,6 +119,13 @@ def _is_address(url):
         return False
 
 
+def text(value):
+    """A text of the endpoint's, without half characters, which no file holds. Raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
+    return value.encode(errors="replace").decode()
+
+
 @dataclass
 class Judge:
     """One endpoint with its cache. pauses: seconds to wait before each further try."""
@@ -150,7 +157,7 @@ class Judge:
     def check(self):
         """Raises BadInput when the endpoint does not serve the model; when it is away, unless that is allowed."""
         listed = self._ask("/models", None)
-        served = [self.model] if listed is None else self._take(listed, lambda r: [model["id"] for model in r["data"]])
+        served = [self.model] if listed is None else self._take(listed, lambda r: [text(model["id"]) for model in r["data"]])
         if self.model not in served:
             raise BadInput(f"LONGACT_JUDGE_MODEL {self.model}: {self.url} serves {', '.join(served)}")
 
@@ -158,16 +165,16 @@ class Judge:
         """Are the two answers the same? False also when the reply has no verdict, or the judge is away and may be."""
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER.format(problem, answer, gold)}]
         request = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 512}
-        text = json.dumps(request)
-        key = hashlib.sha256(text.encode()).hexdigest()
+        body = json.dumps(request)
+        key = hashlib.sha256(body.encode()).hexdigest()
         kept = self._sql("SELECT reply FROM replies WHERE key = ?", key)
         if not kept:
-            response = self._ask("/chat/completions", text)
+            response = self._ask("/chat/completions", body)
             if response is None:
                 return False
-            kept = (self._take(response, lambda r: r["choices"][0]["message"]["content"]) or "",)
-            self._sql("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", key, text, *kept)
-        verdict = VERDICT.search(kept[0])
+            kept = (self._take(response, lambda r: text(r["choices"][0]["message"]["content"] or "")),)
+            self._sql("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", key, body, *kept)
+        verdict = VERDICT.search(str(kept[0]))
         return bool(verdict) and verdict[1] == "YES"
 
     def _take(self, response, part):
@@ -191,7 +198,12 @@ class Judge:
                 problem = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
                 if error.code != 429 and error.code < 500:
                     raise BadInput(f"the judge at {self.url} refuses: {problem}") from error
-            except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, cut off, no JSON
+            except (
+                OSError,
+                http.client.HTTPException,
+                ValueError,
+                RecursionError,
+            ) as error:  # no connection, cut off, no JSON
                 problem = error
         if self.away == "stop":
             raise BadInput(f"the judge at {self.url} does not answer: {problem}; LONGACT_JUDGE_AWAY=rule goes on without it")

@@ -11,6 +11,7 @@ import json
 import random
 import sys
 
+from cli import BadInput, one_line_errors
 from tasks import WORDS, recall
 
 FACTS = 8
@@ -49,4 +50,8 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         sys.exit(0 if sys.argv[1:] == ["--help"] else 2)
-    write(sys.argv[1], 24, FILLER)
+    one_line_errors()
+    try:
+        write(sys.argv[1], 24, FILLER)
+    except OSError as error:
+        raise BadInput(f"{sys.argv[1]} cannot be written: {error.strerror}") from error

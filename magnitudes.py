@@ -57,7 +57,7 @@ class Measured:
     thinking: bool = option(False, "Qwen3's template with thinking, as train.py has it")
     seed: int = option(0, "seed of the prompts", least=0)
     tokens: str = option("all", "tokens that count: all, or not-first, without the attention sink", list(TOKENS))
-    yarn: float = option(0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0)
+    yarn: float = option(0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0, most=1e6)
     fraction: float = option(0.3, "share of each head's dimensions that is selected (paper: 0.3)", above=0)
 
 

@@ -40,6 +40,7 @@ import magnitudes
 import stats
 from cli import BadInput, one_line_errors, option, parse
 
+SCRIPTS = {path.name for path in Path(__file__).parent.glob("eval_*.py")}
 EVALUATIONS = ["eval_task.py", "eval_task.py --sampling paper --seeds 4"]
 PAPER = {"untouched": 173, "bottom": 108, "top": 0}  # right answers of Qwen3-8B to LongBench v2's 503 questions
 
@@ -61,16 +62,14 @@ config = parse(Config, __doc__, words)
 commands = given or [shlex.split(line) for line in EVALUATIONS]
 scripts = [[word for word in command if word.endswith(".py")][:1] for command in commands]
 for command, script in zip(commands, scripts, strict=True):
-    if not script or not Path(__file__).with_name(script[0]).is_file():
-        raise BadInput(f"-- {shlex.join(command)}: write one of this repository's evaluations after --, as eval_ruler.py")
+    if not script or script[0] not in SCRIPTS:
+        raise BadInput(f"-- {shlex.join(command)}: write an evaluation after --, one of {', '.join(sorted(SCRIPTS))}")
 
 # -------------------------------------------------------------------------------------------------------------- clamps
 
 model_config, prompts, settings = magnitudes.read_prompts(config)
 out = Path(config.out or f"runs/perturb/{evaluated.name(config.checkpoint)}")
-if out.exists() and not out.is_dir():
-    raise BadInput(f"--out {out} is a file; choose a directory")
-out.mkdir(parents=True, exist_ok=True)
+lock = evaluation.claim(out, "untouched.safetensors", "perturbation")
 names = ["untouched", "bottom", *[f"random-{draw}" for draw in range(config.draws)], "top"]
 abouts = {}  # how each clamp is chosen
 for name in names:

@@ -15,40 +15,84 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import durable
 from cli import BadInput, one_line_errors
+from sources import json_lines
+
+# What is read here was written by train.py and sft.py, and may have been damaged since: each reader raises BadInput.
+
+
+def read_metrics(path, key):
+    """metrics.jsonl -> steps, and the number under `key` of each, null for none."""
+    steps, values = [], []
+    for _, where, row in json_lines(path):
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not _number(row.get(key, "")):
+            raise BadInput(f'{where} is not a line of metrics: "step" and "{key}" must be numbers; remove it')
+        steps.append(row["step"])
+        values.append(row[key])
+    return steps, values
+
+
+def _number(value):
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
+
+
+def held_out_accuracy(path):
+    """results.json -> {"before": ..., "after": ...}, each the accuracy on the first set of held-out prompts or None."""
+    try:
+        results = json.loads(path.read_bytes())
+        first = {when: next(iter((results[when] or {}).values()), {"accuracy": None}) for when in ("before", "after")}
+        accuracy = {when: each["accuracy"] for when, each in first.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path} is not what train.py leaves: {error!r}; remove it to draw the reward alone") from error
+    if not all(_number(value) for value in accuracy.values()):
+        raise BadInput(f"{path} is not what train.py leaves: accuracy {accuracy}; remove it to draw the reward alone")
+    return accuracy
+
+
+def load_magnitudes(path):
+    """What save_magnitudes wrote."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
+    layers = range(sum(name.endswith("q_proj") for name in tensors))
+    wanted = {f"model.layers.{i}.self_attn.{w}_proj{of}" for i in layers for w in "qk" for of in ("", ".selected")}
+    if not tensors or tensors.keys() != wanted or any(tensor.dim() != 2 for tensor in tensors.values()):
+        raise BadInput(f"{path} does not hold the magnitudes of Q and K; a run of train.py with --rule top leaves them")
+    return tensors
+
+
+def _save(figure, path):
+    with durable.replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)
 
 
 def reward_curve(run):
     """runs/NAME/metrics.jsonl (and results.json) -> reward.png: training reward and held-out accuracy before and after."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [m["step"] for m in metrics]
+    steps, rewards = read_metrics(run / "metrics.jsonl", "reward")
+    accuracy = held_out_accuracy(run / "results.json") if (run / "results.json").exists() else {}
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(steps, [m["reward"] for m in metrics], color="tab:blue", label="mean reward of sampled completions")
-    if (run / "results.json").exists():
-        results = json.loads((run / "results.json").read_text())
-        for x, when in ((0, "before"), (steps[-1], "after")):
-            if results[when] is None:  # --no-eval-before
-                continue
-            first = next(iter(results[when].values()))  # the first set of held-out prompts
-            axes.plot(x, first["accuracy"], "o", color="tab:red", label="held-out accuracy" if when == "after" else None)
+    axes.plot(steps, rewards, color="tab:blue", label="mean reward of sampled completions")
+    for (when, value), x in zip(accuracy.items(), (0, steps[-1])):
+        if value is not None:  # --no-eval-before
+            axes.plot(x, value, "o", color="tab:red", label="held-out accuracy" if when == "after" else None)
     axes.set(xlabel="training step", ylabel="reward")
     axes.set_title(run.name, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(run / "reward.png", dpi=120)
-    plt.close(figure)
+    _save(figure, run / "reward.png")
 
 
 def loss_curve(run):
     """metrics.jsonl of sft.py in the directory `run` -> loss.png: the loss of each step."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="tab:blue")
+    axes.plot(*read_metrics(run / "metrics.jsonl", "loss"), color="tab:blue")
     axes.set(xlabel="training step", ylabel="cross entropy of the assistant's tokens, nats")
     axes.set_title(run.name, parse_math=False)
     axes.grid(alpha=0.3)
-    figure.savefig(run / "loss.png", dpi=120)
-    plt.close(figure)
+    _save(figure, run / "loss.png")
 
 
 def reward_bands(path, panels):
@@ -67,20 +111,24 @@ def reward_bands(path, panels):
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right", fontsize="small")
     grid[0, 0].set_ylabel("mean reward of sampled completions")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def save_magnitudes(path, magnitudes, masks):
-    """Magnitudes {name: (H, D)} and masks {name.weight: (H * D,)} of one step -> a safetensors file."""
+    """Magnitudes {name: (H, D)} and masks {name.weight: (H * D,)} of one step -> a safetensors file. Raises BadInput when
+    the disk does not take it."""
     rows = {f"{name}.selected": masks[f"{name}.weight"].view_as(m).contiguous() for name, m in magnitudes.items()}
-    save_file({name: t.cpu() for name, t in {**magnitudes, **rows}.items()}, path)
+    try:
+        with durable.replacing(path) as partial:
+            save_file({name: t.cpu() for name, t in {**magnitudes, **rows}.items()}, partial)
+    except SafetensorError as error:
+        raise BadInput(f"{path} cannot be written: {error}") from error
 
 
 def heatmap(run):
     """runs/NAME/magnitudes.safetensors -> magnitudes.png: heads x dimensions, a panel per layer, Q and K side by side."""
-    tensors = load_file(run / "magnitudes.safetensors")
-    layers = 1 + max(int(name.split(".")[2]) for name in tensors)
+    tensors = load_magnitudes(run / "magnitudes.safetensors")
+    layers = len(tensors) // 4
     figure, grid = plt.subplots(layers, 2, figsize=(14, 1.0 + 1.3 * layers), layout="constrained", squeeze=False)
     for layer in range(layers):
         for axes, which in zip(grid[layer], "qk", strict=True):
@@ -90,14 +138,13 @@ def heatmap(run):
     for axes in grid[-1]:
         axes.set_xlabel("dimension of the head")
     figure.colorbar(image, ax=grid, fraction=0.02)
-    figure.savefig(run / "magnitudes.png", dpi=120)
-    plt.close(figure)
+    _save(figure, run / "magnitudes.png")
 
 
 def heads_and_dimensions(path, title, magnitudes, which, layers):
     """The safetensors file `magnitudes` (save_magnitudes) -> the PNG `path`: heads x dimensions of Q or K (`which`: "q" or
     "k"), a panel for each of `layers`, one below the other."""
-    tensors = load_file(magnitudes)
+    tensors = load_magnitudes(magnitudes)
     heads = len(tensors[f"model.layers.0.self_attn.{which}_proj"])
     height = 0.8 + 0.14 * heads  # inches of a panel
     figure, grid = plt.subplots(
@@ -108,8 +155,7 @@ def heads_and_dimensions(path, title, magnitudes, which, layers):
     axes.set_xlabel("dimension of the head")
     figure.suptitle(f"{title} / largest of the head; red: selected rows", parse_math=False, fontsize=10)
     figure.colorbar(image, ax=grid, fraction=0.02)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def _panel(axes, tensors, layer, which, dot):
@@ -136,8 +182,7 @@ def score_heatmap(path, title, rows, columns, scores):
         axes.text(columns.index(column), rows.index(row), f"{score:.1f}", ha="center", va="center", fontsize=8)
     axes.set_title(title, parse_math=False, fontsize=9)
     figure.colorbar(image, ax=axes, fraction=0.05)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path)
 
 
 if __name__ == "__main__":

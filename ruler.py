@@ -35,7 +35,7 @@ from cli import BadInput
 from ruler_data import PROMPTS, TEMPLATES, Corpora, Counter, additive  # noqa: F401 - callers use ruler.Corpora
 from ruler_tasks import FWE_LEAST_BUDGET, KINDS, TASKS, Job, TooSmall, fit, fit_fwe, sample
 
-VERSION = 1  # of the samples: raise it when the same arguments give other samples, so that caches are made anew
+VERSION = 2  # of the samples: raise it when the same arguments give other samples, so that caches are made anew
 
 
 def generate(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix=True):
@@ -53,6 +53,12 @@ def generate(task_name, length, samples, seed, tokenizer, template, corpora, ans
             continue
 
 
+def encode(task_name, text, tokenizer, template):
+    """A sample's input + answer_prefix -> token ids (list of int), as `generate` counted them: a control token that a
+    document spells is text."""
+    return _counter(TASKS[task_name], tokenizer, False, template).encode(text)
+
+
 def enough(task_name, tokenizer, template, corpora, answer_prefix=True, samples=500):
     """The lengths in tokens that are enough for a task -> list of (from, to), both included, `to` may be infinite.
 
@@ -62,7 +68,9 @@ def enough(task_name, tokenizer, template, corpora, answer_prefix=True, samples=
     task, ranges = _checked(task_name, 1, 1, template, corpora), []
     for lowest, highest in ((1, 4095), (4096, math.inf)):
         probe = max(lowest, 500 if task.kind == "fwe" else 1)  # fwe: a vocabulary larger than its smallest haystack uses
-        job = _job(task, probe, 42, Counter(tokenizer, additive(tokenizer)), template, corpora, answer_prefix)
+        job = _job(
+            task, probe, 42, _counter(task, tokenizer, additive(tokenizer), template), template, corpora, answer_prefix
+        )
         recipe = KINDS[task.kind](job)
         indices = range(min(samples, len(corpora.questions(task.needs[0])[0])) if task.kind == "qa" else 100)
         size = max(recipe.step, recipe.least) if task.kind != "fwe" else recipe.least
@@ -109,12 +117,19 @@ def _job(task, length, seed, count, template, corpora, answer_prefix):
     return Job(task, length, seed, random.Random(seed), template, prefix, corpora, count)
 
 
+def _counter(task, tokenizer, fast, template):
+    """cwe has no documents, and its example repeats the template: there all control tokens are the template's."""
+    return Counter(tokenizer, fast, None if task.kind == "cwe" else template)
+
+
 def _attempts(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix):
     """Iterators over the same records: where the first raises _Disagreement, because the counts of this tokenizer's pieces
     do not add up after all, the second counts whole texts."""
     task = _checked(task_name, length, samples, template, corpora)
     for fast in (True, False) if additive(tokenizer) else (False,):
-        yield _records(_job(task, length, seed, Counter(tokenizer, fast), template, corpora, answer_prefix), samples)
+        yield _records(
+            _job(task, length, seed, _counter(task, tokenizer, fast, template), template, corpora, answer_prefix), samples
+        )
 
 
 def _records(job, samples):

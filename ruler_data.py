@@ -10,11 +10,13 @@ import functools
 import hashlib
 import heapq
 import importlib.resources
+import itertools
 import json
 import random
 import re
 from pathlib import Path
 
+import data
 from cli import BadInput
 from ruler_files import FILES, MissingFile, english_words, hotpotqa, squad, text_of
 
@@ -90,15 +92,30 @@ def additive(tokenizer):
 
 
 class Counter:
-    """Tokens of a text given in pieces; no special tokens are added. `fast`: sum up the pieces' remembered counts."""
+    """Tokens of a text given in pieces; no special tokens are added. `fast`: sum up the pieces' remembered counts, in which
+    every control token acts: what is made by them must be checked with `full`. template: see `encode`."""
 
-    def __init__(self, tokenizer, fast):
+    def __init__(self, tokenizer, fast, template=None):
         if tokenizer.truncation or tokenizer.padding:
             raise BadInput("the tokenizer truncates or pads, so it cannot count: no_truncation(), no_padding()")
-        self.tokenizer, self.fast, self.counts = tokenizer, fast, {}
+        self.tokenizer, self.fast, self.template, self.counts = tokenizer, fast, template, {}
+
+    def encode(self, text):
+        """A full text -> token ids. Of the control tokens that it spells only the template's act, the first ones and the
+        last; in a document <|im_end|> is letters, see data.encode_parts. Without a template all act."""
+        control = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        if self.template is None or not control:
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        split = re.compile(f"({'|'.join(map(re.escape, control))})")
+        head, tail = (len(split.findall(part)) for part in self.template.split("{task_template}"))
+        pieces = split.split(text)  # text, control token, text, ..., text
+        acts = [i % 2 == 1 and not head <= i // 2 < len(pieces) // 2 - tail for i in range(len(pieces))]
+        runs = itertools.groupby(zip(acts, pieces, strict=True), key=lambda pair: pair[0])
+        parts = [("".join(piece for _, piece in run), control) for control, run in runs]
+        return [token for part in data.encode_parts(self.tokenizer, parts) for token in part]
 
     def full(self, text):
-        return len(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+        return len(self.encode(text))
 
     def __call__(self, pieces):
         if not self.fast:

@@ -78,7 +78,10 @@ def english_words(content):
     """The JSON of english_words.json -> its words."""
     if not isinstance(content, dict) or not content:
         raise ValueError(f"the file is {_brief(content)}, not an object whose values are words")
-    return [text_of(content, key, "the file") for key in content]
+    words = [text_of(content, key, "the file") for key in content]
+    if control := [word for word in words if "<|" in word]:  # it would act in cwe's prompt
+        raise ValueError(f"{_brief(control[0])} is no word")
+    return words
 
 
 def squad(content):

@@ -99,7 +99,9 @@ def compare(paths, may_differ, order=()):
     groups = {"all": both}
     for kind in ("task", "length"):
         names = {record["id"]: record[kind] for record in records[0] if record["id"] in scores[1]}
-        classes = sorted(set(names.values()), key=lambda name: (order.index(name) if name in order else 0, name))
+        classes = sorted(
+            set(names.values()), key=lambda name: (order.index(name) if name in order else 0, str(type(name)), name)
+        )
         if len(classes) > 1:
             groups |= {str(name): [item for item in both if names[item] == name] for name in classes}
     rows = [["", "n", "A", "B", "B - A", "95% interval", "p", "test"]]

@@ -7,8 +7,10 @@ import pytest
 from conftest import ROOT, refusal
 
 import ablation
-from ablation import COMPARE, FAMILIES, LEARNING_RATES, SWEEP, SWEEP_SEEDS, Arm
+from ablation import FAMILIES, LEARNING_RATES, SWEEP_SEEDS, Arm
 from cli import BadInput
+
+SWEEP, COMPARE = ablation.swept(FAMILIES), ablation.compared_arms(FAMILIES)
 
 
 def record(arm, learning_rate, seed, reward, accuracy=0.5):
@@ -39,10 +41,10 @@ def test_the_issues_arms_are_all_there_once():
 
 
 def test_the_learning_rate_that_ends_highest_wins_for_each(tmp_path):
-    _, winning = ablation.winners(swept(), tmp_path)
+    _, winning = ablation.winners(swept(), FAMILIES, tmp_path)
     assert winning == {(family, dense): (1e-3 if dense else 1e-4) for family in FAMILIES for dense in (True, False)}
     with pytest.raises(BadInput, match="lacks 2 runs of the sweep"):
-        ablation.winners(swept()[2:], tmp_path)
+        ablation.winners(swept()[2:], FAMILIES, tmp_path)
 
 
 def test_interval_is_students(tmp_path):
@@ -60,7 +62,7 @@ def test_a_run_is_judged_by_these_numbers():
 
 def test_what_is_compared_at_which_rate(tmp_path):
     """Each at the rate it won by; dense training at LongAct's as well, since the rate moves all weights."""
-    _, winning = ablation.winners(swept(), tmp_path)
+    _, winning = ablation.winners(swept(), FAMILIES, tmp_path)
     wanted = ablation.compared(winning)
     assert {rate for arm, rate in wanted if arm.rule == "all"} == {1e-3, 1e-4}
     assert {rate for arm, rate in wanted if arm.rule != "all"} == {1e-4}
@@ -76,7 +78,7 @@ def test_the_report_pairs_by_seed(tmp_path, capsys):
         records.append(record(dense, 1e-4, seed, level - 0.03))
         records.append(record(dense._replace(rule="top"), 1e-4, seed, level + 0.02))
         records.append(record(dense._replace(rule="bottom"), 3e-4, seed, 0.1))  # not at its rate: not shown
-    ablation.report(records, tmp_path)
+    ablation.report(records, FAMILIES, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert text.strip() in capsys.readouterr().out
     lines = {line.split("  ")[0]: line for line in text.splitlines() if line.startswith("top 30% - ")}
