@@ -285,7 +285,7 @@ RUNS = {
     ),
     "figures of a broken run": (
         lambda t: at(t, {"metrics.jsonl": '{"step', "magnitudes.safetensors": ""}) and ["plot.py", t / "run"],
-        "metrics.jsonl or magnitudes.safetensors is not a run's: JSONDecodeError",
+        "metrics.jsonl, line 1 is not JSON",
     ),
     "saliency of nothing": (lambda t: ["saliency.py", t / "none", "--out", t / "run"], "none is not a checkpoint"),
 }  # fmt: skip
