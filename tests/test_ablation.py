@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT, refusal
+from conftest import ROOT
 
 import ablation
 from ablation import FAMILIES, LEARNING_RATES, SWEEP_SEEDS, Arm
@@ -104,8 +104,3 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(BadInput, match="--prompts must be at least 1"):
         ablation.run(config, arm, 1e-3, 5)
-
-
-def test_words_that_are_no_command_are_refused(tmp_path):
-    assert "'train' is none of sweep, compare, report" in refusal("ablation.py", "train", "--out", tmp_path)
-    assert "lacks 36 runs of the sweep" in refusal("ablation.py", "compare", "--out", tmp_path)
