@@ -19,7 +19,6 @@ Left in --out: settings.json, results.jsonl (a line as each sample ends), result
 interrupted one stopped, on any number of ranks.
 """
 
-import hashlib
 import math
 import sys
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ if context > model_config.context_length:
 settings = {
     "benchmark": "GSM8K",
     **evaluated.settings(config.checkpoint, model_config, clamped),
-    "data": hashlib.sha256(repr(rows).encode()).hexdigest()[:16],
+    "data": gsm8k.digest(rows),
     "mode": config.mode,
     "sampling": sampling,
     "max_tokens": max_tokens,

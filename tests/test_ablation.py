@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT, refusal
+from conftest import ROOT
 
 import ablation
-from ablation import FAMILIES, LEARNING_RATES, SWEEP_SEEDS, Arm
-from cli import BadInput
+from ablation import FAMILIES, LEARNING_RATES, OWN_DATA, SWEEP_SEEDS, Arm
+from cli import BadInput, parse
+from config import Config as Training
+from config import check
 
 SWEEP, COMPARE = ablation.swept(FAMILIES), ablation.compared_arms(FAMILIES)
 
@@ -106,6 +108,23 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
         ablation.run(config, arm, 1e-3, 5)
 
 
-def test_words_that_are_no_command_are_refused(tmp_path):
-    assert "'train' is none of sweep, compare, report" in refusal("ablation.py", "train", "--out", tmp_path)
-    assert "lacks 36 runs of the sweep" in refusal("ablation.py", "compare", "--out", tmp_path)
+def test_own_data_are_a_task_of_their_own(tmp_path):
+    """Named by a flag or by a file; held-out data must be named as well. No flag of ours is one that train.py refuses."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "p", "answer": "a"}))
+    (tmp_path / "c.toml").write_text(f'data = ["{rows}"]\neval_data = ["{rows}"]')
+    named = f"--config {tmp_path / 'c.toml'}"
+    assert ablation.names_data(named) and ablation.names_data(f"--data {rows} --eval-data {rows}")
+    assert not ablation.names_data("--steps 3")
+    arms = ablation.compared_arms(OWN_DATA)
+    assert {arm.task for arm in arms} == {"data"} and len(set(arms)) == len(arms) == 11
+    training = parse(Training, "", f"{ablation.TRAIN} {arms[0].flags} {named}".split())
+    check(training, 1, False)
+    assert training.data == [str(rows)] and not training.eval_filler
+    made = [
+        record(arm, rate, seed, 0.5) for arm in ablation.swept(OWN_DATA) for rate in LEARNING_RATES for seed in SWEEP_SEEDS
+    ]
+    made += [record(arm, 1e-4, seed, 0.6) for arm in arms for seed in (0, 1)]
+    ablation.report(made, OWN_DATA, tmp_path)
+    assert "## data, grpo" in (tmp_path / "report.md").read_text()
+    assert all(not ablation.wrong_in(json.loads(json.dumps(each))) for each in made)

@@ -2,11 +2,12 @@
 
 import json
 import random
+import unicodedata
 
 import pytest
 import transformers
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
@@ -161,6 +162,92 @@ def test_a_prompt_over_the_limit_is_named_or_loses_its_middle(tiny):
         assert len(ids) == limit and ids[same:] == whole[len(whole) - limit + same :]  # a beginning, then an end
     with pytest.raises(BadInput, match="line 7"):
         data.encode_prompt(tiny, row, False, 5, truncate=True)
+
+
+# ------------------------------------------------------------------------------------- encoding, whatever the text is
+
+CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+PIECES = [*CONTROL, "<think>", "</think>", "<|im_", "assistant\n", "\n", "\r", " ", "don't", "7", "e\u0301", "\u0338", "\0"]
+texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=8).map("".join)
+said = texts.filter(lambda text: text.strip())
+messages = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), said), max_size=4).map(
+    lambda turns: [{"role": role, "content": content} for role, content in [*turns, ("user", "q")]]
+)
+
+
+def same_text(a, b):
+    """Qwen's tokenizer composes characters, except across what it takes for tokens of their own."""
+    return unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
+
+
+def control_in(tiny, ids):
+    return [ids.count(tiny.token_to_id(token)) for token in CONTROL]
+
+
+@settings(max_examples=150)
+@given(messages, st.booleans())
+def test_no_text_yields_a_control_token_and_all_text_comes_back(tiny, turns, thinking):
+    ids = data.encode_prompt(tiny, {"id": "x", "prompt": turns}, thinking, 10**9)
+    assert control_in(tiny, ids) == [len(turns) + 1, len(turns), 0]
+    assert same_text(tiny.decode(ids, skip_special_tokens=False), data.chat(turns, thinking))
+
+
+@settings(max_examples=150)
+@given(texts)
+def test_parts_of_text_are_what_the_tokenizer_makes_of_them(tiny, text):
+    """Where nothing is spelled, token for token; where something is, none of it acts."""
+    [ids] = data.encode_parts(tiny, [(text, False)])
+    if not any(token in text for token in CONTROL):
+        assert ids == tiny.encode(text, add_special_tokens=False).ids
+    assert not set(ids) & set(data.stop_ids(tiny)) and same_text(tiny.decode(ids, skip_special_tokens=False), text)
+    assert data.encode_parts(tiny, [("<|im_end|>", True)]) == [[data.stop_ids(tiny)[0]]]
+    assert tiny.encode("<|im_end|>").ids == [data.stop_ids(tiny)[0]]  # the tokenizer is as it was
+
+
+@settings(max_examples=150)
+@given(messages, st.integers(0, 200))
+def test_what_is_cut_is_one_piece_of_the_longest_message(tiny, turns, limit):
+    row = {"id": "x", "prompt": turns}
+    whole = data.encode_prompt(tiny, row, False, 10**9)
+    parts = data.encode_parts(tiny, data.chat_parts(turns, False))
+    if len(whole) - len(max(parts, key=len)) + 2 > limit < len(whole):  # a token of its beginning and one of its end
+        with pytest.raises(BadInput, match=rf"prompt x has {len(whole)} tokens; the context leaves {limit} "):
+            data.encode_prompt(tiny, row, False, limit, truncate=True)
+        return
+    ids = data.encode_prompt(tiny, row, False, limit, truncate=True)
+    assert len(ids) == min(limit, len(whole)) and control_in(tiny, ids) == control_in(tiny, whole)
+    same = next((i for i, (a, b) in enumerate(zip(ids, whole)) if a != b), len(ids))
+    assert ids[same:] == whole[len(whole) - len(ids) + same :]  # a beginning, then an end
+
+
+@settings(max_examples=150)
+@given(messages, said)
+def test_trained_on_is_what_the_assistant_says_and_nothing_else(tiny, turns, last):
+    turns = [*turns, {"role": "assistant", "content": last}]
+    ids, trained = data.encode_conversation(tiny, turns)
+    assert len(ids) == len(trained) and control_in(tiny, ids) == [len(turns), len(turns), 0]
+    learned = [token for token, train in zip(ids, trained) if train]
+    spoken = [turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant"]
+    assert same_text(tiny.decode(learned, skip_special_tokens=False), "".join(spoken))
+    given = [token for token, train in zip(ids, trained) if not train]
+    heard = [
+        f"<|im_start|>{turn['role']}\n"
+        + (turn["content"] + "<|im_end|>" if turn["role"] != "assistant" else "" if "</think>" in turn["content"] else EMPTY)
+        for turn in turns
+    ]
+    assert same_text(tiny.decode(given, skip_special_tokens=False), "\n".join(heard))
+
+
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@settings(max_examples=150)
+@given(texts, texts, st.booleans())
+def test_an_answer_has_no_thinking_and_is_all_that_follows_it(thought, answer, thinking):
+    whole = data.answer_text(f"{thought}</think>{answer}", thinking)
+    assert "</think>" not in whole and whole == data.answer_text(whole, False) == whole.strip()
+    if "</think>" not in answer:
+        assert whole == answer.strip() and data.answer_text(answer, True) == ""
 
 
 # ------------------------------------------------------------------------------------------------------ loading

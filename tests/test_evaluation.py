@@ -30,7 +30,7 @@ SETTINGS = {"checkpoint": "out", "lengths": [10]}
 
 def opened(path, records, settings=None):
     """An evaluation of the samples of `records`, open in the directory `path`."""
-    return evaluation.Results(path, settings or SETTINGS, [(r["id"], r["seed"]) for r in records])
+    return evaluation.Results(path, settings or SETTINGS, {(r["id"], r["seed"]): (r["task"], r["length"]) for r in records})
 
 
 def directory(path, records, **settings):
@@ -74,6 +74,9 @@ WRONG = [
     *(("{", "no JSON object"), ("3", "no JSON object"), ("[" * 100_000, "no JSON object"), ("", "no JSON object")),
     *(("{}", "no id"), ('{"id": "a"}', "no task"), (dict(id=["t-1"]), 'id is ["t-1"]'), (dict(score=None), "score is null")),
     *((dict(score="1"), 'score is "1"'), (dict(score=math.nan), "score is NaN"), (dict(score=True), "score is true")),
+    *((dict(score=1.5), "score is 1.5"), (dict(score=-1), "score is -1"), (dict(score=10**400), "score is 1000")),
+    *((dict(completion_tokens=10**400), "completion_tokens is 1000"), (dict(task="\ud800"), "task has half a character")),
+    ({}, "another result of t-1, seed 0"),
     *((dict(finished=None), "finished is null"), (dict(seed=0.5), "seed is 0.5"), (dict(length=[1]), "length is [1]")),
     (dict(prediction=["x" * 999]), 'prediction is ["xxx'),
 ]
@@ -83,10 +86,11 @@ def test_a_line_that_is_no_result_is_refused(tmp_path):
     a = directory(tmp_path / "out", [record(1)])
     b = directory(tmp_path / "b", [record(1)])
     for line, message in WRONG:
+        where = "is another" if line == {} else "is not a result: "
         line = line if isinstance(line, str) else json.dumps({**record(1), **line})
         (a / "results.jsonl").write_text(json.dumps(record(1)) + f"\n{line}\n" + json.dumps(record(2)) + "\n")
         for use in (lambda: opened(a, [record(1)]), lambda: stats.compare([b, a], ("checkpoint",))):
-            with pytest.raises(BadInput, match=r"out/results.jsonl, line 2 is not a result: ") as error:
+            with pytest.raises(BadInput, match=rf"out/results.jsonl, line 2 {where}") as error:
                 use()
             assert message in str(error.value) and len(str(error.value)) < 400
 
@@ -116,7 +120,7 @@ def test_one_evaluation_at_a_time_writes_to_a_directory(tmp_path):
     )
     other.stdout.readline()
     for settings in (SETTINGS, {"checkpoint": "y"}):  # nothing is read
-        with pytest.raises(BadInput, match=f"another evaluation is writing to {out}"):
+        with pytest.raises(BadInput, match=f"{out}: another process is running there; wait for it"):
             opened(out, [record(1)], settings)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     other.kill()
@@ -211,9 +215,9 @@ def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
     ]  # more than the engine holds at once
 
     def go(out, items, seeds=2):
-        expected = [(item["id"], seed) for item in items for seed in range(seeds)]
+        expected = {(item["id"], seed): (item["task"], item["length"]) for item in items for seed in range(seeds)}
         results = evaluation.Results(out, {"checkpoint": str(seeds)}, expected)
-        score = lambda item, prediction: item["expected"] + len(prediction)  # noqa: E731
+        score = lambda item, prediction: (item["expected"] + len(prediction)) / 1000  # noqa: E731
         hot = {**evaluation.GREEDY, "temperature": 2.0}
         evaluation.run(engine, results, iter(items), len(items), seeds, hot, [883], tokenizer, score)
         return results.read()
@@ -222,7 +226,7 @@ def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
     assert [(r["id"], r["seed"]) for r in records] == [(f"x-{i}", s) for i in range(700) for s in (0, 1)]
     assert asked == list(range(700)) and len({r["prediction"] for r in records}) > 1000
     for r in records:
-        assert r["score"] == r["expected"] + len(r["prediction"]) and r["prompt_tokens"] == 3 and r["length"] == 8
+        assert r["score"] == (r["expected"] + len(r["prediction"])) / 1000 and r["prompt_tokens"] == 3 and r["length"] == 8
         assert r["completion_tokens"] <= 5 and (r["finished"] or r["completion_tokens"] == 5)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "settings.json").write_text('{"checkpoint": "2"}')

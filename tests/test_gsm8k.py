@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 import torch
-from conftest import ROOT, run_here, run_script
+from conftest import ROOT, run_here
 
 import clamp
 import gsm8k
@@ -158,26 +158,3 @@ def test_the_script_and_its_report(tmp_path):
     assert "accuracy 66.67 ±33.33, 3 problems" in stdout
     assert "1 of 3 completions give no readable number" in stdout and "Not GSM8K's score: 3" in stdout
     assert json.loads((tmp_path / "out" / "results.json").read_text())["score"]["n"] == 3
-
-
-REFUSALS = {
-    "no data": ([TINY], "no --data is given"),
-    "seeds": ([TINY, "--data", "x", "--seeds", 2], "--seeds 2 needs --mode thinking or --sampling paper"),
-    "thinking": ([TINY, "--data", "DATA", "--mode", "thinking"], "context of 4096: lower --thinking-budget"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_bad_input_is_refused_and_leaves_nothing(case, tmp_path):
-    arguments, message = REFUSALS[case]
-    path = written(tmp_path, ROWS)
-    with pytest.raises(BadInput) as error:
-        run_here("eval_gsm8k.py", *[path if a == "DATA" else a for a in arguments], "--out", tmp_path / "out")
-    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-
-def test_bad_input_gets_one_clear_line():
-    """As a user sees it."""
-    result = run_script("eval_gsm8k.py", TINY)
-    assert result.returncode == 1 and result.stderr.startswith("eval_gsm8k.py: error: no --data is given: download grade_")
-    assert result.stderr.count("\n") == 1

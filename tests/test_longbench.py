@@ -383,7 +383,7 @@ def finished(tmp_path, *arguments, scores=(1, 1, 0, 0, 0), **changes):
     }
     out = tmp_path / "out"
     if not out.exists():
-        results = evaluation.Results(out, written_settings, [(f"x{i}", 0) for i in range(5)])
+        results = evaluation.Results(out, written_settings, {(f"x{i}", 0): CLASSES[i] for i in range(5)})
         for i, (text, score) in enumerate(zip(PREDICTIONS, scores)):
             record = {"id": f"x{i}", "task": CLASSES[i][0], "length": CLASSES[i][1], "seed": 0, "prediction": text}
             record["expected"] = "B"
@@ -430,31 +430,3 @@ def test_thinking_that_did_not_end_is_wrong_and_not_empty(tmp_path):
     results, score, items, stdout = finished(tmp_path, *options, thinking=True, thinking_budget=50, scores=(0, 1, 0, 0, 0))
     assert score[0].startswith("25.0") and items == ["4", "2", "2", "2", "2", "0"]
     assert "1 of 5 outputs are empty, 4 of 5 give no readable answer" in stdout
-
-
-REFUSALS = {
-    "no checkpoint": (lambda t: ["--data", SAMPLE], "no checkpoint is given"),
-    "no data": (lambda t: [TINY], "no --data is given"),
-    "missing": (lambda t: [TINY, "--max-input", 500, "--data", t / "no.json"], "no.json cannot be read: No such file"),
-    "context": (lambda t: [TINY, "--data", SAMPLE], "context of 4096; 120192 need a YaRN factor of 30, and"),
-    "budget": (lambda t: [TINY, "--data", SAMPLE, "--max-input", 500, "--thinking"], "context of 4096; give --yarn 3"),
-    "item": (
-        lambda t: [TINY, "--max-input", 500, "--data", written(t, [item(0, answer="")])],
-        "item 1 (_id 'x0'): 'answer' is ''",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_bad_input_is_refused_and_leaves_nothing(case, tmp_path):
-    arguments, message = REFUSALS[case]
-    with pytest.raises(BadInput) as error:
-        run_here("eval_longbench.py", *arguments(tmp_path), "--out", tmp_path / "out")
-    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-
-def test_bad_input_gets_one_clear_line():
-    """As a user sees it."""
-    result = run_script("eval_longbench.py", TINY)
-    assert result.returncode == 1 and result.stderr.startswith("eval_longbench.py: error: no --data is given: download data")
-    assert result.stderr.count("\n") == 1

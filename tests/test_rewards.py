@@ -174,6 +174,62 @@ def test_exact_is_symmetric_and_an_answer_that_is_there_equals_itself(a, b):
     assert rewards.exact(a, {"answer": a}) == float(bool(a.strip()))
 
 
+# Words of one half of the alphabet are golds, of the other half what has nothing to do with them. No articles, no yes or no.
+golds = st.lists(st.text("bcdefgBCDEFG0", min_size=2, max_size=5), min_size=1, max_size=4).map(" ".join)
+others = st.lists(st.text("pqrsuvwPQRSUVW", min_size=2, max_size=5), max_size=7).map(" ".join)
+decorations = st.text(" ,;!?'\"", max_size=3)
+
+
+@settings(max_examples=100)
+@given(golds, others, decorations, st.sampled_from([str, str.upper, str.lower, str.swapcase]))
+def test_the_gold_in_the_form_that_was_asked_for_is_right(gold, other, mark, case):
+    """Whatever its case, articles and punctuation, alone or one of several, bare or as a sentence."""
+    said, rows = (
+        f"{mark}The {case(gold)}{mark}",
+        [{"answer": accepted} for accepted in (gold, [other, gold], [gold + ".", other])],
+    )
+    for row in rows:
+        assert rewards.exact(said, row) == rewards.boxed(f"so \\boxed{{{said}}}", row) == 1
+        assert rewards.contains(f"{other}. Therefore, THE ANSWER IS: **{said}**.", row) == 1
+        assert rewards.contains(f"the answer is {other} {said}", row) == 1  # 7 words more
+        assert rewards.by_source(f"the answer is {said}", {**QA, **row}) == 1
+    assert rewards.contains(f"the answer is {said}", {"answer": f"The answer is {gold}."}) == 1
+
+
+@settings(max_examples=100)
+@given(golds, others, decorations)
+def test_an_answer_without_the_golds_words_is_wrong(gold, other, mark):
+    row = {"answer": [gold, f"the answer is {gold}"]}
+    for said in (other, mark + other, f"The {other}", gold[:-1] + "x", f"x{gold}"):
+        assert rewards.exact(said, row) == rewards.boxed(f"\\boxed{{{said}}}", row) == 0
+        assert rewards.contains(f"{gold}. So the answer is {said}", row) == 0  # the gold came before
+        assert rewards.by_source(f"the answer is {said}", {**QA, **row}) == 0
+    assert rewards.contains(gold, row) == rewards.boxed(gold, row) == 0  # not in the form
+
+
+@settings(max_examples=100)
+@given(st.decimals(-(10**9), 10**9, places=2), st.integers(-(10**12), 10**12), st.sampled_from(["", " dollars", ".", " m"]))
+def test_a_number_is_itself_however_it_is_written(decimal, whole, unit):
+    for number in (decimal, whole):
+        for said in (f"{number}", f"{number:,}", f"$ {number:,}".replace("$ -", "-$"), f"\\boxed{{{number}}}"):
+            assert rewards.numeric(f"So the answer is {said}{unit}", {"answer": ["7e", str(number)][1:]}) == 1
+        assert rewards.numeric(f"the answer is {number}", {"answer": f"the answer is {number:,}"}) == 1
+        assert rewards.numeric(f"the answer is {number}", {"answer": str(-number)}) == float(number == 0)
+        assert rewards.numeric(f"{number}", {"answer": str(number)}) == 0  # not in the form
+    assert rewards.numeric(f"the answer is {whole}", {"answer": str(whole + 1)}) == 0
+
+
+@settings(max_examples=100)
+@given(texts.filter(lambda text: "correct answer" not in text.lower()), st.sampled_from("ABCD"), st.sampled_from("ABCD"))
+def test_a_choice_is_the_last_letter_in_the_form(text, said, gold):
+    for row in ({"answer": gold}, {"answer": f"The correct answer is ({gold})"}):
+        for form in (f"({said})", f"**{said}**", f"{said.lower()}."):
+            assert rewards.choice(f"The correct answer is (A). No: the correct answer is {form} {text}", row) == (
+                said == gold
+            )
+        assert rewards.choice(text, row) == 0
+
+
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_million_characters_are_nothing_special(piece):
     """Twice the text takes about twice the time, or this would not end."""
