@@ -54,6 +54,15 @@ $(SFT): | .venv/ready $(LONGBENCH) $(BASE)
 runs/$(SIZE)-%/checkpoint: | $(RECIPES)/%.toml $(SFT)
 	$(TORCHRUN) train.py --config $(RECIPES)/rl.toml $(RECIPES)/$*.toml --model $(SFT) --name $(SIZE)-$* --resume auto
 
+$(BASE) $(LONGBENCH):
+	@echo "$@ is missing; README, \"From base model to the paper's table\", has the command that downloads it" >&2; exit 1
+
+ifneq ($(filter row,$(MAKECMDGOALS)),)
+ifeq ($(wildcard $(RECIPES)/$(ROW).toml),)
+$(error there is no row $(ROW); there are $(filter-out rl,$(patsubst $(RECIPES)/%.toml,%,$(wildcard $(RECIPES)/*.toml))))
+endif
+endif
+
 .SECONDARY:  # make keeps checkpoints, though they are only on the way
 
 test: lint

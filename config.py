@@ -116,7 +116,7 @@ class Config:
 # What may differ when a run goes on: where it lies and how long it gets; what rounding is all they can change. By contents,
 # resume.settings compares the files of model and data.
 MAY_CHANGE = (
-    "name model data reward_workers reward_timeout steps save_every keep resume max_skips max_rounds eval_before "
+    "name model data eval_data reward_workers reward_timeout steps save_every keep resume max_skips max_rounds eval_before "
     "mismatch_limit tensor_parallel deterministic "
     "vllm_share tokens_per_pass checkpointing context_parallel replicate plan dry_run ranks gpu_memory"
 ).split()

@@ -5,14 +5,14 @@ import math
 import data
 import sources
 import tasks
-from rewards import score
 
 
-def load(config, encode, limit, reward, main):
+def load(config, encode, limit, score_all, main):
     """-> (source, held_out, tokens of the longest prompt): source[i] is the i-th row drawn; held_out is {name: rows}.
 
     encode: (row, most tokens) -> token ids; limit: tokens that the context leaves for a prompt; main: whether to print what
-    there is. Each row is scored once with an empty answer: one that the reward cannot use shows now, not in hours.
+    there is; score_all: see scoring.py. Each row is scored once with an empty answer: one that the reward cannot use shows
+    now, not in hours.
     Raises BadInput as data.load and the reward, and when a held-out prompt is too long.
     """
     if config.data:
@@ -32,8 +32,7 @@ def load(config, encode, limit, reward, main):
             held_out_source = tasks.Source(config.task, "held out", config.facts, filler)
             held_out[f"filler {filler}"] = [held_out_source[i] for i in range(config.eval_prompts)]
         files, longest = [[source[0]]], len(encode(source[0], limit))
-    for row in (row for rows in (*files, *held_out.values()) for row in rows):
-        score(reward, "", row)
+    score_all([("", row) for rows in (*files, *held_out.values()) for row in rows])
     for row in (row for rows in held_out.values() for row in rows):
         encode(row, limit)
     return source, held_out, longest

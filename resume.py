@@ -92,7 +92,8 @@ def settings(config, may_change):
     fixed = {key: value for key, value in asdict(config).items() if key not in may_change}
     model = [Path(config.model) / name for name in ("config.json", "tokenizer.json")]
     model += sorted(Path(config.model).glob("*.safetensors"))
-    return {**fixed, "contents of --model": sources.digest(model), "contents of --data": sources.digest(config.data)}
+    contents = {"model": model, "data": config.data, "eval-data": getattr(config, "eval_data", [])}  # the last: train.py's
+    return fixed | {f"contents of --{name}": sources.digest(paths) for name, paths in contents.items()}
 
 
 def tensors_of(model, optimizer, extra):
@@ -208,10 +209,15 @@ def candidates_for(directory, which):
     """Paths to try, the best first."""
     if which != "auto":
         return [directory / Path(which).name]
-    newest = directory / "LATEST"
-    latest = re.fullmatch(r"step-(\d+)\n", newest.read_text(errors="replace")) if newest.exists() else None
-    steps = sorted(steps_in(directory), key=number, reverse=True)
-    return [path for path in steps if latest is None or number(path) <= int(latest[1])]
+    newest, steps = directory / "LATEST", sorted(steps_in(directory), key=number, reverse=True)
+    text = newest.read_text(errors="replace").strip() if newest.is_file() else None
+    if text is not None and not steps:
+        raise BadInput(f"--resume: {newest} names {text!r:.40}, but there is no checkpoint; remove the run to begin anew")
+    if text is None or directory / text in steps:
+        return [path for path in steps if text is None or number(path) <= int(text.removeprefix("step-"))]
+    if rank_and_world()[0] == 0:
+        print(f"warning: {newest} names {text!r:.40}, which is not there; trying {steps[0].name}", file=sys.stderr)
+    return steps
 
 
 def damage(path):
@@ -230,7 +236,7 @@ def damage(path):
                 return f"{path / name} is damaged: its SHA-256 is not that of manifest.json"
     except OSError as error:
         return str(error)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{path}/manifest.json is damaged: {error!r}"
     return None
 

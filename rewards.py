@@ -18,6 +18,7 @@ row["answer"]: an accepted answer or a list of them, bare or as the sentence tha
 (B)"), as DocQA-RL-1.6K has it. One that cannot be read, like a number without digits, raises BadInput.
 """
 
+import copy
 import importlib
 import math
 import re
@@ -231,7 +232,7 @@ def load_reward(spec):
         function = getattr(module, name)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise BadInput(f"--reward {spec}: {error}; write module:function, the module on PYTHONPATH") from error
-    except Exception as error:  # the user's code: show where it failed
+    except (Exception, SystemExit) as error:  # the user's code: show where it failed
         traceback.print_exc()
         raise BadInput(f"--reward {spec}: {module_name} fails when it is imported: {error!r}") from error
     if not callable(function):
@@ -242,12 +243,13 @@ def load_reward(spec):
 
 
 def score(reward, answer, row):
-    """The reward as a finite float; anything else the user's function returns is an error that names the row."""
+    """The reward as a finite float; anything else the user's function returns is an error that names the row. The function
+    gets a copy of the row, so that what it changes is changed for no other answer."""
     try:
-        value = reward(answer, row)
+        value = reward(answer, copy.deepcopy(row))
     except BadInput as error:
         raise BadInput(f"row {row['id']}: {error}") from error
-    except Exception as error:  # the user's code: show where it failed, then say for which row
+    except (Exception, SystemExit) as error:  # the user's code: show where it failed, then say for which row
         traceback.print_exc()
         raise BadInput(f"the reward function failed on row {row['id']}: {error!r}") from error
     try:

@@ -6,7 +6,7 @@
 The function is the user's code: it may be slow, raise, hang or kill its process. A worker is this file run as a script. It
 imports the reward itself, reads (answer, row) as a line of JSON and writes what came of it as another. So nothing is
 pickled, and what the function prints goes to standard error. The timer is the worker's own: it ends the process even where
-compiled code, as a regular expression's, lets no Python run; and a worker whose trainer is gone ends by itself.
+compiled code, as a regular expression's, lets no Python run, and where the trainer is gone. A second later the trainer does.
 
 A reward gives the same with any number of workers if it depends on answer and row alone. One that draws at random should
 seed itself by the row.
@@ -16,6 +16,7 @@ import atexit
 import json
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -31,30 +32,37 @@ def start(spec, workers, timeout):
     workers: processes; 0 for this one. timeout: seconds for one answer, with workers only; 0 for any time. score_all raises
     BadInput, which names the row, when the function raises, is too slow, ends its process, or gives no finite number.
     """
+    reward = load_reward(spec)  # here too: what is wrong with it is said once
     if not workers:
-        reward = load_reward(spec)
         return lambda pairs: [score(reward, answer, row) for answer, row in pairs]
     command = [sys.executable, __file__, spec, str(timeout)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for _ in range(workers)]
-    idle, pool = queue.SimpleQueue(), ThreadPoolExecutor(workers)
+    idle, pool, ready = queue.SimpleQueue(), ThreadPoolExecutor(workers), set()
     for process in processes:
         idle.put(process)
         atexit.register(process.kill)
 
     def ask(pair):
-        process = idle.get()
+        process, late = idle.get(), False
         try:
+            if process not in ready:  # it may take long to import what the function needs
+                process.stdout.readline()
+                ready.add(process)
             process.stdin.write(json.dumps(pair) + "\n")
             process.stdin.flush()
-            reply = process.stdout.readline()
+            if select.select([process.stdout], [], [], timeout + 1 if timeout else None)[0]:
+                reply = process.stdout.readline()
+            else:  # the function has made the timer its own
+                process.kill()
+                reply, late = "", True
         except BrokenPipeError:
             reply = ""
         finally:
             idle.put(process)
         if not reply:
             row, code = pair[1]["id"], process.wait()
-            if code == -signal.SIGALRM:
+            if code == -signal.SIGALRM or late:
                 raise BadInput(f"row {row}: the reward function took more than --reward-timeout {timeout:g} seconds")
             raise BadInput(f"row {row}: the reward function ended its process with code {code}")
         value, problem = json.loads(reply)
@@ -77,10 +85,12 @@ def serve(spec, timeout):
     """A worker's life: it ends with its standard input, which is the trainer."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all; they are for the trainer to act on
         signal.signal(number, signal.SIG_IGN)
-    replies = os.fdopen(os.dup(1), "w")
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the function reads and prints is not for them
     os.dup2(2, 1)
     reward = load_reward(spec)
-    for line in sys.stdin:
+    print("ready", file=replies, flush=True)
+    for line in requests:
         answer, row = json.loads(line)
         value = problem = None
         signal.setitimer(signal.ITIMER_REAL, timeout)  # its signal's usual effect is the end of the process

@@ -75,10 +75,25 @@ def parquet_rows(path):
     import pyarrow
     import pyarrow.parquet  # 0.2 s that only those who have such a file wait for
 
+    def in_json(kind):
+        """Whether JSON, in which rows go to reward workers and are compared, has values of this type."""
+        if pyarrow.types.is_nested(kind):  # of lists and structs, their fields'
+            return not pyarrow.types.is_map(kind) and all(in_json(kind.field(i).type) for i in range(kind.num_fields))
+        if pyarrow.types.is_dictionary(kind):
+            return in_json(kind.value_type)
+        plain = "string large_string string_view boolean integer floating null".split()
+        return any(getattr(pyarrow.types, f"is_{name}")(kind) for name in plain)
+
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        file = pyarrow.parquet.ParquetFile(path)
+        for field in file.schema_arrow:
+            if not in_json(field.type):
+                raise BadInput(f"{path}: column {field.name!r} is {field.type}, which JSON has not; drop it or make it text")
+        batches = file.iter_batches()
         values = [value for batch in batches for value in batch.to_pylist()]
-    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # the third: dates that Python has not
+    except BadInput:
+        raise
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error
     if not values:
         raise BadInput(f"{path} has no rows")

@@ -65,7 +65,6 @@ from cli import BadInput, one_line_errors, parse
 from config import MAY_CHANGE, Config, check
 from interrupt import EXIT_CODE, Interrupt
 from model import Qwen3, Qwen3Config
-from rewards import load_reward
 
 
 @dataclass
@@ -123,7 +122,6 @@ with torch.device("meta"):
     check_weights(Qwen3(model_config), config.model)  # names and shapes, before anything takes time
 generation_config(config.model)  # vLLM will read it
 stop_ids = data.stop_ids(tokenizer)
-reward = load_reward(config.reward)
 prompt_limit = config.context - config.max_completion
 
 
@@ -131,7 +129,8 @@ def encode(row, limit=prompt_limit):
     return data.encode_prompt(tokenizer, row, config.thinking, limit, config.truncate_prompts)
 
 
-source, held_out, longest_prompt = prompts.load(config, encode, prompt_limit, reward, main)
+score_all = scoring.start(config.reward, config.reward_workers, config.reward_timeout)
+source, held_out, longest_prompt = prompts.load(config, encode, prompt_limit, score_all, main)
 
 # ----------------------------------------------------------------------------------------------- engine, then model
 
@@ -140,7 +139,7 @@ torch.manual_seed(config.seed)
 if config.dry_run:
     config = dry_run.of_rl(config, model_config, tokenizer, world)
     longest_prompt, held_out = config.context - config.max_completion, {}
-    encode = partial(encode, limit=longest_prompt)
+    encode, score_all = partial(encode, limit=longest_prompt), dry_run.in_turn(score_all)
 config.name = processes.together(lambda: config.name or time.strftime("%Y-%m-%d-%H%M%S"))[0]  # ranks' clocks differ
 run = Path("runs") / config.name
 lock = resume.claim(run, config.resume) if main else None
@@ -148,10 +147,6 @@ fixed = resume.settings(config, MAY_CHANGE)
 checkpoint, state = resume.find(run / "checkpoints", config.resume, fixed) if config.resume else (None, None)
 if checkpoint and state["step"] > config.steps:
     raise BadInput(f"--steps {config.steps}: the run has made {state['step']} already")
-
-score_all = scoring.start(config.reward, config.reward_workers, config.reward_timeout)
-if config.dry_run:
-    score_all = dry_run.in_turn(score_all)
 
 from rollout import Rollout  # noqa: E402  (after the checks above: importing vLLM takes seconds)
 

@@ -188,14 +188,14 @@ DATA = {
     "Parquet damaged": (parquet(lambda content: content[:4] + bytes(60) + content[64:]), "rows.parquet cannot be read"),
     "Parquet without rows": (table(prompt=pyarrow.array([], pyarrow.string())), "rows.parquet has no rows"),
     "Parquet of numbers": (table(prompt=[1], answer=["a"]), 'rows.parquet, row 1: "prompt" must be'),
-    "Parquet of bytes": (table(prompt=[b"p"], answer=["a"]), 'rows.parquet, row 1: "prompt" must be'),
+    "Parquet of bytes": (table(prompt=[b"p"], answer=["a"]), "rows.parquet: column 'prompt' is binary, which JSON has not"),
     "Parquet with bad UTF-8": (
         table(prompt=pyarrow.array([b"\xff"]).cast(pyarrow.binary()).view(pyarrow.string()), answer=["a"]),
         "rows.parquet cannot be read: .*utf-8",
     ),
     "Parquet with far dates": (
         table(prompt=["p"], answer=["a"], when=pyarrow.array([2**60], pyarrow.timestamp("us"))),
-        "rows.parquet cannot be read",
+        r"rows.parquet: column 'when' is timestamp\[us\], which JSON has not; drop it or make it text",
     ),
     "hub path too short": (flags("--data", "hf://org/name"), "write hf://ORG/NAME/PATH"),
 }  # fmt: skip

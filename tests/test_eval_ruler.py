@@ -132,9 +132,11 @@ def test_two_ranks_give_the_results_of_one(cache, tmp_path, whole):
     assert not list((tmp_path / "out").glob("results.*.jsonl"))
 
 
-def test_two_ranks_refuse_in_one_line(cache, whole):
-    result = run_ranks(2, ROOT / "eval_ruler.py", *ARGUMENTS, "--seed", 44, "--cache", cache, "--out", whole[0])
-    assert result.returncode != 0 and len(re.findall("error: .*other settings: seed", result.stderr)) == 1
+def test_two_ranks_refuse_in_one_line(cache, whole, tmp_path):
+    shutil.copy(whole[0] / "settings.json", tmp_path)
+    result = run_ranks(2, ROOT / "eval_ruler.py", *ARGUMENTS, "--seed", 44, "--cache", cache, "--out", tmp_path)
+    said = re.findall("eval_ruler.py: error: .*other settings: seed", result.stderr.split("Root Cause")[0])
+    assert result.returncode != 0 and len(said) == 1
 
 
 def test_lengths_beyond_the_context_need_yarn(cache, tmp_path):

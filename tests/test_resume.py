@@ -130,6 +130,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(kind, saved, 
         resume.find(directory, "auto", FIXED)
 
 
+def test_a_damaged_latest_costs_nothing(saved, tmp_path, capsys):
+    """One flipped bit made another number of it: not a reason to begin anew, or from an older checkpoint."""
+    directory = shutil.copytree(saved[0], tmp_path / "checkpoints")
+    for text in ("step-000001\n", "step-\n", ""):
+        (directory / "LATEST").write_text(text)
+        assert resume.find(directory, "auto", FIXED)[0].name == "step-000004"
+        assert "which is not there; trying step-000004" in capsys.readouterr().err
+    for step in (2, 4):
+        shutil.rmtree(directory / f"step-00000{step}")
+    with pytest.raises(BadInput, match="LATEST names 'step-000004', but there is no checkpoint; remove the run"):
+        resume.find(directory, "auto", FIXED)
+
+
 def test_without_a_checkpoint_a_run_begins_anew(tmp_path):
     assert resume.find(tmp_path / "checkpoints", "auto", FIXED) == (None, None)
 

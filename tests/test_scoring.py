@@ -9,13 +9,23 @@ import scoring
 from cli import BadInput
 
 MINE = """
-import os, re
+import os, re, signal, sys, time
 
 def length(answer, row):
     print("prints", answer)
     return len(answer) / row["most"]
 
+def selfish(answer, row):
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # as graders do that have a timer of their own
+    time.sleep(9)
+
+def curious(answer, row):
+    row["id"] = None  # a copy
+    return len(sys.stdin.read())
+
 def faulty(answer, row):
+    if answer == "x7" and row["how"] == "leaves":
+        sys.exit(0)
     if answer == "x7" and row["how"] == "raises":
         raise ZeroDivisionError("seven")
     if answer == "x7" and row["how"] == "hangs":
@@ -44,6 +54,7 @@ def test_workers_score_as_this_process_does_in_the_order_given(mine):
 @pytest.mark.parametrize("how, message", [
     ("raises", r"the reward function failed on row 7: ZeroDivisionError\('seven'\)"),
     ("hangs", "row 7: the reward function took more than --reward-timeout 0.5 seconds"),
+    ("leaves", r"the reward function failed on row 7: SystemExit\(0\)"),
     ("ends", "row 7: the reward function ended its process with code 3"),
     ("is no number", "the reward function returned no finite number for row 7"),
 ])  # fmt: skip
@@ -52,6 +63,14 @@ def test_what_fails_in_a_worker_names_the_row(how, message, mine, capfd):
     with pytest.raises(BadInput, match=message):
         score_all([(f"x{i}", {"id": i, "how": how}) for i in range(12)])
     assert ("ZeroDivisionError: seven\n" in capfd.readouterr().err) == (how == "raises")  # with its traceback
+
+
+def test_a_worker_keeps_its_time_and_its_pipe_to_itself(mine):
+    pairs = [("x", {"id": i}) for i in range(3)]
+    with pytest.raises(BadInput, match="row 0: the reward function took more than --reward-timeout 0.5 seconds"):
+        scoring.start("mine_scored:selfish", 1, 0.5)(pairs)
+    assert scoring.start("mine_scored:curious", 1, 9)(pairs) == [0.0, 0.0, 0.0]
+    assert [row["id"] for _, row in pairs] == [0, 1, 2]
 
 
 def test_a_worker_starts_in_no_time_for_it_needs_no_torch():

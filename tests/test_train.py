@@ -192,14 +192,15 @@ calls = []
 
 def score(answer, row):
     calls.append(answer)
-    if len(calls) == 11 + 16 + 3:
+    if len(calls) == 9 + 10 + 16 + 3:
         raise ZeroDivisionError("mine")
     return len(calls) % 2
 """
 
 
 def test_a_reward_that_fails_costs_no_step(runs, tmp_path):
-    """One worker is asked for 10 answers of held-out prompts and 16 of step 1, then fails; its trainer saves that step."""
+    """One worker scores 9 rows with an empty answer, 10 answers to held-out prompts, 16 of step 1, then fails; its trainer
+    saves that step."""
     (tmp_path / "fails.py").write_text(FAILS)
     name, prompts = runs("fails"), [{"prompt": f"p{i}", "answer": "a"} for i in range(9)]
     data, held_out = rows(tmp_path / "rows.jsonl", *prompts[:8]), rows(tmp_path / "held.jsonl", prompts[8])
