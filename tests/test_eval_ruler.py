@@ -132,9 +132,13 @@ def test_two_ranks_give_the_results_of_one(cache, tmp_path, whole):
     assert not list((tmp_path / "out").glob("results.*.jsonl"))
 
 
-def test_two_ranks_refuse_in_one_line(cache, whole):
-    result = run_ranks(2, ROOT / "eval_ruler.py", *ARGUMENTS, "--seed", 44, "--cache", cache, "--out", whole[0])
-    assert result.returncode != 0 and len(re.findall("error: .*other settings: seed", result.stderr)) == 1
+def test_two_ranks_refuse_in_one_line(cache, whole, tmp_path):
+    out = shutil.copytree(whole[0], tmp_path / "out")  # whose lock this process cannot still hold
+    result = run_ranks(2, ROOT / "eval_ruler.py", *ARGUMENTS, "--seed", 44, "--cache", cache, "--out", out)
+    assert (
+        result.returncode != 0
+        and len(re.findall("^eval_ruler.py: error: .*other settings: seed", result.stderr, re.MULTILINE)) == 1
+    )
 
 
 def test_lengths_beyond_the_context_need_yarn(cache, tmp_path):
