@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpo
+import processes
 import saliency
 import tasks
 from algorithms import EPSILONS, NEED_UPDATES
@@ -105,7 +106,7 @@ class Config:
         0, "copies of the model, each sharded over ranks / copies GPUs (0: one on each of torchrun's nodes)", least=0
     )
     checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
-    deterministic: bool = option(False, "the same bits in every run of the same ranks, as far as can be, see README; slower")
+    deterministic: bool = option(False, "the same bits in every run of the same ranks, where possible: docs/interrupted.md")
     plan: bool = option(False, "print the memory and tokens a step needs on GPUs, from this configuration alone, and stop")
     dry_run: bool = option(False, "check everything, then take one step of a small model of random weights (dry_run.py)")
     ranks: int = option(0, "--plan: for so many GPUs (0: as many as torchrun started)", least=0)
@@ -147,6 +148,8 @@ def check(config, world, cuda):
         raise BadInput("--reward-timeout needs --reward-workers: this process cannot stop what it is itself in")
     if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
         raise BadInput(f"--name {config.name} is not below runs/, where all runs of train.py go")
+    if processes.restarts() and not config.resume:
+        raise BadInput("torchrun's --max-restarts needs --name NAME --resume auto: ranks it starts again would begin anew")
     if config.resume and not config.name:
         raise BadInput(f"--resume {config.resume} needs the --name of the run that goes on")
     if world % config.tensor_parallel:

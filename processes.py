@@ -28,6 +28,11 @@ def nodes():
     return int(os.environ.get("GROUP_WORLD_SIZE", 1))
 
 
+def restarts():
+    """How often torchrun starts all ranks again after one failed: its --max-restarts."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+
+
 def deterministic(cuda):
     """Have every operation that has a way to give the same bits twice take it, and name those that have none in a warning.
     To be called before vLLM is imported."""

@@ -96,7 +96,7 @@ class Config(curriculum.Settings, Chats):
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", least=0)
     adam_beta2: float = option(0.99, "AdamW's second-moment decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at", above=0)
-    deterministic: bool = option(False, "the same bits in every run of the same ranks, as far as can be, see README; slower")
+    deterministic: bool = option(False, "the same bits in every run of the same ranks, where possible: docs/interrupted.md")
 
 
 one_line_errors()
@@ -129,6 +129,8 @@ if not config.data:
 
 if config.ranks and not config.plan:
     raise BadInput(f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train")
+if processes.restarts() and not config.resume:
+    raise BadInput("torchrun's --max-restarts needs --resume auto: ranks it starts again would begin anew")
 ranks = config.ranks or world
 if config.batch % ranks:
     raise BadInput(f"--batch {config.batch} must be a multiple of the {ranks} ranks")

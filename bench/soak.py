@@ -2,16 +2,17 @@
 memory, open files, processes and speed over all of them.
 
     python bench/soak.py --steps 2000 --life 100
+    python bench/soak.py --steps 700 --life 700 --warm 200      # one life, for its slope once caches have filled
 
 Trainer and engine are one process; a worker of --reward-workers is beside it. After every step's line in metrics.jsonl the
 process is looked at in /proc. Prints a line for each life, and at last one JSON object:
 
     steps, lives                  made
-    rss_mib                       resident memory at step WARM of a life, mean of the first three lives and of the last three
-    rss_slope_mib                 MiB more after 1,000 steps, least squares within lives from step WARM on, mean over lives
+    rss_mib                       resident memory at step --warm of a life, mean of the first and of the last three
+    rss_slope_mib                 MiB more after 1,000 steps, least squares within lives from step --warm on, mean over lives
     rss_slope_error               its standard error over lives
     files, processes              most open files of a life, most processes, in the first life and in the last
-    seconds_a_step                median over steps from WARM on, of the first three lives and of the last three
+    seconds_a_step                median over steps from --warm on, of the first three lives and of the last three
     tokens_per_second             the same of what metrics.jsonl says
 Exit code 1 if open files or processes grew.
 """
@@ -37,13 +38,13 @@ FLAGS = (
     "--algorithm grpo --prompts 4 --completions 4 --updates 2 --eval-prompts 0 --facts 6 --filler 6 "
     "--reward-workers 1 --learning-rate 1e-6"
 ).split()
-WARM = 20  # steps of a life after which its memory is looked at
 
 
 @dataclass
 class Config:
     steps: int = option(2000, "steps in all", least=100)
     life: int = option(100, "steps after which the process ends and another goes on", least=50)
+    warm: int = option(20, "first steps of a life that memory and speed are not of", least=0)
     name: str = option("soak", "the run's directory in runs/, removed before and after")
 
 
@@ -86,8 +87,11 @@ for last in range(config.life, config.steps + 1, config.life):
     resident, files, processes = lives[-1][-1]
     print(f"{last} steps: {resident:.0f} MiB, {files} open files, {processes} processes", flush=True)
 lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-warm = [lines[i : i + config.life][WARM:] for i in range(0, len(lines), config.life)]
-slopes = [1000 * numpy.polyfit(range(len(life) - WARM), [rss for rss, _, _ in life[WARM:]], 1)[0] for life in lives]
+warm = [lines[i : i + config.life][config.warm :] for i in range(0, len(lines), config.life)]
+slopes = []
+for life in lives:
+    resident = [moment[0] for moment in life[config.warm :]]
+    slopes.append(1000 * numpy.polyfit(range(len(resident)), resident, 1)[0])
 
 
 def ends(value):  # of the first three lives and of the last three
@@ -98,7 +102,7 @@ most = [[max(moment[i] for moment in life) for life in lives] for i in (1, 2)]
 report = {
     "steps": len(lines),
     "lives": len(lives),
-    "rss_mib": ends(lambda part: mean(life[WARM][0] for life in lives[part])),
+    "rss_mib": ends(lambda part: mean(life[config.warm][0] for life in lives[part])),
     "rss_slope_mib": round(mean(slopes), 2),
     "rss_slope_error": round(stdev(slopes) / len(slopes) ** 0.5, 2) if len(slopes) > 1 else None,
     "files": [most[0][0], most[0][-1]],

@@ -259,6 +259,7 @@ REWARD = {
     "fails on a row": (reward("def score(answer, row): return row['none']"), r"failed on row recall-.*: KeyError\('none'\)"),
     "gives nothing": (reward("def score(answer, row): pass"), "returned no finite number for row recall-"),
     "gives too much": (reward("def score(answer, row): return 10**400"), "returned no finite number for row recall-"),
+    "time without workers": (flags("--reward-timeout", 9), "--reward-timeout needs --reward-workers"),
     "judge without address": (judged(url=None), "LONGACT_JUDGE_URL is not set"),
     "judge elsewhere": (judged(url="file:///etc/passwd"), "LONGACT_JUDGE_URL must begin with http:// or https://"),
     "judge nowhere": (judged(url="http://"), "LONGACT_JUDGE_URL must be http://HOST"),
@@ -281,6 +282,10 @@ RUNS = {
     ),
     "saliency below a file": (
         lambda t: ["saliency.py", TINY, "--out", write(t / "file", "x") / "run"], "file is a file; choose a directory"
+    ),
+    "figures of a broken run": (
+        lambda t: at(t, {"metrics.jsonl": '{"step', "magnitudes.safetensors": ""}) and ["plot.py", t / "run"],
+        "metrics.jsonl, line 1 is not JSON",
     ),
     "saliency of nothing": (lambda t: ["saliency.py", t / "none", "--out", t / "run"], "none is not a checkpoint"),
 }  # fmt: skip

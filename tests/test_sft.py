@@ -154,6 +154,64 @@ def test_a_signal_makes_it_save_and_end_with_code_75(runs, monkeypatch):
     assert read_metrics(runs / "stopped") == read_metrics(runs / "whole")
 
 
+def test_an_update_that_is_not_finite_is_skipped_and_too_many_end_the_run(runs, monkeypatch):
+    """Losses of steps 2 and 3 are NaN: skipped, what is exported is what step 1 left; or refused."""
+    logprobs, steps = Qwen3.logprobs, []
+
+    def faulty(model, ids, *arguments):
+        steps.append(len(read_metrics(runs / "skips")) + 1)
+        return logprobs(model, ids, *arguments) * (torch.nan if steps[-1] > 1 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Qwen3, "logprobs", faulty)
+        run_here(*command(runs, "skips", "--max-skips", 2))
+        assert [(m["skipped"], m["loss"] is None) for m in read_metrics(runs / "skips")] == [
+            (0, False),
+            (1, True),
+            (1, True),
+        ]
+        message = refusal(*command(runs, "skips", "--max-skips", 1, "--resume", runs / "skips/checkpoints/step-000002"))
+    assert message.startswith("step 3: loss or gradient was not finite in 2 updates in a row (--max-skips 1)")
+    run_here(*command(runs, "once", "--steps", 1, "--schedule", "constant"))
+    weights = [load_file(runs / name / "checkpoint" / "model.safetensors") for name in ("skips", "once")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+FAULTY = """
+import os, runpy, sys
+import torch
+from model import Qwen3
+logprobs, metrics = Qwen3.logprobs, sys.argv[1]
+sys.argv[:2] = ["sft.py"]
+
+def faulty(model, *arguments):
+    step = 1 + (open(metrics).read().count("\\n") if os.path.exists(metrics) else 0)
+    return logprobs(model, *arguments) * (torch.nan if step == 2 and os.environ["RANK"] == "1" else 1)
+
+Qwen3.logprobs = faulty
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_ranks_skip_an_update_together(runs, monkeypatch):
+    """The loss of rank 1 is NaN in step 2; then all goes on as in one process that has it."""
+    (runs / "faulty.py").write_text(FAULTY)
+    script, *flags = command(runs, "together")
+    result = run_ranks(2, runs / "faulty.py", runs / "together" / "metrics.jsonl", *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    logprobs = Qwen3.logprobs
+
+    def faulty(*arguments):
+        return logprobs(*arguments) * (torch.nan if len(read_metrics(runs / "alone")) == 1 else 1)
+
+    monkeypatch.setattr(Qwen3, "logprobs", faulty)
+    run_here(*command(runs, "alone"))
+    assert [m["skipped"] for m in read_metrics(runs / "alone")] == [0, 1, 0]
+    for one, two in zip(read_metrics(runs / "alone"), read_metrics(runs / "together"), strict=True):
+        for key in one.keys() - {"passes"}:
+            assert two[key] == (one[key] if one[key] is None else pytest.approx(one[key], rel=1e-4)), key
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--layers", 4], "--layers has no meaning with --data"),
     (["--context", 5000], "more than the 4096 tokens"),

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, run_nodes, run_ranks, run_script
+from conftest import ROOT, run_here, run_nodes, run_ranks, run_script
+from inputs import rows
 
 from cli import BadInput
 from config import Config, check
@@ -35,7 +36,13 @@ def runs():
         shutil.rmtree(ROOT / "runs" / label, ignore_errors=True)
 
 
-def train(name, *arguments, env=None):
+def train(name, *arguments):
+    """In this process, which has imported vLLM."""
+    run_here("train.py", "--name", name, *SHORT, *arguments)
+    return ROOT / "runs" / name
+
+
+def train_afresh(name, *arguments, env=None):
     result = run_script("train.py", "--name", name, *SHORT, *arguments, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     return ROOT / "runs" / name, result
@@ -48,7 +55,7 @@ def read_metrics(run):
 
 
 def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit(runs):
-    run, result = train(runs("first"))
+    run, result = train_afresh(runs("first"))
     config = json.loads((run / "config.json").read_text())
     assert (config["steps"], config["rule"], config["fraction"], config["context"]) == (2, "top", 0.3, 4096)
     assert re.search(r"before: [01]\.\d+ of 8 held-out", result.stdout)
@@ -87,15 +94,16 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
         assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [left, "step-000001"]
     assert "interrupted after step 1; --name test-second --resume auto goes on" in result.stderr
     more = "--reward-workers", 2, "--deterministic"
-    train(name, *flags[len(SHORT) :], *more, env={"PYTHONPATH": str(ROOT / "bench")})
+    train_afresh(name, *flags[len(SHORT) :], *more, env={"PYTHONPATH": str(ROOT / "bench")})
     assert read_metrics(killed) == metrics
     assert (killed / "results.json").read_text() == (run / "results.json").read_text()
     weights = [(r / "checkpoint" / "model.safetensors").read_bytes() for r in (run, killed)]
     assert weights[0] == weights[1]
 
 
+@pytest.mark.xdist_group("recipes")  # vLLM is imported once
 def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
-    run, _ = train(runs("rows"), "--steps", 1, "--warmup", 0)
+    run = train(runs("rows"), "--steps", 1, "--warmup", 0)
     start, end = Qwen3.from_pretrained(TINY), Qwen3.from_pretrained(run / "checkpoint")
     for (name, old), new in zip(start.named_parameters(), end.parameters(), strict=True):
         if "q_proj" in name or "k_proj" in name:
@@ -114,7 +122,7 @@ def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
     killed = "--save-every 1 --resume auto --reward kill:exact --context-parallel 2".split()
     again = {"restarts": 1, "env": {"KILL": "step 2"}}
     for label, flags, run, more, how in (("cov", cov, run_nodes, [], {}), ("grpo", grpo, run_ranks, killed, again)):
-        alone, _ = train(runs(f"{label}-1"), *flags)
+        alone = train(runs(f"{label}-1"), *flags)
         name = runs(f"{label}-2")
         result = run(2, "train.py", "--name", name, *SHORT, *flags, *more, "--tokens-per-pass", 25, **how)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -190,24 +198,12 @@ def score(answer, row):
 """
 
 
-def jsonl(tmp_path, *rows, name="rows.jsonl"):
-    (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path / name
-
-
 def test_a_reward_that_fails_costs_no_step(runs, tmp_path):
     """One worker is asked for 10 answers of held-out prompts and 16 of step 1, then fails; its trainer saves that step."""
     (tmp_path / "fails.py").write_text(FAILS)
-    name, rows = runs("fails"), jsonl(tmp_path, *[{"prompt": f"p{i}", "answer": "a"} for i in range(8)])
-    flags = (
-        *SHORT,
-        "--data",
-        rows,
-        "--eval-data",
-        jsonl(tmp_path, {"prompt": "p", "answer": "a"}, name="held.jsonl"),
-        "--eval-completions",
-        9,
-    )
+    name, prompts = runs("fails"), [{"prompt": f"p{i}", "answer": "a"} for i in range(9)]
+    data, held_out = rows(tmp_path / "rows.jsonl", *prompts[:8]), rows(tmp_path / "held.jsonl", prompts[8])
+    flags = *SHORT, "--data", data, "--eval-data", held_out, "--eval-completions", 9
     flags += "--reward", "fails:score", "--reward-workers", 1, "--reward-timeout", 99, "--algorithm", "grpo"
     result = run_script("train.py", "--name", name, *flags, env={"PYTHONPATH": str(tmp_path)})
     lines = result.stderr.splitlines()
@@ -241,11 +237,12 @@ def test_running_out_of_memory_in_the_first_step_says_what_to_lower(runs, tmp_pa
     assert "lower --tokens-per-pass or --context" in line and "Traceback" not in result.stderr
 
 
+@pytest.mark.xdist_group("recipes")  # vLLM is imported once
 def test_small_passes_give_the_metrics_of_one(runs):
     """GSPO's ratio and clipping need whole completions, which every pass has."""
     gspo = ["--algorithm", "gspo", "--updates", 2, "--warmup", 0]
-    whole, _ = train(runs("whole"), *gspo)
-    parts, _ = train(runs("parts"), *gspo, "--tokens-per-pass", 20, "--checkpointing")
+    whole = train(runs("whole"), *gspo)
+    parts = train(runs("parts"), *gspo, "--tokens-per-pass", 20, "--checkpointing")
     assert any(m["clip_fraction"] > 0 for m in read_metrics(whole))
     assert json.loads((whole / "config.json").read_text())["epsilon_high"] == 4e-4
     for one, two in zip(read_metrics(whole), read_metrics(parts), strict=True):
@@ -276,6 +273,13 @@ def test_a_refusal_is_one_line_and_exit_code_1(runs):
 def test_settings_that_do_not_go_with_an_algorithm_are_refused(settings, message):
     with pytest.raises(BadInput, match=message):
         check(Config(**settings), world=1, cuda=False)
+
+
+def test_torchrun_restarts_only_what_can_go_on(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(BadInput, match="--max-restarts needs --name NAME --resume auto"):
+        check(Config(name="mine"), world=1, cuda=False)
+    check(Config(name="mine", resume="auto"), world=1, cuda=False)
 
 
 def test_unknown_flags_and_used_names_are_refused(runs):
