@@ -23,6 +23,7 @@ A run that is in results.jsonl is not run again; one that was interrupted starts
 Runs themselves are in runs/ablation/.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -222,8 +223,13 @@ def interval(values):
     values, n = np.asarray(values, dtype=float), len(values)
     if n < 2:
         return float(values.mean()), float("nan")
-    t = np.quantile(np.random.default_rng(0).standard_t(n - 1, 1_000_000), 0.975)
-    return float(values.mean()), float(t * values.std(ddof=1) / np.sqrt(n))
+    return float(values.mean()), float(t_quantile(n) * values.std(ddof=1) / np.sqrt(n))
+
+
+@functools.cache
+def t_quantile(n):
+    """Student's t for n values at 97.5%."""
+    return np.quantile(np.random.default_rng(0).standard_t(n - 1, 1_000_000), 0.975)
 
 
 def outcomes(record):

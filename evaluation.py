@@ -376,9 +376,12 @@ def environment(tensor_parallel):
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    # Not describe --dirty: it writes the index, and on a full disk may leave its lock behind.
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
+    asked = ["describe", "--always"], ["status", "--porcelain", "--untracked-files=no"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changed = (subprocess.run(git + a, capture_output=True, text=True, check=True).stdout.strip() for a in asked)
+        commit += "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
         commit = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"

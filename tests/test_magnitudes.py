@@ -151,7 +151,7 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path):
     def perturb(*arguments):
         return run_here("perturb.py", TINY, "--prompts", 2, "--out", tmp_path, *arguments)
 
-    with pytest.raises(BadInput, match="write one of this repository's evaluations after --"):
+    with pytest.raises(BadInput, match="write an evaluation after --"):
         perturb("--", "eval_nothing.py")
     with pytest.raises(BadInput, match=r"eval_task.py with untouched ended with exit code 1"):
         perturb("--", "eval_task.py", "--samples", 0)
@@ -166,7 +166,7 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path):
             "sampling": evaluation.GREEDY,
             **{"task": "recall", "facts": 17, "filler": 17, "samples": 4, "max_tokens": 24, "seeds": 1},
         }
-        wanted = [(f"recall-held out-{i}", 0) for i in range(4)]
+        wanted = {(f"recall-held out-{i}", 0): ("recall", 34) for i in range(4)}
         results = evaluation.Results(tmp_path / "1-task" / name, settings, wanted)
         for (key, seed), score in zip(wanted, values):
             record = {"id": key, "task": "recall", "length": 34, "seed": seed, "score": float(score), "expected": "x"}
