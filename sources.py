@@ -102,13 +102,19 @@ def parquet_rows(path):
 
 def read(path, parse):
     """All rows of a file: `parse`(value, where) of each, with an id ("FILE line 3" unless it has one). Raises BadInput, for
-    a malformed row with its line or number."""
+    a malformed row with its line or number, and for an id that another row has: messages name rows by it."""
     file = local(path)
-    rows = []
+    rows, places = [], {}
     for name, where, value in parquet_rows(file) if file.suffix == ".parquet" else json_lines(file):
         if not isinstance(value, dict):
             raise BadInput(f"{where} must be an object")
-        rows.append({"id": f"{file.name} {name}", **parse(value, where)})
+        row = {"id": f"{file.name} {name}", **parse(value, where)}
+        if not isinstance(row["id"], (str, int)):
+            raise BadInput(f'{where}: "id" must be a string or an integer, not {row["id"]!r:.80}; it may be left out')
+        if row["id"] in places:
+            raise BadInput(f'{where}: "id" {row["id"]!r:.80} is that of {places[row["id"]]} too; it may be left out')
+        places[row["id"]] = name
+        rows.append(row)
     return rows
 
 

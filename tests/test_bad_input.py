@@ -197,6 +197,8 @@ DATA = {
         table(prompt=["p"], answer=["a"], when=pyarrow.array([2**60], pyarrow.timestamp("us"))),
         r"rows.parquet: column 'when' is timestamp\[us\], which JSON has not; drop it or make it text",
     ),
+    "the same id twice": (prompts({**PROMPT, "id": 1}, {**PROMPT, "id": 1}), 'line 3: "id" 1 is that of line 2 too'),
+    "no id": (prompts({**PROMPT, "id": None}), 'line 2: "id" must be a string or an integer, not None'),
     "hub path too short": (flags("--data", "hf://org/name"), "write hf://ORG/NAME/PATH"),
 }  # fmt: skip
 
