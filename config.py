@@ -148,8 +148,7 @@ def check(config, world, cuda):
         raise BadInput("--reward-timeout needs --reward-workers: this process cannot stop what it is itself in")
     if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
         raise BadInput(f"--name {config.name} is not below runs/, where all runs of train.py go")
-    if processes.restarts() and not config.resume:
-        raise BadInput("torchrun's --max-restarts needs --name NAME --resume auto: ranks it starts again would begin anew")
+    processes.check_restarts(config.resume, "--name NAME --resume auto")
     if config.resume and not config.name:
         raise BadInput(f"--resume {config.resume} needs the --name of the run that goes on")
     if world % config.tensor_parallel:

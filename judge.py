@@ -198,13 +198,8 @@ class Judge:
                 problem = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
                 if error.code != 429 and error.code < 500:
                     raise BadInput(f"the judge at {self.url} refuses: {problem}") from error
-            except (
-                OSError,
-                http.client.HTTPException,
-                ValueError,
-                RecursionError,
-            ) as error:  # no connection, cut off, no JSON
-                problem = error
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+                problem = error  # no connection, cut off, no JSON
         if self.away == "stop":
             raise BadInput(f"the judge at {self.url} does not answer: {problem}; LONGACT_JUDGE_AWAY=rule goes on without it")
         print(f"the judge at {self.url} does not answer: {problem}; the rule alone scores for {REST} s", file=sys.stderr)

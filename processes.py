@@ -28,9 +28,11 @@ def nodes():
     return int(os.environ.get("GROUP_WORLD_SIZE", 1))
 
 
-def restarts():
-    """How often torchrun starts all ranks again after one failed: its --max-restarts."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+def check_restarts(resume, flags):
+    """Raises BadInput if torchrun is to start failed ranks again (--max-restarts) and --resume does not let them go on, as
+    they would with `flags`."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not resume:
+        raise BadInput(f"torchrun's --max-restarts needs {flags}: ranks it starts again would begin anew")
 
 
 def deterministic(cuda):

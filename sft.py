@@ -129,8 +129,7 @@ if not config.data:
 
 if config.ranks and not config.plan:
     raise BadInput(f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train")
-if processes.restarts() and not config.resume:
-    raise BadInput("torchrun's --max-restarts needs --resume auto: ranks it starts again would begin anew")
+processes.check_restarts(config.resume, "--resume auto")
 ranks = config.ranks or world
 if config.batch % ranks:
     raise BadInput(f"--batch {config.batch} must be a multiple of the {ranks} ranks")
@@ -213,7 +212,8 @@ def save(step):
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
-bar = tqdm(total=config.steps, initial=done, desc="sft", unit="step", disable=not main, leave=False)  # an error stays last
+# leave: after an error the bar goes, so that the error stays last on the screen.
+bar = tqdm(total=config.steps, initial=done, desc="sft", unit="step", disable=not main, leave=False)
 interrupt = Interrupt()
 for step in range(done + 1, config.steps + 1):
     started = time.perf_counter()

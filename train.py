@@ -300,9 +300,8 @@ def saved_before_it_stops():
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
-bar = tqdm(
-    total=config.steps, initial=first, desc="train", unit="step", disable=not main, leave=False
-)  # an error stays last
+# leave: after an error the bar goes, so that the error stays last on the screen.
+bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not main, leave=False)
 saved, interrupt = first, Interrupt()
 for step in range(first + 1, config.steps + 1):
     seconds.clear()

@@ -4,6 +4,8 @@ import contextlib
 import gc
 import io
 import os
+import re
+import resource
 import runpy
 import socket
 import subprocess
@@ -89,6 +91,41 @@ def refusal(script, *arguments):
     with pytest.raises(BadInput) as caught:
         run_here(script, *arguments)
     return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """run_here collects garbage after each script: not among all that was imported before."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def files_in(directory, but=()):
+    """All files but locks, which a start that failed may leave, and those with a suffix in `but` -> {path: bytes}."""
+    kept = (path for path in directory.rglob("*") if path.is_file() and path.name != "lock" and path.suffix not in but)
+    return {path: path.read_bytes() for path in kept}
+
+
+def check_refusal(arguments, pattern, directory, longest, but=()):
+    """A script run here ends with a BadInput of one line of at most `longest` characters that has the pattern. Neither what
+    `files_in` sees of `directory` nor runs/ is another then, and vLLM was not imported for it."""
+    runs, before, vllm = ROOT / "runs", files_in(directory, but), "vllm" in sys.modules
+    names = set(runs.iterdir()) if runs.exists() else None
+    message = refusal(*arguments)
+    assert re.search(pattern, message), message
+    assert "\n" not in message and len(message) < longest
+    assert files_in(directory, but) == before
+    assert (set(runs.iterdir()) if runs.exists() else None) == names
+    assert ("vllm" in sys.modules) == vllm
+
+
+@pytest.fixture
+def full():
+    """full(bytes): from now on files of this process end there, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None, where=("--standalone",)):

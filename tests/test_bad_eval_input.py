@@ -3,15 +3,13 @@ written or lost. A case is a script's arguments, made in a directory of its own,
 test_bad_input.py, which has what training reads. Engines start after all of these checks.
 """
 
-import gc
 import json
 import re
 import resource
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, refusal, run_here
+from conftest import ROOT, check_refusal, files_in, refusal, run_here
 from inputs import DEEP, TINY, model, write
 from safetensors.torch import save_file
 
@@ -19,6 +17,10 @@ import evaluated
 import evaluation
 import gsm8k
 from cli import BadInput
+
+pytestmark = pytest.mark.usefixtures("frozen")
+
+FIGURES = (".png",)  # drawn again with what can be read, before what cannot
 
 SAMPLE = ROOT / "assets" / "longbench-sample.json"
 QUESTION = {"question": "How many?", "answer": "#### 3"}
@@ -400,42 +402,12 @@ TABLE |= {"perturb": PERTURB, "ablation": ABLATION, "plot": PLOT}
 CASES = [pytest.param(*case, id=f"{kind}, {name}") for kind, cases in TABLE.items() for name, case in cases.items()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def frozen():
-    """conftest.run_here collects garbage after each script: not among all that was imported before."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def files_in(directory):
-    """All files but locks and figures -> {path: bytes}."""
-    kept = (path for path in directory.rglob("*") if path.is_file() and path.name != "lock" and path.suffix != ".png")
-    return {path: path.read_bytes() for path in kept}
-
-
 @pytest.mark.parametrize("make, line", CASES)
 def test_bad_input_gets_one_line_and_nothing_is_written_or_lost(make, line, tmp_path):
-    arguments = make(tmp_path)
-    runs, before, vllm = ROOT / "runs", files_in(tmp_path), "vllm" in sys.modules
-    names = set(runs.iterdir()) if runs.exists() else None
-    message = refusal(*arguments)
-    assert re.search(line, message), message
-    assert "\n" not in message and len(message) < 700
-    assert files_in(tmp_path) == before
-    assert (set(runs.iterdir()) if runs.exists() else None) == names
-    assert ("vllm" in sys.modules) == vllm
+    check_refusal(make(tmp_path), line, tmp_path, longest=700, but=FIGURES)
 
 
 # ------------------------------------------------------------------------------------------------------------ full disks
-
-
-@pytest.fixture
-def full():
-    """full(bytes): from now on files of this process end there, as on a disk that is full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 FULL = {
@@ -451,10 +423,10 @@ FULL = {
 def test_a_full_disk_is_one_line_that_names_the_file_and_what_was_there_stays(case, tmp_path, full):
     make, size, name = FULL[case]
     arguments = make(tmp_path)
-    before = files_in(tmp_path)
+    before = files_in(tmp_path, FIGURES)
     full(size)
     assert re.search(rf"/{name} cannot be written: .*File too large", refusal(*arguments))
-    assert files_in(tmp_path) == before
+    assert files_in(tmp_path, FIGURES) == before
 
 
 def test_a_sample_that_the_disk_does_not_take_is_made_again(tmp_path, full):

@@ -4,7 +4,6 @@ A case is a script's arguments, made in a directory of its own, and what its lin
 BadInput; vLLM is not imported before it. What scripts of evaluation refuse is beside the tests of what they do.
 """
 
-import gc
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import sys
 import pyarrow
 import pytest
 import torch
-from conftest import ROOT, refusal, run_script
+from conftest import check_refusal, files_in, refusal, run_script
 from inputs import (
     CHAT,
     DEEP,
@@ -54,6 +53,8 @@ from tokenizers import Tokenizer
 
 import data
 import judge
+
+pytestmark = pytest.mark.usefixtures("frozen")
 
 # ------------------------------------------------------------------------------------------------------------- the table
 
@@ -298,19 +299,6 @@ TABLE |= {"flags": FLAGS, "reward": REWARD, "runs": RUNS}
 CASES = [pytest.param(*case, id=f"{kind}, {name}") for kind, cases in TABLE.items() for name, case in cases.items()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def frozen():
-    """conftest.run_here collects garbage after each script: not among all that was imported before."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def files_in(directory):
-    """All files but locks, which a start that failed may leave -> {path: bytes}."""
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != "lock"}
-
-
 @pytest.mark.parametrize("make, line", CASES)
 def test_bad_input_gets_one_line_and_nothing_is_written(make, line, tmp_path, monkeypatch):
     made = make(tmp_path)
@@ -321,14 +309,7 @@ def test_bad_input_gets_one_line_and_nothing_is_written(make, line, tmp_path, mo
     judge.judge.cache_clear()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    runs, before, vllm = ROOT / "runs", files_in(tmp_path), "vllm" in sys.modules
-    names = set(runs.iterdir()) if runs.exists() else None
-    message = refusal(*arguments)
-    assert re.search(line, message), message
-    assert "\n" not in message and len(message) < 600
-    assert files_in(tmp_path) == before
-    assert (set(runs.iterdir()) if runs.exists() else None) == names
-    assert ("vllm" in sys.modules) == vllm
+    check_refusal(arguments, line, tmp_path, longest=600)
 
 
 @pytest.mark.parametrize("make, line", [DATA["half a line"], TOML["no TOML"]])

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 from unittest import mock
@@ -200,18 +199,10 @@ def train_once(model, optimizer):
     return model
 
 
-@pytest.fixture
-def small_files():
-    """The system refuses to write more than 20,000 bytes to any file, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_disk_that_takes_nothing_more_is_one_line_and_earlier_checkpoints_stay(saved, tmp_path, small_files):
+def test_a_disk_that_takes_nothing_more_is_one_line_and_earlier_checkpoints_stay(saved, tmp_path, full):
     directory = shutil.copytree(saved[0], tmp_path / "checkpoints")
     run = train(*fresh(), 1)
-    small_files()
+    full(20_000)
     with pytest.raises(
         BadInput, match="step 6 cannot be saved in .*: .*File too large; earlier checkpoints are as they were"
     ):
@@ -221,10 +212,10 @@ def test_a_disk_that_takes_nothing_more_is_one_line_and_earlier_checkpoints_stay
     assert sorted(p.name for p in directory.iterdir()) == ["LATEST", "step-000002", "step-000004"]
     assert resume.find(directory, "auto", FIXED)[0].name == "step-000004"
     with (
-        open("/dev/full", "ab", buffering=0) as full,
+        open("/dev/full", "ab", buffering=0) as file,
         pytest.raises(BadInput, match="/dev/full cannot be written: No space left"),
     ):
-        durable.append(full, {"step": 1})
+        durable.append(file, {"step": 1})
 
 
 def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
