@@ -1,11 +1,15 @@
 """DAPO (arXiv 2503.14476): GRPO's loss with clip-higher and a token mean, dynamic sampling, soft overlong punishment."""
 
+import torch
+
 import grpo
 
 EPSILONS = 0.2, 0.28  # clip-higher (section 4.1)
 
 
-def loss(logprobs, old_logprobs, advantages, lengths, totals, importance=1.0, epsilons=EPSILONS, dual_clip=10.0):
+def loss(
+    logprobs, old_logprobs, advantages, lengths, totals, importance=1.0, epsilons=EPSILONS, dual_clip=10.0
+):
     """grpo.loss with DAPO's constants and a token mean (eq. 8; dual_clip from the authors' recipe) -> (loss, LossStats).
     The KL term is left out."""
     terms = logprobs, old_logprobs, advantages, lengths, totals, importance
@@ -18,6 +22,12 @@ def keep_group(rewards):
     Give it the correctness rewards, not the shaped ones: a length penalty would make every group differ.
     """
     return bool((rewards != rewards[0]).any())
+
+
+def shape_rewards(rewards, lengths, max_length, cache):
+    """Rewards (G,) of completions of `lengths` tokens -> what advantages are made of, (G,): 2 r - 1, so that right is +1
+    and wrong -1, which the overlong punishment's range of 1 is relative to; plus that punishment."""
+    return 2 * rewards - 1 + torch.tensor([overlong_penalty(length, max_length, cache) for length in lengths])
 
 
 def overlong_penalty(length, max_length, cache):

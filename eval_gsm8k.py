@@ -23,12 +23,12 @@ import math
 import sys
 from dataclasses import dataclass
 
-import data
-import evaluated
-import evaluation
-import gsm8k
-import stats
-from cli import BadInput, one_line_errors, option, parse
+from base import durable, processes
+from base.cli import BadInput, one_line_errors, option, parse
+from evals import gsm8k, stats, subject
+from evals.engine import GREEDY, PAPER, THINKING, Engine, evaluate
+from evals.results import Results, environment
+from prompts import chat
 
 OFFICIAL_ITEMS = 1319
 MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "seeds")  # between the two of --compare
@@ -46,8 +46,10 @@ class Config:
     out: str = option("", "directory of the results (default: runs/gsm8k/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
-    clamp: str = option("", evaluated.CLAMP_HELP)
-    compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
+    clamp: str = option("", subject.CLAMP_HELP)
+    compare: list[str] = option(
+        [], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)"
+    )
 
 
 one_line_errors()
@@ -61,27 +63,39 @@ if config.compare:
 if not config.checkpoint:
     raise BadInput("no checkpoint is given: python eval_gsm8k.py CHECKPOINT --data test.jsonl")
 if not config.data:
-    raise BadInput("no --data is given: download grade_school_math/data/test.jsonl of github.com/openai/grade-school-math")
-evaluated.check_ranks(config.tensor_parallel)
-model_config, tokenizer, _ = evaluated.load(config.checkpoint)
-held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_parallel)
+    raise BadInput(
+        "no --data is given: download grade_school_math/data/test.jsonl of github.com/openai/grade-school-math"
+    )
+subject.check_ranks(config.tensor_parallel)
+model_config, tokenizer, _ = subject.load(config.checkpoint)
+held, clamped = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 thinking = config.mode == "thinking"
-sampling = evaluation.PAPER if config.sampling == "paper" else evaluation.THINKING if thinking else evaluation.GREEDY
+sampling = PAPER if config.sampling == "paper" else THINKING if thinking else GREEDY
 if config.seeds > 1 and sampling["temperature"] == 0:
-    raise BadInput(f"--seeds {config.seeds} needs --mode thinking or --sampling paper: greedy completions are all the same")
+    raise BadInput(
+        f"--seeds {config.seeds} needs --mode thinking or --sampling paper: greedy completions are all the same"
+    )
 
 
 def prompt_ids(key, question):
     if config.mode == "base":
-        return data.encode_parts(tokenizer, [(gsm8k.base_prompt(question), False)])[0]
-    return data.encode_prompt(tokenizer, {"id": key, "prompt": gsm8k.chat_prompt(question)}, thinking, math.inf)
+        return chat.encode_parts(tokenizer, [(gsm8k.base_prompt(question), False)])[0]
+    return chat.encode_prompt(
+        tokenizer, {"id": key, "prompt": gsm8k.chat_prompt(question)}, thinking, math.inf
+    )
 
 
-rows = evaluation.on_rank_0(lambda: gsm8k.read(config.data))
+rows = processes.on_rank_0(lambda: gsm8k.read(config.data))
 max_tokens = config.max_tokens + (config.thinking_budget if thinking else 0)
 items = [
     {
-        **{"id": key, "task": "gsm8k", "length": 0, "prompt_ids": prompt_ids(key, question), "max_tokens": max_tokens},
+        **{
+            "id": key,
+            "task": "gsm8k",
+            "length": 0,
+            "prompt_ids": prompt_ids(key, question),
+            "max_tokens": max_tokens,
+        },
         **{"expected": str(gold), "gold": gold},
     }
     for key, question, gold in rows
@@ -90,22 +104,28 @@ longest = max(items, key=lambda item: len(item["prompt_ids"]))
 context = len(longest["prompt_ids"]) + max_tokens
 if context > model_config.context_length:
     fits = len(longest["prompt_ids"]) < model_config.context_length
-    mend = f"lower {'--thinking-budget' if thinking else '--max-tokens'}" if fits else "take that line out of --data"
+    mend = (
+        f"lower {'--thinking-budget' if thinking else '--max-tokens'}"
+        if fits
+        else "take that line out of --data"
+    )
     raise BadInput(
         f"the longest prompt ({longest['id']}, {len(longest['prompt_ids'])} tokens) and {max_tokens} tokens of completion "
         f"need {context}; {config.checkpoint} has a context of {model_config.context_length}: {mend}"
     )
 settings = {
     "benchmark": "GSM8K",
-    **evaluated.settings(config.checkpoint, model_config, clamped),
+    **subject.settings(config.checkpoint, model_config, clamped),
     "data": gsm8k.digest(rows),
     "mode": config.mode,
     "sampling": sampling,
     "max_tokens": max_tokens,
     "seeds": config.seeds,
 }
-expected = {(item["id"], seed): (item["task"], item["length"]) for item in items for seed in range(config.seeds)}
-results = evaluation.Results(config.out or f"runs/gsm8k/{evaluated.name(config.checkpoint)}", settings, expected)
+expected = {
+    (item["id"], seed): (item["task"], item["length"]) for item in items for seed in range(config.seeds)
+}
+results = Results(config.out or f"runs/gsm8k/{subject.name(config.checkpoint)}", settings, expected)
 
 # --------------------------------------------------------------------------------------------------------- completions
 
@@ -113,7 +133,7 @@ results = evaluation.Results(config.out or f"runs/gsm8k/{evaluated.name(config.c
 def answer(prediction):
     if config.mode == "base":
         return gsm8k.extract(gsm8k.base_answer(prediction))
-    return gsm8k.extract(data.answer_text(prediction, thinking))
+    return gsm8k.extract(chat.answer_text(prediction, thinking))
 
 
 def score(item, prediction):
@@ -121,23 +141,26 @@ def score(item, prediction):
 
 
 if len(results.done) < len(items) * config.seeds:
-    engine = evaluation.Engine(
-        *(config.checkpoint, context, config.tensor_parallel, model_config.rope_scaling, config.vllm_share), clamp=held
+    engine = Engine(
+        *(config.checkpoint, context, config.tensor_parallel, model_config.rope_scaling, config.vllm_share),
+        clamp=held,
     )
-    stop_ids = data.stop_ids(tokenizer)
-    evaluation.run(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
+    stop_ids = chat.stop_ids(tokenizer)
+    evaluate(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
     engine.close()
-if evaluation.ranks()[0]:
+if processes.rank_and_world()[0]:
     sys.exit()
 
 # -------------------------------------------------------------------------------------------------------------- report
 
 records = results.read()
 total = stats.percent(stats.summarize(records))
-by_seed = [stats.percent(stats.summarize([r for r in records if r["seed"] == seed])) for seed in range(config.seeds)]
+by_seed = [
+    stats.percent(stats.summarize([r for r in records if r["seed"] == seed])) for seed in range(config.seeds)
+]
 without = sum(answer(r["prediction"]) is None for r in records)
 finished = sum(r["finished"] for r in records) / len(records)
-print(f"GSM8K of {evaluated.described(config.checkpoint, clamped)}, ± standard error over problems")
+print(f"GSM8K of {subject.described(config.checkpoint, clamped)}, ± standard error over problems")
 print(f"mode {config.mode}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}")
 print(f"\naccuracy {stats.shown(total, 2)}, {total['n']} problems")
 if config.seeds > 1:
@@ -145,11 +168,11 @@ if config.seeds > 1:
 print(f"{without} of {len(records)} completions give no readable number; {finished:.1%} ended by themselves")
 if len(items) != OFFICIAL_ITEMS:
     print(f"Not GSM8K's score: {len(items)} problems, not its {OFFICIAL_ITEMS}.")
-evaluation.write_json(
+durable.write_json(
     results.out / "results.json",
     {
         "settings": settings,
-        **evaluation.environment(config.tensor_parallel),
+        **environment(config.tensor_parallel),
         "official_items": len(items) == OFFICIAL_ITEMS,
         "score": total,
         "score_by_seed": by_seed,

@@ -27,16 +27,16 @@ import os
 import sys
 from dataclasses import dataclass
 
-import data
-import evaluated
-import evaluation
-import longbench
-import stats
-from cli import BadInput, one_line_errors, option, parse
+from base import durable, processes
+from base.cli import BadInput, one_line_errors, option, parse
+from evals import longbench, stats, subject
+from evals.engine import NON_THINKING, PAPER, THINKING, Engine, evaluate
+from evals.results import Results, environment
+from prompts import chat
 
 SAMPLING = {
     "official": {"temperature": 0.1, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
-    "paper": evaluation.PAPER,
+    "paper": PAPER,
 }
 ANSWER_TOKENS, REASONING_TOKENS = 128, 1024
 SLACK = 64  # tokens: the chat template, and what a truncated prompt may gain when its text is encoded again
@@ -49,21 +49,29 @@ class Config:
     checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
     data: str = option("", "LongBench v2's data.json, or a file like it (needed)")
     cot: bool = option(False, "chain of thought, two stages")
-    max_input: int = option(120_000, "tokens of a prompt without chat template, beyond which its middle is cut out", least=2)
+    max_input: int = option(
+        120_000, "tokens of a prompt without chat template, beyond which its middle is cut out", least=2
+    )
     sampling: str = option("official", "official, paper or qwen3, see above", [*SAMPLING, "qwen3"])
     thinking: bool = option(False, "let the model think first, as Qwen3's template does")
-    thinking_budget: int = option(8192, "thinking: tokens a completion may have beyond the official limit", least=1)
+    thinking_budget: int = option(
+        8192, "thinking: tokens a completion may have beyond the official limit", least=1
+    )
     keep_thinking: bool = option(False, "official: read the answer from all text, thinking included")
     skip_empty: bool = option(False, "official: leave samples with an empty output out of the table")
     compensated: bool = option(False, "official: an unreadable answer counts 0.25")
     seeds: int = option(1, "completions of each item, with sampling seeds 0, 1, ...", least=1, most=1000)
-    yarn: float = option(0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0, most=1e6)
+    yarn: float = option(
+        0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0, most=1e6
+    )
     workers: int = option(0, "threads that prepare prompts (0: one a core)", least=0, most=1024)
     out: str = option("", "directory of the results (default: runs/longbench/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
-    clamp: str = option("", evaluated.CLAMP_HELP)
-    compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
+    clamp: str = option("", subject.CLAMP_HELP)
+    compare: list[str] = option(
+        [], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)"
+    )
 
 
 one_line_errors()
@@ -78,9 +86,9 @@ if not config.checkpoint:
     raise BadInput("no checkpoint is given: python eval_longbench.py CHECKPOINT --data data.json")
 if not config.data:
     raise BadInput("no --data is given: download data.json of huggingface.co/datasets/THUDM/LongBench-v2")
-evaluated.check_ranks(config.tensor_parallel)
-model_config, tokenizer, trained = evaluated.load(config.checkpoint, config.yarn)
-held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_parallel)
+subject.check_ranks(config.tensor_parallel)
+model_config, tokenizer, trained = subject.load(config.checkpoint, config.yarn)
+held, clamped = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 budget = config.thinking_budget if config.thinking else 0
 needed = (REASONING_TOKENS if config.cot else ANSWER_TOKENS) + budget + SLACK
 context = model_config.context_length
@@ -88,14 +96,14 @@ if config.max_input + needed > context:
     room = f", or --max-input {context - needed}" if context > needed + 1 else ""
     raise BadInput(
         f"--max-input {config.max_input} and {needed} tokens for template and completion: {config.checkpoint} has a "
-        f"context of {context}; {evaluated.yarn_for(config.max_input + needed, trained)}{room}"
+        f"context of {context}; {subject.yarn_for(config.max_input + needed, trained)}{room}"
     )
-entries, digest = evaluation.on_rank_0(lambda: longbench.index(config.data))
-sampling = SAMPLING.get(config.sampling, evaluation.THINKING if config.thinking else evaluation.NON_THINKING)
+entries, digest = processes.on_rank_0(lambda: longbench.index(config.data))
+sampling = SAMPLING.get(config.sampling, THINKING if config.thinking else NON_THINKING)
 
 settings = {
     "benchmark": "LongBench v2",
-    **evaluated.settings(config.checkpoint, model_config, clamped),
+    **subject.settings(config.checkpoint, model_config, clamped),
     "data": digest,
     "cot": config.cot,
     "max_input": config.max_input,
@@ -105,9 +113,11 @@ settings = {
     "sampling": sampling,
     "seeds": config.seeds,
 }
-expected = {(entry.id, seed): (entry.difficulty, entry.length) for entry in entries for seed in range(config.seeds)}
-results = evaluation.Results(config.out or f"runs/longbench/{evaluated.name(config.checkpoint)}", settings, expected)
-first = evaluation.Results(results.out / "reasoning", settings, expected) if config.cot else results
+expected = {
+    (entry.id, seed): (entry.difficulty, entry.length) for entry in entries for seed in range(config.seeds)
+}
+results = Results(config.out or f"runs/longbench/{subject.name(config.checkpoint)}", settings, expected)
+first = Results(results.out / "reasoning", settings, expected) if config.cot else results
 
 # --------------------------------------------------------------------------------------------------------- completions
 
@@ -116,7 +126,7 @@ encode = longbench.encoder(tokenizer, config.thinking)
 
 def read(prediction):
     """What is read of a completion."""
-    return prediction if config.keep_thinking else data.answer_text(prediction, config.thinking)
+    return prediction if config.keep_thinking else chat.answer_text(prediction, config.thinking)
 
 
 def score(item, prediction):
@@ -131,7 +141,9 @@ def prompt(entry):
 def answer_prompts(entry):
     """The second stage's: {seed: token ids}."""
     item = longbench.read_item(config.data, entry)
-    texts = [longbench.fill(longbench.COT_ANSWER, item, reasoned[entry.id, seed]) for seed in range(config.seeds)]
+    texts = [
+        longbench.fill(longbench.COT_ANSWER, item, reasoned[entry.id, seed]) for seed in range(config.seeds)
+    ]
     return {seed: encode(text, config.max_input) for seed, text in enumerate(texts)}
 
 
@@ -147,8 +159,8 @@ def ask(results, todo, prompt_ids, max_tokens, score):
         }
         for entry in todo
     ]
-    stop_ids = data.stop_ids(tokenizer)
-    evaluation.run(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
+    stop_ids = chat.stop_ids(tokenizer)
+    evaluate(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
 
 
 def unfinished(results):
@@ -157,7 +169,7 @@ def unfinished(results):
 
 
 if len(results.done) < len(entries) * config.seeds:
-    engine = evaluation.Engine(
+    engine = Engine(
         config.checkpoint,
         config.max_input + needed,
         config.tensor_parallel,
@@ -168,15 +180,17 @@ if len(results.done) < len(entries) * config.seeds:
     )
     todo = unfinished(first)
     # `run` asks for the prompts of this engine's share, in order.
-    prompts = longbench.ahead(prompt, todo[engine.share :: engine.shares], config.workers or os.cpu_count(), IN_FLIGHT)
+    prompts = longbench.ahead(
+        prompt, todo[engine.share :: engine.shares], config.workers or os.cpu_count(), IN_FLIGHT
+    )
     if config.cot:
         ask(first, todo, lambda entry: next(prompts), REASONING_TOKENS, lambda item, prediction: 0.0)
-        reasoned = {(r["id"], r["seed"]): read(r["prediction"]) for r in evaluation.on_rank_0(first.read)}
+        reasoned = {(r["id"], r["seed"]): read(r["prediction"]) for r in processes.on_rank_0(first.read)}
         ask(results, unfinished(results), answer_prompts, ANSWER_TOKENS, score)
     else:
         ask(results, todo, lambda entry: next(prompts), ANSWER_TOKENS, score)
     engine.close()
-if evaluation.ranks()[0]:
+if processes.rank_and_world()[0]:
     sys.exit()
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -218,13 +232,16 @@ rows = [["", *COLUMNS]]
 if config.seeds > 1:
     rows += [[f"seed {seed}", *shown(columns)] for seed, columns in enumerate(by_seed)]
 rows += [["mean" if config.seeds > 1 else "score", *shown(total)]]
-rows += [["items", *[str(cell["n"]) if cell else "0" for cell in total.values()]], ["chance", *["25.0"] * len(COLUMNS)]]
+rows += [
+    ["items", *[str(cell["n"]) if cell else "0" for cell in total.values()]],
+    ["chance", *["25.0"] * len(COLUMNS)],
+]
 official = len(entries) == longbench.OFFICIAL_ITEMS
 variants = [name for name in ("keep_thinking", "skip_empty", "compensated") if getattr(config, name)]
 finished = sum(r["finished"] for r in records) / len(records)
 
 print(
-    f"LongBench v2 of {evaluated.described(config.checkpoint, clamped)}, ± standard error over items"
+    f"LongBench v2 of {subject.described(config.checkpoint, clamped)}, ± standard error over items"
     + "".join(f", --{v.replace('_', '-')}" for v in variants)
 )
 print(
@@ -234,17 +251,21 @@ print(
 )
 print(f"at most {config.max_input} tokens of prompt; RoPE scaling: {model_config.rope_scaling or 'none'}")
 print(f"\n{stats.table(rows)}\n")
-print(f"{sum(empty)} of {len(records)} outputs are empty, {sum(unreadable)} of {len(records)} give no readable answer")
+print(
+    f"{sum(empty)} of {len(records)} outputs are empty, {sum(unreadable)} of {len(records)} give no readable answer"
+)
 print(f"{finished:.1%} of the completions ended by themselves")
 if not official:
     numbers = [f"{name} {n}" for kind in longbench.counts(entries).values() for name, n in kind.items()]
-    print(f"Not LongBench v2's score: {len(entries)} items ({', '.join(numbers)}), not its {longbench.OFFICIAL_ITEMS}.")
+    print(
+        f"Not LongBench v2's score: {len(entries)} items ({', '.join(numbers)}), not its {longbench.OFFICIAL_ITEMS}."
+    )
 
-evaluation.write_json(
+durable.write_json(
     results.out / "results.json",
     {
         "settings": settings,
-        **evaluation.environment(config.tensor_parallel),
+        **environment(config.tensor_parallel),
         "official_items": official,
         "variants": variants,
         "scores": total,

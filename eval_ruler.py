@@ -26,35 +26,50 @@ import math
 import sys
 from dataclasses import dataclass
 
-import data
-import evaluated
-import evaluation
-import plot
-import ruler
-import stats
-from cli import BadInput, one_line_errors, option, parse
+from base import durable, plot, processes
+from base.cli import BadInput, one_line_errors, option, parse
+from evals import stats, subject
+from evals.engine import GREEDY, THINKING, Engine, evaluate
+from evals.results import Results, environment
+from evals.ruler import sets as ruler
+from prompts import chat
 
 # mode -> (template, answer prefix in the assistant's turn, sampling)
 MODES = {
-    "chat": ("qwen3", True, evaluation.GREEDY),
-    "thinking": ("qwen3-thinking", False, evaluation.THINKING),
-    "base": ("base", True, evaluation.GREEDY),
+    "chat": ("qwen3", True, GREEDY),
+    "thinking": ("qwen3-thinking", False, THINKING),
+    "base": ("base", True, GREEDY),
 }
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
-MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "samples", "seeds")  # between the two of --compare
+MAY_DIFFER = (
+    "checkpoint",
+    "weights",
+    "rope_scaling",
+    "clamp",
+    "samples",
+    "seeds",
+)  # between the two of --compare
 
 
 @dataclass
 class Config:
     checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
-    mode: str = option("chat", "chat, thinking or base: template, sampling and budgets, see above", list(MODES))
+    mode: str = option(
+        "chat", "chat, thinking or base: template, sampling and budgets, see above", list(MODES)
+    )
     lengths: list[int] = option(LENGTHS, "tokens of prompt and answer together", least=1)
     tasks: list[str] = option([], "names of tasks (default: all 13, less those whose files are missing)")
     samples: int = option(500, "samples of each task at each length", least=1, most=10**6)
     seed: int = option(42, "seed of the samples; RULER's is 42", least=0)
-    seeds: int = option(1, "thinking: completions of each sample, with sampling seeds 0, 1, ...", least=1, most=1000)
-    yarn: float = option(0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0, most=1e6)
-    thinking_budget: int = option(8192, "thinking: tokens a completion may have beyond RULER's budget", least=1)
+    seeds: int = option(
+        1, "thinking: completions of each sample, with sampling seeds 0, 1, ...", least=1, most=1000
+    )
+    yarn: float = option(
+        0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0, most=1e6
+    )
+    thinking_budget: int = option(
+        8192, "thinking: tokens a completion may have beyond RULER's budget", least=1
+    )
     data_dir: str = option(
         "", "directory with RULER's data files, see docs/ruler.md (default: none; no qa, essays generated)"
     )
@@ -63,8 +78,10 @@ class Config:
     out: str = option("", "directory of the results (default: runs/ruler/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
-    clamp: str = option("", evaluated.CLAMP_HELP)
-    compare: list[str] = option([], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)")
+    clamp: str = option("", subject.CLAMP_HELP)
+    compare: list[str] = option(
+        [], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)"
+    )
 
 
 one_line_errors()
@@ -76,10 +93,12 @@ if config.compare:
 # --------------------------------------------------------------------------------------------------- what can be asked
 
 if not config.checkpoint:
-    raise BadInput("no checkpoint is given: python eval_ruler.py CHECKPOINT, its directory before lists like --lengths")
+    raise BadInput(
+        "no checkpoint is given: python eval_ruler.py CHECKPOINT, its directory before lists like --lengths"
+    )
 if unknown := [name for name in config.tasks if name not in ruler.TASKS]:
     raise BadInput(f"--tasks: {unknown[0]!r} is not a RULER task; they are {', '.join(ruler.TASKS)}")
-model_config, tokenizer, trained = evaluated.load(config.checkpoint, config.yarn)
+model_config, tokenizer, trained = subject.load(config.checkpoint, config.yarn)
 
 template, answer_prefix, sampling = MODES[config.mode]
 thinking = config.mode == "thinking"
@@ -87,22 +106,26 @@ budget = config.thinking_budget if thinking else 0
 lengths = sorted(set(config.lengths))
 if config.seeds > 1 and not thinking:
     raise BadInput(f"--seeds {config.seeds} needs --mode thinking: greedy completions are all the same")
-evaluated.check_ranks(config.tensor_parallel)
-context, validated = model_config.context_length, evaluated.YARN_VALIDATED * trained
+subject.check_ranks(config.tensor_parallel)
+context, validated = model_config.context_length, subject.YARN_VALIDATED * trained
 if beyond := [length for length in lengths if length + budget > context]:
     ways, fits = {"": context}, []
     if context < validated < lengths[-1] + budget:
-        ways[f" --yarn {evaluated.YARN_VALIDATED}"] = validated
+        ways[f" --yarn {subject.YARN_VALIDATED}"] = validated
     for flag, most in ways.items():
         if most > budget:
             fitting = " ".join(str(length) for length in lengths if length + budget <= most)
-            fits.append(f"--lengths {fitting}{flag} (up to {most - budget})" if fitting else f"up to {most - budget}{flag}")
+            fits.append(
+                f"--lengths {fitting}{flag} (up to {most - budget})"
+                if fitting
+                else f"up to {most - budget}{flag}"
+            )
     raise BadInput(
         f"--lengths {' '.join(map(str, beyond))}{f' with --thinking-budget {budget}' if thinking else ''}: "
-        f"{config.checkpoint} has a context of {context} tokens; {evaluated.yarn_for(lengths[-1] + budget, trained)}; "
+        f"{config.checkpoint} has a context of {context} tokens; {subject.yarn_for(lengths[-1] + budget, trained)}; "
         + (f"without that: {', or '.join(fits)}" if fits else "or lower --thinking-budget")
     )
-held, clamped = evaluated.load_clamp(config.clamp, model_config, config.tensor_parallel)
+held, clamped = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 
 # ------------------------------------------------------------------------------------------------------------ samples
 
@@ -125,10 +148,10 @@ def prepare():
     return tasks, blocked, f"{corpora.essay_source}; sentences by {corpora.sentence_splitter}", paths
 
 
-tasks, left_out, essays, paths = evaluation.on_rank_0(prepare)
+tasks, left_out, essays, paths = processes.on_rank_0(prepare)
 settings = {
     "benchmark": "RULER",
-    **evaluated.settings(config.checkpoint, model_config, clamped),
+    **subject.settings(config.checkpoint, model_config, clamped),
     "mode": config.mode,
     "template": ruler.TEMPLATES[template],
     "answer_prefix": answer_prefix,
@@ -141,12 +164,14 @@ settings = {
     "seeds": config.seeds,
     "essays": essays,
     # The sets' names carry hashes of all that they are made from: generator, tokenizer, data files, seed.
-    "prompts": hashlib.sha256(" ".join(sorted(path.name for path in paths.values())).encode()).hexdigest()[:16],
+    "prompts": hashlib.sha256(" ".join(sorted(path.name for path in paths.values())).encode()).hexdigest()[
+        :16
+    ],
 }
-name = evaluated.name(config.checkpoint)
+name = subject.name(config.checkpoint)
 seeds = range(config.seeds)
 expected = {(f"{t}-{n}-{i}", s): (t, n) for t, n in paths for i in range(config.samples) for s in seeds}
-results = evaluation.Results(config.out or f"runs/ruler/{name}", settings, expected)
+results = Results(config.out or f"runs/ruler/{name}", settings, expected)
 
 
 def items():
@@ -158,27 +183,39 @@ def items():
                 "id": f"{task}-{length}-{record['index']}",
                 "task": task,
                 "length": length,
-                "prompt_ids": lambda task=task, text=text: ruler.encode(task, text, tokenizer, ruler.TEMPLATES[template]),
+                "prompt_ids": lambda task=task, text=text: ruler.encode(
+                    task, text, tokenizer, ruler.TEMPLATES[template]
+                ),
                 "max_tokens": ruler.TASKS[task].tokens_to_generate + budget,
                 "expected": record["outputs"],
             }
 
 
 def score(item, prediction):
-    return ruler.score(item["task"], data.answer_text(prediction, True) if thinking else prediction, item["expected"])
+    return ruler.score(
+        item["task"], chat.answer_text(prediction, True) if thinking else prediction, item["expected"]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- completions
 
 total = len(paths) * config.samples
 if len(results.done) < total * config.seeds:
-    engine = evaluation.Engine(
-        *(config.checkpoint, lengths[-1] + budget, config.tensor_parallel, model_config.rope_scaling, config.vllm_share),
+    engine = Engine(
+        *(
+            config.checkpoint,
+            lengths[-1] + budget,
+            config.tensor_parallel,
+            model_config.rope_scaling,
+            config.vllm_share,
+        ),
         clamp=held,
     )
-    evaluation.run(engine, results, items(), total, config.seeds, sampling, data.stop_ids(tokenizer), tokenizer, score)
+    evaluate(
+        engine, results, items(), total, config.seeds, sampling, chat.stop_ids(tokenizer), tokenizer, score
+    )
     engine.close()
-if evaluation.ranks()[0]:
+if processes.rank_and_world()[0]:
     sys.exit()
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -201,7 +238,10 @@ def average(values, deviations, weights):
 
 
 def averages(cells, errors):
-    rows = {n: average([cells[t, n] for t in tasks], [errors[t, n] for t in tasks], [1] * len(tasks)) for n in lengths}
+    rows = {
+        n: average([cells[t, n] for t in tasks], [errors[t, n] for t in tasks], [1] * len(tasks))
+        for n in lengths
+    }
     columns = [row["score"] for row in rows.values()], [row["stderr"] for row in rows.values()]
     up = range(1, len(lengths) + 1)
     overall = {"Avg": [1] * len(up), "wAvg(inc)": up, "wAvg(dec)": up[::-1]}
@@ -211,7 +251,10 @@ def averages(cells, errors):
 rows, overall = averages(cells, errors)
 per_seed = []
 for seed in seeds:
-    own = {key: [r["score"] for r in records if (r["task"], r["length"], r["seed"]) == (*key, seed)] for key in paths}
+    own = {
+        key: [r["score"] for r in records if (r["task"], r["length"], r["seed"]) == (*key, seed)]
+        for key in paths
+    }
     own = {key: round(100 * sum(scores) / len(scores), 2) for key, scores in own.items()}
     per_seed.append(averages(own, errors)[1]["Avg"]["score"])
 complete = len(tasks) == len(ruler.TASKS) and lengths == LENGTHS
@@ -226,7 +269,9 @@ def shown(value, error):
 text = [["task", *map(str, lengths)]]
 text += [[task, *[shown(cells[task, length], errors[task, length]) for length in lengths]] for task in tasks]
 text += [[f"average of {len(tasks)}", *[shown(*rows[length].values()) for length in lengths]]]
-print(f"RULER of {evaluated.described(config.checkpoint, clamped)}, {config.samples} samples a cell, ± standard error")
+print(
+    f"RULER of {subject.described(config.checkpoint, clamped)}, {config.samples} samples a cell, ± standard error"
+)
 print(
     f"mode {config.mode}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}"
     + (f", thinking budget {budget} tokens" if thinking else "")
@@ -238,23 +283,30 @@ if config.seeds > 1:
     print("Avg by seed: " + ", ".join(f"{value:.2f}" for value in per_seed))
 print(f"{finished:.1%} of the completions ended by themselves; {completion_tokens:.1f} tokens on average")
 if not complete:
-    print(f"Not RULER's average: {len(tasks)} of 13 tasks, {len(set(lengths) & set(LENGTHS))} of its 6 lengths.")
+    print(
+        f"Not RULER's average: {len(tasks)} of 13 tasks, {len(set(lengths) & set(LENGTHS))} of its 6 lengths."
+    )
 for task, reason in left_out.items():
     print(f"left out: {task}: {reason}")
 
-evaluation.write_json(
+durable.write_json(
     results.out / "results.json",
     {
         "settings": settings,
-        **evaluation.environment(config.tensor_parallel),
+        **environment(config.tensor_parallel),
         "complete": complete,
         "left_out": left_out,
-        "scores": {t: {n: {"score": cells[t, n], "stderr": errors[t, n], "n": found[t, n]} for n in lengths} for t in tasks},
+        "scores": {
+            t: {n: {"score": cells[t, n], "stderr": errors[t, n], "n": found[t, n]} for n in lengths}
+            for t in tasks
+        },
         "averages": {"tasks": len(tasks), "by_length": rows, **overall, "Avg_by_seed": per_seed},
         "finished": finished,
         "completion_tokens": completion_tokens,
     },
 )
-title = f"RULER, {name}, {config.mode}: Avg {overall['Avg']['score']:.2f}" + ("" if complete else " (incomplete)")
+title = f"RULER, {name}, {config.mode}: Avg {overall['Avg']['score']:.2f}" + (
+    "" if complete else " (incomplete)"
+)
 plot.score_heatmap(results.out / "heatmap.png", title, tasks, lengths, cells)
 print(f"results: {results.out}/results.json  heatmap: {results.out}/heatmap.png")

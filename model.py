@@ -27,9 +27,9 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from attention import GroupAttention, Layout, causal_attention, rope_tables, rotate
-from checkpoint import Qwen3Config, load_weights, save_checkpoint
-from parallel import Share
+from core.attention import GroupAttention, Layout, causal_attention, rope_tables, rotate
+from core.checkpoint import Qwen3Config, check_weights, load_weights, save_checkpoint
+from core.parallel import Share
 
 HEAD_CHUNK_ELEMENTS = 2**27  # logits that exist at a time: 512 MiB in fp32, 883 tokens of Qwen3's vocabulary
 
@@ -67,7 +67,12 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, H, Hk, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        C, H, Hk, D = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.D = D
         self.q_proj = nn.Linear(C, H * D, bias=False)
         self.k_proj = nn.Linear(C, Hk * D, bias=False)
@@ -78,7 +83,11 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, squares, prompt, layout, share):
         heads = -1, (-1, self.D)
-        q, k, values = self.q_proj(x).unflatten(*heads), self.k_proj(x).unflatten(*heads), self.v_proj(x)  # (B, T, heads, D)
+        q, k, values = (
+            self.q_proj(x).unflatten(*heads),
+            self.k_proj(x).unflatten(*heads),
+            self.v_proj(x),
+        )  # (B, T, heads, D)
         q_normed, k_normed = self.q_norm(q), self.k_norm(k)
         if squares:
             squares.fill(*((q, k) if squares.site == "proj" else (q_normed, k_normed)), layout, share)
@@ -89,7 +98,11 @@ class Attention(nn.Module):
             y = causal_attention(q, k, v, layout and layout.lengths)
         else:
             y = GroupAttention.apply(q, k, v, prompt[0], prompt[1].unflatten(*heads), layout)
-        return self.o_proj(share.to_tokens(y).flatten(2)), k, values  # not v: FSDP2 warns of outputs that are views
+        return (
+            self.o_proj(share.to_tokens(y).flatten(2)),
+            k,
+            values,
+        )  # not v: FSDP2 warns of outputs that are views
 
 
 class MLP(nn.Module):
@@ -179,7 +192,9 @@ class TokenLogprobs(torch.autograd.Function):
             if grad_entropies is None:
                 grad.mul_(grad_logprobs[rows, None])
             else:
-                table.add_(entropies[rows, None]).mul_(grad_entropies[rows, None]).add_(grad_logprobs[rows, None])
+                table.add_(entropies[rows, None]).mul_(grad_entropies[rows, None]).add_(
+                    grad_logprobs[rows, None]
+                )
                 grad.mul_(table)
             grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
             grad, table = grad.div_(ctx.temperature).to(weight.dtype), None
@@ -192,7 +207,9 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def chunks(tokens, chunk):
-        return [slice(start, start + chunk) for start in range(0, max(1, tokens), chunk)]  # no tokens: a chunk of none
+        return [
+            slice(start, start + chunk) for start in range(0, max(1, tokens), chunk)
+        ]  # no tokens: a chunk of none
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -212,7 +229,9 @@ class Prompt(NamedTuple):
     def detach(self):
         """The same values as leaves of new graphs, in which gradients gather."""
         leaf = lambda x: x.detach().requires_grad_(x.requires_grad)  # noqa: E731
-        return Prompt(self.length, leaf(self.last), [*map(leaf, self.keys)], [*map(leaf, self.values)], self.squares)
+        return Prompt(
+            self.length, leaf(self.last), [*map(leaf, self.keys)], [*map(leaf, self.values)], self.squares
+        )
 
     def backward(self, leaves):
         """Backpropagate the gradient that gathered in `leaves`, from `detach`, through the prompt's forward."""
@@ -289,7 +308,9 @@ class Qwen3(nn.Module):
         x, squares = self._blocks(targets[None], layout.positions, prompt, layout, share=share)
         if self.tracker:
             self.tracker.add(squares, prompt.squares)
-        hidden = self.model.norm(torch.cat((prompt.last, x[0]))[layout.predictors])  # (N, C), a rank's share of it
+        hidden = self.model.norm(
+            torch.cat((prompt.last, x[0]))[layout.predictors]
+        )  # (N, C), a rank's share of it
         results = self.lm_head(hidden, targets[layout.predicted], temperature, self.model.embed_tokens.weight)
         return tuple(share.whole(result, layout.predicted) for result in results)
 
@@ -327,7 +348,15 @@ class Qwen3(nn.Module):
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu", mesh=None, compute_dtype=None, context=None):
+    def check_weights(cls, config, directory):
+        """Raises BadInput unless the tensors of `directory` have the names and shapes of this config; reads headers only."""
+        with torch.device("meta"):
+            check_weights(cls(config), directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory, dtype=torch.float32, device="cpu", mesh=None, compute_dtype=None, context=None
+    ):
         """Build the model and fill it from safetensors, tensor by tensor (never two copies in memory).
 
         With a DeviceMesh, parameters are sharded over it by FSDP2 before a weight is read, and each rank reads only its
@@ -349,7 +378,9 @@ class Qwen3(nn.Module):
                 if name.endswith("norm.weight"):
                     parameter.fill_(1)
                 else:
-                    noise = torch.empty(parameter.shape).normal_(0, config.initializer_range, generator=generator)
+                    noise = torch.empty(parameter.shape).normal_(
+                        0, config.initializer_range, generator=generator
+                    )
                     parameter.copy_(noise)
         return model
 
@@ -359,13 +390,19 @@ class Qwen3(nn.Module):
         with torch.device("meta"):
             model = cls(config).to(dtype)
         if mesh is not None:
-            policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            policy = MixedPrecisionPolicy(
+                compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
             for block in model.model.layers:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             if not config.tie_word_embeddings:
                 fully_shard(model.lm_head, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)
-            for method in ("read", "completion_logprobs", "logprobs"):  # FSDP2's hooks otherwise run on forward only
+            for method in (
+                "read",
+                "completion_logprobs",
+                "logprobs",
+            ):  # FSDP2's hooks otherwise run on forward only
                 register_fsdp_forward_method(model, method)
         return model.to_empty(device=device)
 

@@ -5,11 +5,12 @@ same prompts. A group is one request with n = G: the prompt's KV cache is comput
 the trainer's weights; it is the only function that changes them. `clamp` holds activations, for the perturbation experiment.
 """
 
+import math
 import os
 import random
 import warnings
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 # vLLM reads these when it is imported. In-process engines are what torchrun's ranks and sync() need.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -27,8 +28,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-import clamp  # noqa: E402
-from checkpoint import Qwen3Config, full_tensor  # noqa: E402
+from core.checkpoint import Qwen3Config, full_tensor  # noqa: E402
 
 
 def rope_overrides(config):
@@ -48,6 +48,25 @@ def repack_tied_head(vllm_model):
     head.quant_method.process_weights_after_loading(head)
 
 
+def hold(output, values):
+    """output (..., rows) of a projection, values (rows,) -> the same with the held dimensions at their values."""
+    return torch.where(values.isnan(), output, values.to(output.dtype))
+
+
+def clamp_hooks(clamp, model):
+    """Clamp vLLM's Qwen3, whole on one rank -> handles of the hooks. Its fused projection gives [q | k | v], not normed."""
+    handles = []
+    for i, layer in enumerate(model.model.layers if clamp else []):
+        attention = layer.self_attn
+        q, k = (clamp[f"model.layers.{i}.self_attn.{which}_proj"] for which in "qk")
+        values = torch.cat((q, k, torch.full((attention.kv_size,), torch.nan))).to(
+            attention.q_norm.weight.device
+        )
+        hook = lambda module, args, output, values=values: (hold(output[0], values), output[1])  # noqa: E731
+        handles.append(attention.qkv_proj.register_forward_hook(hook))
+    return handles
+
+
 @dataclass
 class Completion:
     """ids: token ids with the stop token if there was one; logprobs: the sampler's, same length, nats, after temperature;
@@ -56,6 +75,38 @@ class Completion:
     ids: list
     logprobs: list
     finished: bool
+
+
+@dataclass
+class Group:
+    """One prompt and its completions; `index` is its place among all prompts drawn, which fixes its seed."""
+
+    index: int
+    prompt: list  # P token ids
+    completions: list  # G Completions
+    rewards: torch.Tensor  # (G,) as the reward function gave them
+    advantages: torch.Tensor = None  # (G,)
+    old_logprobs: list = None  # G times (R_i,), on the rank that trains it
+    held_back: list = None  # G times (R_i,) bool, by clip-cov or kl-cov
+
+    @property
+    def lengths(self):
+        """R_i of each completion."""
+        return [len(completion.ids) for completion in self.completions]
+
+    @cached_property
+    def known(self):
+        """Of each completion, how many tokens the sampler gave a finite log-probability; the others are dropped."""
+        return [sum(map(math.isfinite, completion.logprobs)) for completion in self.completions]
+
+    def completion_ids(self, part, device):
+        """Token ids of the completions `part` (indices) -> list of (R_i,) int64."""
+        return [torch.tensor(self.completions[i].ids, device=device) for i in part]
+
+    @property
+    def tokens(self):
+        """What it costs to train on it: P + sum(R_i)."""
+        return len(self.prompt) + sum(self.lengths)
 
 
 class Rollout:
@@ -67,7 +118,15 @@ class Rollout:
     """
 
     def __init__(
-        self, checkpoint, context_length, dtype, seed=0, tensor_parallel=1, share=0.5, rope_scaling=None, eager=False
+        self,
+        checkpoint,
+        context_length,
+        dtype,
+        seed=0,
+        tensor_parallel=1,
+        share=0.5,
+        rope_scaling=None,
+        eager=False,
     ):
         config = Qwen3Config.from_pretrained(checkpoint)
         config = replace(config, rope_scaling=rope_scaling or config.rope_scaling)
@@ -75,7 +134,11 @@ class Rollout:
         self.clampable, self.clamped = tensor_parallel == 1 and (eager or not self.cuda), []
         rank = dist.get_rank() if dist.is_initialized() else 0
         if self.cuda:
-            device_options = {"enable_sleep_mode": True, "gpu_memory_utilization": share, "enforce_eager": eager}
+            device_options = {
+                "enable_sleep_mode": True,
+                "gpu_memory_utilization": share,
+                "enforce_eager": eager,
+            }
         else:
             device_options = {
                 "enforce_eager": True,
@@ -121,7 +184,9 @@ class Rollout:
             )
             for seed in seeds
         ]
-        outputs = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress)
+        outputs = self.engine.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress
+        )
         return [[self._completion(sample) for sample in output.outputs] for output in outputs]
 
     @staticmethod
@@ -144,13 +209,15 @@ class Rollout:
         self.engine.reset_prefix_cache()
 
     def clamp(self, values):
-        """Hold dimensions of Q and K at values (a clamp of clamp.py) from now on, instead of those before; {} lets go.
+        """Hold dimensions of Q and K at values (a clamp of evals/clamp.py) from now on, instead of those before; {} lets go.
         Forgets the KV cache. RuntimeError for an engine that is not eager, where hooks do not run, or over several ranks."""
         if not self.clampable:
-            raise RuntimeError("a clamp needs an eager engine on one rank: Rollout(..., tensor_parallel=1, eager=True)")
+            raise RuntimeError(
+                "a clamp needs an eager engine on one rank: Rollout(..., tensor_parallel=1, eager=True)"
+            )
         for handle in self.clamped:
             handle.remove()
-        [self.clamped] = self.engine.apply_model(partial(clamp.hook_vllm, values))
+        [self.clamped] = self.engine.apply_model(partial(clamp_hooks, values))
         self.engine.reset_prefix_cache()
 
     def sleep(self):

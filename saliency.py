@@ -55,12 +55,19 @@ class Tracker:
         sums = [each for layer in squares for each in (layer.q, layer.k)]
         if prompt:
             own = 0 if self.tokens == "prompt" else 1
-            sums = [own * each + shared for each, shared in zip(sums, (x for layer in prompt for x in (layer.q, layer.k)))]
+            sums = [
+                own * each + shared
+                for each, shared in zip(sums, (x for layer in prompt for x in (layer.q, layer.k)))
+            ]
             if self.model.context:  # each of its ranks has counted its own tokens
                 for each in sums:
                     dist.all_reduce(each, group=self.model.context)
         norms = [each.sqrt().sum(0) for each in sums]  # of each sequence, added up
-        self.sums = norms if self.sums is None else [total + norm for total, norm in zip(self.sums, norms, strict=True)]
+        self.sums = (
+            norms
+            if self.sums is None
+            else [total + norm for total, norm in zip(self.sums, norms, strict=True)]
+        )
         self.sequences += len(sums[0])
 
     def magnitudes(self):
@@ -71,7 +78,9 @@ class Tracker:
         """
         if self.sums is None:
             raise RuntimeError("no forward ran inside the Tracker")
-        flat = torch.cat([total.flatten() for total in self.sums] + [self.sums[0].new_tensor([self.sequences])])
+        flat = torch.cat(
+            [total.flatten() for total in self.sums] + [self.sums[0].new_tensor([self.sequences])]
+        )
         if dist.is_initialized():
             dist.all_reduce(flat)
         sizes = [total.numel() for total in self.sums]
@@ -98,7 +107,9 @@ def select_rows(magnitudes, fraction=0.3, rule="top", generator=None):
         else:
             key = torch.rand(magnitude.shape, generator=generator) if rule == "random" else magnitude
             order = key.to(magnitude.device).sort(dim=-1, descending=rule != "bottom", stable=True).indices
-            kept = max(1, math.floor(fraction * magnitude.size(-1) + 1e-9))  # 0.29 * 100 is 28.999999999999996
+            kept = max(
+                1, math.floor(fraction * magnitude.size(-1) + 1e-9)
+            )  # 0.29 * 100 is 28.999999999999996
             mask = torch.zeros_like(magnitude, dtype=torch.bool).scatter_(-1, order[:, :kept], True)
         masks[name + ".weight"] = mask.flatten()
     return masks
@@ -131,12 +142,16 @@ def masked_step(optimizer, model, masks, unselected="grad"):
     for name, mask in masks.items():
         weight = parameters[name]
         moments = (
-            [x for x in optimizer.state[weight].values() if x.shape == weight.shape] if weight in optimizer.state else []
+            [x for x in optimizer.state[weight].values() if x.shape == weight.shape]
+            if weight in optimizer.state
+            else []
         )
         tensors = [local(x) for x in (weight, *(moments if unselected == "frozen" else ()))]
         kept.append((local_rows(mask, weight), tensors, [x.clone() for x in tensors]))
     optimizer.step()
-    sums = torch.zeros(4, dtype=torch.float64, device=kept[0][0].device)  # squared change and weights, selected and not
+    sums = torch.zeros(
+        4, dtype=torch.float64, device=kept[0][0].device
+    )  # squared change and weights, selected and not
     for rows, tensors, before in kept:
         if unselected == "frozen":
             for now, old in zip(tensors, before):
@@ -164,7 +179,9 @@ def local_rows(mask, weight):
 
 def selected_share(magnitudes, masks):
     """Share of the squared magnitude that lies in the selected rows, over all layers; a 0-dim tensor in [0, 1]."""
-    squares = [(magnitude.flatten().square(), masks[name + ".weight"]) for name, magnitude in magnitudes.items()]
+    squares = [
+        (magnitude.flatten().square(), masks[name + ".weight"]) for name, magnitude in magnitudes.items()
+    ]
     return sum((square * mask).sum() for square, mask in squares) / sum(square.sum() for square, _ in squares)
 
 
@@ -172,9 +189,3 @@ def overlap(masks, others):
     """Share of the selected rows that `others` selected too; a 0-dim tensor in [0, 1]."""
     both = sum((mask & others[name]).sum() for name, mask in masks.items())
     return both / sum(mask.sum() for mask in masks.values())
-
-
-if __name__ == "__main__":  # python saliency.py CHECKPOINT --data FILE: what a checkpoint's magnitudes look like
-    import magnitudes
-
-    magnitudes.main()

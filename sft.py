@@ -1,9 +1,8 @@
 """Supervised fine-tuning: cross entropy on what the assistant says. It is the start from which the paper's RL begins.
 
     torchrun --nproc-per-node 8 sft.py --model Qwen3-8B-Base --data chats.parquet --context 16384 --checkpointing
-    python sft.py --out runs/tiny                   # without --data: assets/tiny from random weights, see curriculum.py
 
-Data are chats (sources.py), each a document: data.py says how it becomes tokens. A step takes the next --batch documents of
+Data are chats (prompts/sources.py), each a document: prompts/chat.py says how it becomes tokens. A step takes the next --batch documents of
 the mixture; they lie one after the other in rows of --tokens-per-pass tokens, each read as if it were alone: positions
 restart, attention stays within a document (attention.py), and the loss is the mean over all trained tokens of the step. So
 neither packing nor the number of ranks changes what is computed. Documents longer than --context are dropped and counted.
@@ -21,7 +20,6 @@ metrics.jsonl, one object a step
   skipped                      1 if the update was left out since loss or gradient was not finite (they are null then), or 0
   seconds, tokens_per_second   wall time of the step; tokens a second. The only keys that differ between two runs with the
                                same seed on the same machine
-  stage                        without --data: copy or recall; there are step, loss, grad_norm, learning_rate beside it
 """
 
 import dataclasses
@@ -37,121 +35,69 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import curriculum
-import data
-import dry_run
-import durable
-import memory
-import parallel
-import plan
-import plot
-import processes
-import resume
-import schedule
-import sources
-from checkpoint import check_weights, full_tensor, generation_config
-from cli import BadInput, one_line_errors, option, parse
-from interrupt import EXIT_CODE, Interrupt
-from model import Qwen3, Qwen3Config
+from base import durable, plot, processes
+from base.cli import BadInput, one_line_errors, option, parse
+from base.interrupt import EXIT_CODE, Interrupt
+from core import memory, parallel, schedule
+from core.checkpoint import full_tensor
+from model import Qwen3
+from prompts import chat, load, sources
+from run import dry_run, plan, resume
+from run.config import Shared, check_shared
+from run.preflight import check_model
 
 
 @dataclass
-class Chats:
-    """The part of the settings that is for training on --data."""
-
-    data: list[str] = option([], "files of chats, see sources.py (default: none, a model is made from nothing)")
-    data_rows: list[int] = option(
-        [], "rows to use of each file, by the seed of those that fit; 0: all (default: all of all)", least=0
-    )
-    data_weights: list[float] = option(
-        [], "share of each file among the documents drawn (default: one pool of all rows)", above=0
-    )
+class Config(Shared):
     model: str = option("assets/tiny", "checkpoint directory to start from")
-    context: int = option(0, "tokens of the longest document (0: what the model's config allows)", least=0)
-    tokens_per_pass: int = option(16384, "tokens of documents that train at once; sets the peak of memory", least=1)
-    checkpointing: bool = option(False, "recompute each block in backward instead of keeping its activations (8B: yes)")
-    save_every: int = option(100, "steps between checkpoints; there is one after the last step, too", least=1)
-    keep: int = option(2, "newest checkpoints to keep; with 2 there is one left should the other be damaged", least=1)
-    resume: str = option(
-        "", "go on with the run in --out: auto, from its newest checkpoint that is whole (none: from the start); or a path"
-    )
-    max_skips: int = option(3, "updates in a row skipped for numbers that are not finite; one more ends the run", least=0)
-    dry_run: bool = option(False, "check everything, then take one step of a small model of random weights (dry_run.py)")
-    plan: bool = option(False, "print the memory a step needs on GPUs, from this configuration alone, and stop")
-    ranks: int = option(0, "--plan: for so many GPUs (0: as many as torchrun started)", least=0)
-    gpu_memory: float = option(80.0, "--plan: GiB of a GPU, to say whether it fits", above=0)
-
-
-@dataclass
-class Config(curriculum.Settings, Chats):
     out: str = option("runs/sft", "directory of the run, see above")
-    seed: int = option(1, "seed of weights and data", least=0, most=2**31 - 1)
-    batch: int = option(
-        32, "documents a step, over all ranks; without --data groups of tokens, and half as many chats", least=1
+    seed: int = option(1, "seed of the order of the data", least=0, most=2**31 - 1)
+    batch: int = option(32, "documents a step, over all ranks", least=1)
+    steps: int = option(0, "steps; the schedule is made for this number (default: one epoch)", least=0)
+    context: int = option(0, "tokens of the longest document (0: what the model's config allows)", least=0)
+    tokens_per_pass: int = option(
+        16384, "tokens of documents that train at once; sets the peak of memory", least=1
     )
-    steps: int = option(0, "steps; its schedule is made for so many (default: one epoch; 1200 without --data)", least=0)
-    learning_rate: float = option(0.0, "AdamW's peak learning rate (default: 1e-5; 3e-3 without --data)", least=0)
-    schedule: str = option("cosine", "after warm-up: down to a tenth of the peak, or constant", ["cosine", "constant"])
+    learning_rate: float = option(1e-5, "AdamW's peak learning rate", above=0)
+    schedule: str = option(
+        "cosine", "after warm-up: down to a tenth of the peak, or constant", ["cosine", "constant"]
+    )
     warmup: int = option(50, "steps of linear warm-up", least=1)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", least=0)
     adam_beta2: float = option(0.99, "AdamW's second-moment decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at", above=0)
-    deterministic: bool = option(False, "the same bits in every run of the same ranks, where possible: docs/interrupted.md")
+    save_every: int = option(100, "steps between checkpoints; there is one after the last step, too", least=1)
 
+
+# What may differ when the run goes on; the data's and the model's files are compared by what is in them.
+MAY_CHANGE = (
+    "out data model resume save_every keep max_skips deterministic tokens_per_pass checkpointing dry_run plan ranks "
+    "gpu_memory"
+).split()
 
 one_line_errors()
 config = parse(Config, __doc__)
-for field in dataclasses.fields(curriculum.Settings if config.data else Chats):
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    if getattr(config, field.name) != default:
-        raise BadInput(f"--{field.name.replace('_', '-')} has no meaning {'with' if config.data else 'without'} --data")
-if not 0 <= config.adam_beta2 < 1:
-    raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
-out = Path(config.out)
-rank, world, device, compute_dtype = processes.here()
-main = rank == 0
+if not config.data:
+    raise BadInput("no --data is given: a file of chats, see prompts/sources.py")
+rank, world, device = processes.rank_and_device()
+compute_dtype, main, out = processes.compute_dtype(), rank == 0, Path(config.out)
+check_shared(config, "--resume auto")
+if config.batch % (config.ranks or world):
+    raise BadInput(f"--batch {config.batch} must be a multiple of the {config.ranks or world} ranks")
+if config.plan:
+    if main:
+        print(plan.sft_report(config, config.ranks or world), end="")
+    sys.exit()
 if config.deterministic:
     processes.deterministic(device.type == "cuda")
 
-
-def learning_rate(step, steps):
-    """Of the update after `step` updates: linear warm-up, and a cosine down to a tenth over `steps` (None: constant)."""
-    cosine = 0.55 + 0.45 * math.cos(math.pi * (step / steps)) if steps and config.schedule == "cosine" else 1.0
-    return config.learning_rate * cosine * min(1.0, (step + 1) / config.warmup)
-
-
-if not config.data:
-    config.steps, config.learning_rate = config.steps or 1200, config.learning_rate or 3e-3
-    curriculum.check(config)
-    lock = resume.claim(out, "")
-    curriculum.make(config, learning_rate, out)
-    sys.exit()
-
-if config.ranks and not config.plan:
-    raise BadInput(f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train")
-processes.check_restarts(config.resume, "--resume auto")
-ranks = config.ranks or world
-if config.batch % ranks:
-    raise BadInput(f"--batch {config.batch} must be a multiple of the {ranks} ranks")
-if config.plan:
-    if main:
-        print(plan.sft_report(config, ranks), end="")
-    sys.exit()
-
 # -------------------------------------------------------------------------------------------------------------- data
 
-model_config = Qwen3Config.from_pretrained(config.model)
-context = config.context or model_config.context_length
-if context > model_config.context_length:
-    raise BadInput(f"--context {context} is more than the {model_config.context_length} tokens of {config.model}")
-tokenizer = data.load_tokenizer(config.model, model_config.vocab_size)
-with torch.device("meta"):
-    check_weights(Qwen3(model_config), config.model)
-generation = generation_config(config.model)
+model_config, tokenizer, context, generation = check_model(config.model, config.context)
 
 
 def encode(row):
-    return data.encode_conversation(tokenizer, row["messages"])
+    return chat.encode_conversation(tokenizer, row["messages"])
 
 
 def measure(row):
@@ -161,11 +107,10 @@ def measure(row):
 
 
 how = config.data_rows, config.seed, measure, context
-files, _, lines = data.load(config.data, sources.messages_row, *how, progress=main)
+files, _, lines = load.files(config.data, sources.messages_row, *how, progress=main)
 source = sources.Mixture(files, config.data_weights, config.seed)
-rows_in_all = sum(map(len, files))
-config.steps = config.steps or math.ceil(rows_in_all / config.batch)
-config.learning_rate = config.learning_rate or 1e-5
+row_count = sum(map(len, files))
+config.steps = config.steps or math.ceil(row_count / config.batch)
 if main:
     print("\n".join(lines), flush=True)
 
@@ -179,20 +124,20 @@ if config.dry_run:
     for i in range(config.batch):
         measure(source[i])
 
-# What may differ when the run goes on; the data's and the model's files are compared by what is in them.
-may_change = (
-    "out data model resume save_every keep max_skips deterministic tokens_per_pass checkpointing dry_run plan ranks "
-    "gpu_memory"
-).split()
-lock = resume.claim(out, config.resume) if main else None
-fixed = resume.settings(config, may_change)
+lock = resume.lock_run(out, config.resume) if main else None
+fixed = resume.settings(config, MAY_CHANGE)
 checkpoint, state = resume.find(out / "checkpoints", config.resume, fixed) if config.resume else (None, None)
 
-mesh = parallel.weight_mesh(device.type, processes.nodes()) if dist.is_initialized() else None  # each node holds a replica
+mesh = (
+    parallel.weight_mesh(device.type, processes.nodes()) if dist.is_initialized() else None
+)  # each node holds a replica
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
 model.checkpointing = config.checkpointing
 optimizer = torch.optim.AdamW(
-    model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
+    model.parameters(),
+    lr=config.learning_rate,
+    betas=(0.9, config.adam_beta2),
+    weight_decay=config.weight_decay,
 )
 
 if checkpoint:
@@ -217,18 +162,24 @@ bar = tqdm(total=config.steps, initial=done, desc="sft", unit="step", disable=no
 interrupt = Interrupt()
 for step in range(done + 1, config.steps + 1):
     started = time.perf_counter()
+    rate = config.learning_rate * (
+        schedule.cosine_factor(step - 1, config.steps) if config.schedule == "cosine" else 1
+    )
+    rate *= schedule.warmup_factor(step, config.warmup)
     rows = [source[i] for i in range((step - 1) * config.batch, step * config.batch)]
     trained = sum(row["trained"] for row in rows)  # tokens, over all ranks
     packs = schedule.packs([row["tokens"] for row in rows], config.tokens_per_pass, world)
-    hands = schedule.deal([sum(rows[i]["tokens"] for i in pack) for pack in packs], world)
+    assignments = schedule.assign([sum(rows[i]["tokens"] for i in pack) for pack in packs], world)
     loss_sum = torch.zeros((), device=device)
-    for k in hands[rank]:
+    for k in assignments[rank]:
         documents = [encode(rows[i]) for i in packs[k]]
-        ids, mask = (torch.tensor([list(itertools.chain(*part))], device=device) for part in zip(*documents))  # (1, T)
+        ids, mask = (
+            torch.tensor([list(itertools.chain(*part))], device=device) for part in zip(*documents)
+        )  # (1, T)
         lengths = [rows[i]["tokens"] for i in packs[k]]
         what = f"{ids.numel()} tokens, the longest document {max(lengths)}"
-        mend = f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context}), or use --checkpointing or more ranks"
-        with memory.explain(what, mend):
+        fix = f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context}), or use --checkpointing or more ranks"
+        with memory.explain(what, fix):
             loss = -model.logprobs(ids, mask, lengths).sum() / trained
             (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
         loss_sum += loss.detach()
@@ -236,7 +187,7 @@ for step in range(done + 1, config.steps + 1):
         dist.all_reduce(loss_sum)
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step - 1, config.steps)
+        group["lr"] = rate
     skips = 0 if math.isfinite(norm) and loss_sum.isfinite() else skips + 1  # of all ranks, so they agree
     if skips > config.max_skips:
         raise BadInput(
@@ -250,7 +201,7 @@ for step in range(done + 1, config.steps + 1):
         tokens, elapsed = sum(row["tokens"] for row in rows), time.perf_counter() - started
         metrics = {
             "step": step,
-            "epoch": step * config.batch / rows_in_all,
+            "epoch": step * config.batch / row_count,
             "loss": loss_sum.item(),
             "grad_norm": norm,
             "learning_rate": optimizer.param_groups[0]["lr"],
@@ -286,7 +237,7 @@ model.save_pretrained(out / "checkpoint", compute_dtype, companions_from=config.
 if main:
     # Whatever a base model stops at, this one ends its turn.
     path = out / "checkpoint" / "generation_config.json"
-    durable.write(path, json.dumps({**generation, "eos_token_id": data.stop_ids(tokenizer)}, indent=2) + "\n")
+    durable.write(path, json.dumps({**generation, "eos_token_id": chat.stop_ids(tokenizer)}, indent=2) + "\n")
     plot.loss_curve(out)
     print(dry_run.PASSED if config.dry_run else f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
 if mesh:

@@ -18,13 +18,15 @@ from measure import seconds
 from shapes import build, card, transformers_twin
 from torch.profiler import ProfilerActivity, profile
 
-from cli import one_line_errors, option, parse
+from base.cli import one_line_errors, option, parse
 from model import Qwen3
 
 
 @dataclass
 class Config:
-    rounds: int = option(12, "timed rounds of each; 1 for bf16 on a CPU, where it may take half a minute", least=1)
+    rounds: int = option(
+        12, "timed rounds of each; 1 for bf16 on a CPU, where it may take half a minute", least=1
+    )
 
 
 def run(model, ids):
@@ -44,9 +46,15 @@ for dtype in (torch.float32, torch.bfloat16):
     theirs = transformers_twin(ours, dtype, device)
     for rows, length in ((4, 512), (1, 4096)):
         ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
-        slow = device.type == "cpu" and dtype == torch.bfloat16  # CPUs without bf16 units take half a minute a run
-        mine, other = seconds(partial(run, ours, ids), partial(run, theirs, ids), rounds=1 if slow else flags.rounds)
-        print(f"{dtype!s:15} {rows} x {length}: ours {mine:.3f} s, transformers {other:.3f} s, ratio {mine / other:.2f}")
+        slow = (
+            device.type == "cpu" and dtype == torch.bfloat16
+        )  # CPUs without bf16 units take half a minute a run
+        mine, other = seconds(
+            partial(run, ours, ids), partial(run, theirs, ids), rounds=1 if slow else flags.rounds
+        )
+        print(
+            f"{dtype!s:15} {rows} x {length}: ours {mine:.3f} s, transformers {other:.3f} s, ratio {mine / other:.2f}"
+        )
     if device.type == "cuda" and dtype == torch.bfloat16:
         with profile(activities=[ProfilerActivity.CUDA]) as record:
             run(ours, ids)

@@ -20,11 +20,10 @@ import torch.distributed as dist
 from measure import peak_bytes, seconds, synchronize
 from shapes import card, train_on
 
-import data
 import saliency
-import tasks
-from cli import one_line_errors, option, parse
+from base.cli import one_line_errors, option, parse
 from model import Qwen3, Squares
+from prompts import chat, tasks
 
 
 @dataclass
@@ -46,15 +45,21 @@ dtype = torch.bfloat16 if cuda else torch.float32
 
 from rollout import Rollout  # noqa: E402
 
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+os.environ |= {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
 dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 engine = Rollout(config.model, config.context, str(dtype).removeprefix("torch."))
 model = Qwen3.from_pretrained(config.model, dtype, device)
 model.checkpointing = config.checkpointing
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-tokenizer = data.load_tokenizer(config.model, model.config.vocab_size)
+tokenizer = chat.load_tokenizer(config.model, model.config.vocab_size)
 rows = tasks.Source("recall", "bench", 17, 17)
-prompts = [data.encode_prompt(tokenizer, rows[i], False, config.context) for i in range(config.prompts)]
+prompts = [chat.encode_prompt(tokenizer, rows[i], False, config.context) for i in range(config.prompts)]
 stop = [tokenizer.token_to_id("<|im_end|>")]
 
 
@@ -70,7 +75,9 @@ def rollout():
 before = counters()
 groups = rollout()
 after = counters()
-queried, cached = (after[f"vllm:prefix_cache_{what}"] - before[f"vllm:prefix_cache_{what}"] for what in ("queries", "hits"))
+queried, cached = (
+    after[f"vllm:prefix_cache_{what}"] - before[f"vllm:prefix_cache_{what}"] for what in ("queries", "hits")
+)
 
 
 def train():
@@ -139,15 +146,21 @@ saliency_seconds = min(shares) * tracked_seconds
 step = rollout_seconds + tracked_seconds + step_seconds + sync_seconds
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 block = engine.engine.llm_engine.vllm_config.cache_config.block_size
-whole = sum(len(prompt) // block * block for prompt in prompts)  # a completion computes an incomplete last block itself
+whole = sum(
+    len(prompt) // block * block for prompt in prompts
+)  # a completion computes an incomplete last block itself
 rest = config.completions * sum(len(prompt) % block for prompt in prompts)
 print(card(model.config), dtype)
 print(
     f"step {step:.3f} s: rollout {rollout_seconds:.3f}, forward and backward {tracked_seconds:.3f}, AdamW {step_seconds:.4f}"
 )
-print(f"saliency (tracking, selecting, masking): {saliency_seconds:.4f} s, {saliency_seconds / step:.1%} of the step")
+print(
+    f"saliency (tracking, selecting, masking): {saliency_seconds:.4f} s, {saliency_seconds / step:.1%} of the step"
+)
 memory = peak_bytes(sync) / size
-print(f"weight sync: {sync_seconds:.4f} s, {sync_seconds / step:.1%} of the step; its memory {memory:.2f} x the model")
+print(
+    f"weight sync: {sync_seconds:.4f} s, {sync_seconds / step:.1%} of the step; its memory {memory:.2f} x the model"
+)
 print(
     f"prefill: {queried:,.0f} prompt tokens asked for, {queried - cached:,.0f} computed, {rest:,} in incomplete last blocks "
     f"of {block}, the others {(queried - cached - rest) / whole:.2f} x the prompts (each prompt once: 1.00)"

@@ -28,8 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import rewards  # noqa: E402
-from cli import option, parse  # noqa: E402
+from base.cli import option, parse  # noqa: E402
+from prompts import rewards  # noqa: E402
 
 exact = rewards.exact  # --reward kill:exact
 # place -> how many calls of it random chooses from: about a step's
@@ -87,7 +87,9 @@ def main():
         """-> whether the run reached its end."""
         command = f"train.py --name {run.name} --reward kill:exact --resume auto {FLAGS}".split()
         environment = {**os.environ, "PYTHONPATH": path, "KILL": kill}
-        result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
         if result.returncode not in (0, -signal.SIGKILL):
             sys.exit(result.stderr)
         return result.returncode == 0
@@ -98,10 +100,17 @@ def main():
     expected = read(whole)
     while places.total() < config.kills or killed.exists():
         place = rng.choice(list(CALLS))
-        kill = f"{place} {rng.randint(1, CALLS[place])} {rng.uniform(0, 0.05):.4f}" if places.total() < config.kills else ""
+        kill = (
+            f"{place} {rng.randint(1, CALLS[place])} {rng.uniform(0, 0.05):.4f}"
+            if places.total() < config.kills
+            else ""
+        )
         ended = live(killed, kill)
         file = killed / "metrics.jsonl"
-        print(f"{kill or 'left alone'}: {len(file.read_text().splitlines()) if file.exists() else 0} steps", flush=True)
+        print(
+            f"{kill or 'left alone'}: {len(file.read_text().splitlines()) if file.exists() else 0} steps",
+            flush=True,
+        )
         if ended:
             metrics, weights = read(killed)
             ends.append((metrics == expected[0], weights == expected[1]))
@@ -117,6 +126,7 @@ def main():
 if __name__ == "__main__":
     main()
 elif os.environ.get("KILL") and (
-    os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 ):
     arm(*os.environ["KILL"].split())

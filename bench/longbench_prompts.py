@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tokenizers import Tokenizer
 
-import longbench
-import longbench_sample
-from cli import one_line_errors, option, parse
+from base.cli import one_line_errors, option, parse
+from evals import longbench
+from studies import longbench_sample
 
 
 @dataclass
@@ -48,7 +48,9 @@ if __name__ == "__main__":
     started = time.perf_counter()
     entries, _ = longbench.index(path)
     seconds = time.perf_counter() - started
-    print(f"index: {seconds:.1f} s, {path.stat().st_size / 1e6 / seconds:.0f} MB/s; peak memory {peak():.0f} MiB")
+    print(
+        f"index: {seconds:.1f} s, {path.stat().st_size / 1e6 / seconds:.0f} MB/s; peak memory {peak():.0f} MiB"
+    )
 
     encode = longbench.encoder(tokenizer, thinking=False)
 
@@ -61,5 +63,9 @@ if __name__ == "__main__":
         tokens += len(ids)
         first = first or time.perf_counter() - started
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    print(f"prompts: {len(mine)} in {seconds:.1f} s, {cpu:.1f} s of CPU; the first after {first:.1f} s, when 17 are begun")
-    print(f"{len(mine) / seconds:.2f} items/s, {tokens / seconds:,.0f} tokens/s of prompts; peak memory {peak():.0f} MiB")
+    print(
+        f"prompts: {len(mine)} in {seconds:.1f} s, {cpu:.1f} s of CPU; the first after {first:.1f} s, when 17 are begun"
+    )
+    print(
+        f"{len(mine) / seconds:.2f} items/s, {tokens / seconds:,.0f} tokens/s of prompts; peak memory {peak():.0f} MiB"
+    )

@@ -50,7 +50,9 @@ def peak_bytes(function):
         node = nodes.pop()
         nodes += node.children
         if node.name == "[memory]":
-            events.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))  # size < 0: freed
+            events.append(
+                (node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size)
+            )  # size < 0: freed
     now = peak = 0
     live = {}  # address -> bytes
     for _, address, size in sorted(events, key=lambda event: event[0]):
@@ -68,5 +70,7 @@ def attention_share(function):
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
         function()
         synchronize()
-    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in record.key_averages()}
+    times = {
+        e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in record.key_averages()
+    }
     return sum(time for key, time in times.items() if "flash" in key) / sum(times.values())

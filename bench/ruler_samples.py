@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tokenizers import Tokenizer
 
-import ruler
-import ruler_data
-from cli import one_line_errors, option, parse
+from base.cli import one_line_errors, option, parse
+from evals.ruler import sets as ruler
+from evals.ruler import texts
 
 
 @dataclass
@@ -38,7 +38,7 @@ if __name__ == "__main__":
     lengths = [int(length) for length in config.lengths.split(",")]
     blocked = corpora.blocked(ruler.TASKS.values(), lengths)
     corpora.sentences(1)  # essays and words are loaded once a process, not once a task
-    ruler_data.keys()
+    texts.keys()
     print(f"{config.samples} samples, tokenizer {config.tokenizer}, essays: {corpora.essay_source}")
     print(f"{'task':16}" + "".join(f"{length:>9} tokens/s, filled least mean" for length in lengths))
     totals = {length: [] for length in lengths}
@@ -46,11 +46,16 @@ if __name__ == "__main__":
         print(f"{name:16}", end="", flush=True)
         for length in lengths:
             started = time.process_time()
-            rows = ruler.generate(name, length, config.samples, 42, tokenizer, ruler.TEMPLATES["qwen3"], corpora)
+            rows = ruler.generate(
+                name, length, config.samples, 42, tokenizer, ruler.TEMPLATES["qwen3"], corpora
+            )
             tokens = [row["length"] for row in rows]
             speed = sum(tokens) / (time.process_time() - started)
             totals[length].append(speed)
             filled = f"{min(tokens) / length:.3f} {statistics.mean(tokens) / length:.3f}"
             print(f"{speed:>18,.0f}{filled:>21}", end="", flush=True)
         print()
-    print(f"{'harmonic mean':16}" + "".join(f"{statistics.harmonic_mean(totals[n]):>18,.0f}{'':21}" for n in lengths))
+    print(
+        f"{'harmonic mean':16}"
+        + "".join(f"{statistics.harmonic_mean(totals[n]):>18,.0f}{'':21}" for n in lengths)
+    )

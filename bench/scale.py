@@ -20,9 +20,9 @@ from measure import peak_bytes, seconds
 from shapes import build, card, draw_group, train_on
 from tqdm import tqdm
 
-import plan
-from cli import one_line_errors, option, parse
+from base.cli import one_line_errors, option, parse
 from model import Qwen3
+from run import plan
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bf16, from NVIDIA's data sheets
 

@@ -4,8 +4,8 @@ import platform
 
 import torch
 
-import schedule
-from checkpoint import Qwen3Config
+from core import schedule
+from core.checkpoint import Qwen3Config
 
 # 4 layers, 256 wide, 8 query and 2 key heads of 32: small enough that one row per completion still fits two cores.
 LAPTOP = Qwen3Config(256, 4, 8, 768, True, vocab_size=8192, num_key_value_heads=2, head_dim=32)
@@ -18,7 +18,11 @@ def build(name):
 
 def card(config):
     """One line that says on what and with what the figures were measured."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     c = config
     return (
         f"{device}, torch {torch.__version__}, Python {platform.python_version()}; Qwen3 with {c.num_hidden_layers} layers, "

@@ -32,7 +32,7 @@ import numpy
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import option, parse  # noqa: E402
+from base.cli import option, parse  # noqa: E402
 
 FLAGS = (
     "--algorithm grpo --prompts 4 --completions 4 --updates 2 --eval-prompts 0 --facts 6 --filler 6 "
@@ -52,7 +52,9 @@ def look(pid):
     """-> resident MiB, open files, and processes: this one and its children."""
     proc = Path("/proc", str(pid))
     resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    children = [child for task in (proc / "task").iterdir() for child in (task / "children").read_text().split()]
+    children = [
+        child for task in (proc / "task").iterdir() for child in (task / "children").read_text().split()
+    ]
     return resident, len(os.listdir(proc / "fd")), 1 + len(children)
 
 
@@ -62,7 +64,17 @@ def lines_in(path):
 
 def live(name, last):
     """Run train.py up to step `last` -> what `look` saw after each step."""
-    command = [sys.executable, "train.py", "--name", name, *FLAGS, "--steps", str(last), "--save-every", "100000"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--name",
+        name,
+        *FLAGS,
+        "--steps",
+        str(last),
+        "--save-every",
+        "100000",
+    ]
     metrics, seen = ROOT / "runs" / name / "metrics.jsonl", []
     before = lines_in(metrics)
     process = subprocess.Popen(
@@ -107,8 +119,12 @@ report = {
     "rss_slope_error": round(stdev(slopes) / len(slopes) ** 0.5, 2) if len(slopes) > 1 else None,
     "files": [most[0][0], most[0][-1]],
     "processes": [most[1][0], most[1][-1]],
-    "seconds_a_step": ends(lambda part: median(line["seconds"]["total"] for life in warm[part] for line in life)),
-    "tokens_per_second": ends(lambda part: median(line["tokens_per_second"] for life in warm[part] for line in life)),
+    "seconds_a_step": ends(
+        lambda part: median(line["seconds"]["total"] for life in warm[part] for line in life)
+    ),
+    "tokens_per_second": ends(
+        lambda part: median(line["tokens_per_second"] for life in warm[part] for line in life)
+    ),
 }
 print(json.dumps(report, indent=1))
 shutil.rmtree(run)

@@ -27,7 +27,7 @@ from measure import attention_share, peak_bytes, seconds
 from shapes import build, card, draw_group, train_on, transformers_twin
 from tqdm import tqdm
 
-from cli import one_line_errors, option, parse
+from base.cli import one_line_errors, option, parse
 from model import Qwen3
 
 
@@ -65,7 +65,9 @@ def dense_logprobs(prompt, completions):
     """log-probabilities of the completions' tokens [(R_i,)] by transformers; without their first if there is no prompt."""
     ids, mask = rows_of(prompt, completions)
     first = max(1, len(prompt))
-    logits = theirs(ids, attention_mask=mask, logits_to_keep=ids.size(1) - first + 1, use_cache=False).logits[:, :-1]
+    logits = theirs(ids, attention_mask=mask, logits_to_keep=ids.size(1) - first + 1, use_cache=False).logits[
+        :, :-1
+    ]
     logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None])[..., 0]
     return [row[: len(prompt) + len(completion) - first] for row, completion in zip(logprobs, completions)]
 
@@ -101,7 +103,9 @@ def compare(P, lengths, tokens_per_pass=2**30, recompute=False):
 
     with torch.no_grad():
         mine = ours.group_logprobs(prompt, completions) if P else rows_logprobs(completions)
-        difference = max((a - b).abs().max().item() for a, b in zip(mine, dense_logprobs(prompt, completions)))
+        difference = max(
+            (a - b).abs().max().item() for a, b in zip(mine, dense_logprobs(prompt, completions))
+        )
     mine, other = seconds(run_ours, run_theirs, rounds=config.rounds)
     mine_memory, other_memory = (peak_bytes(run) - gradient_bytes for run in (run_ours, run_theirs))
     tokens, other_tokens = len(prompt) + sum(lengths), len(lengths) * (len(prompt) + max(lengths))
@@ -132,7 +136,9 @@ def line(r):
 out = Path(config.out)
 out.mkdir(parents=True, exist_ok=True)
 print(card(shape), dtype)
-print("    P   G      R     ours   theirs  faster  our MiB   theirs smaller  tokens  theirs us/token*  differ")
+print(
+    "    P   G      R     ours   theirs  faster  our MiB   theirs smaller  tokens  theirs us/token*  differ"
+)
 unequal = torch.linspace(math.log(8), math.log(256), 16).exp().int().tolist()
 cases = [dict(P=P, lengths=[64] * G) for P in (0, 1, 256, 1024, 2048, 4096) for G in (4, 16)]
 cases += [dict(P=P, lengths=unequal) for P in (256, 2048)] + [dict(P=2048, lengths=[64] * 16, recompute=True)]
@@ -142,7 +148,9 @@ for case in cases:
     table.append(compare(**case))
     bar.update()
     tqdm.write(line(table[-1]))
-tqdm.write("* microseconds a token of ours, attention kernels left out: constant if time is linear in P + sum(R)")
+tqdm.write(
+    "* microseconds a token of ours, attention kernels left out: constant if time is linear in P + sum(R)"
+)
 tqdm.write("at a fixed budget of 256 completion tokens a pass, blocks recomputed on both sides:")
 growth = []
 for G in (1, 2, 4, 8, 16):
@@ -155,7 +163,10 @@ results = {"card": card(shape), "dtype": str(dtype), "seed": config.seed, "table
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 sizes = [r["G"] for r in growth]
-for who, label, colour in (("theirs", "a row per completion", "tab:red"), ("ours", "shared prompt, in passes", "tab:blue")):
+for who, label, colour in (
+    ("theirs", "a row per completion", "tab:red"),
+    ("ours", "shared prompt, in passes", "tab:blue"),
+):
     left.plot(sizes, [r[who]["seconds"] for r in growth], "o-", color=colour, label=label)
     right.plot(sizes, [r[who]["bytes"] / 2**20 for r in growth], "o-", color=colour, label=label)
 left.set(xlabel="completions G", ylabel="seconds, forward and backward", ylim=0)

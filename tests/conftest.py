@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +25,7 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # two tests run at a
 if "GPU_TESTS" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on every machine
 
-from cli import BadInput  # noqa: E402
+from base.cli import BadInput  # noqa: E402
 from model import Qwen3, Qwen3Config  # noqa: E402
 
 torch.set_num_threads(1)
@@ -59,9 +60,17 @@ def make_small(tied=True, seed=0, **changes):
     return model
 
 
+def module(script):
+    """The module that a path below ROOT with a folder in it, such as studies/perturb.py, is; None for others."""
+    path = Path(script)
+    return ".".join(path.with_suffix("").parts) if path.parent.name and not path.is_absolute() else None
+
+
 def run_script(*arguments, timeout=600, env=None):
-    """Run a script of the repository as a user would -> CompletedProcess with text output."""
-    command = [sys.executable, *map(str, arguments)]
+    """Run a script of the repository as a user would -> CompletedProcess with text output. A script in a room, such as
+    studies/perturb.py, runs as a module."""
+    script, *arguments = map(str, arguments)
+    command = [sys.executable, *(["-m", module(script)] if module(script) else [script]), *arguments]
     environment = {**os.environ, **(env or {})}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
@@ -70,13 +79,14 @@ def run_here(script, *arguments, code=0):
     """Run a script of the repository in this process, which has imported what it imports -> what it printed. It must end
     with exit code `code`. A BadInput comes through; run_script shows what the user sees of one."""
     argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
+    start = partial(runpy.run_module, module(script)) if module(script) else partial(runpy.run_path, argv[0])
     try:
         with (
             contextlib.chdir(ROOT),
             contextlib.redirect_stdout(printed),
             mock.patch.multiple(sys, argv=argv, excepthook=sys.excepthook),
         ):
-            runpy.run_path(argv[0], run_name="__main__")
+            start(run_name="__main__")
     except SystemExit as end:
         assert (end.code or 0) == code
     else:
@@ -103,7 +113,11 @@ def frozen():
 
 def files_in(directory, but=()):
     """All files but locks, which a start that failed may leave, and those with a suffix in `but` -> {path: bytes}."""
-    kept = (path for path in directory.rglob("*") if path.is_file() and path.name != "lock" and path.suffix not in but)
+    kept = (
+        path
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != "lock" and path.suffix not in but
+    )
     return {path: path.read_bytes() for path in kept}
 
 
@@ -131,7 +145,12 @@ def full():
 def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None, where=("--standalone",)):
     """Run a Python file under torchrun with `ranks` gloo processes."""
     torchrun = ["-m", "torch.distributed.run", *where, "--nproc-per-node", ranks, "--max-restarts", restarts]
-    folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    folders = [
+        str(ROOT),
+        str(ROOT / "tests"),
+        str(ROOT / "bench"),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     env = {"PYTHONPATH": os.pathsep.join(folders), **(env or {})}
     return run_script(*torchrun, code, *arguments, timeout=timeout, env=env)
 
@@ -143,5 +162,8 @@ def run_nodes(nodes, code, *arguments):
         port = free.getsockname()[1]
     where = ["--nnodes", nodes, "--master-addr", "127.0.0.1", "--master-port", port]
     with ThreadPoolExecutor(nodes) as pool:
-        results = [pool.submit(run_ranks, 1, code, *arguments, where=[*where, "--node-rank", i]) for i in range(nodes)]
+        results = [
+            pool.submit(run_ranks, 1, code, *arguments, where=[*where, "--node-rank", i])
+            for i in range(nodes)
+        ]
     return results[-1].result()

@@ -65,13 +65,17 @@ def yarn(**changes):
 
 
 def tensors(change, script="sft"):
-    """sft.py, or saliency.py, with a model whose tensors `change` has changed."""
+    """sft.py, or studies/magnitudes.py, with a model whose tensors `change` has changed."""
 
     def make(t):
         path = model(t) / "model.safetensors"
         change(stored := load_file(path))
         save_file(stored, path)
-        return sft(t, "--model", path.parent) if script == "sft" else ["saliency.py", path.parent, "--out", t / "run"]
+        return (
+            sft(t, "--model", path.parent)
+            if script == "sft"
+            else ["studies/magnitudes.py", path.parent, "--out", t / "run"]
+        )
 
     return make
 
@@ -151,7 +155,9 @@ def parquet(damage):
     """Bytes of a good Parquet file, damaged."""
 
     def make(t):
-        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["p"] * 999, "answer": ["a"] * 999}), t / "rows.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.table({"prompt": ["p"] * 999, "answer": ["a"] * 999}), t / "rows.parquet"
+        )
         return rl("--data", write(t / "rows.parquet", damage((t / "rows.parquet").read_bytes())))
 
     return make
@@ -175,13 +181,16 @@ def flags(*arguments):
     return lambda t: rl(*arguments)
 
 
-def curriculum(*arguments):
-    return lambda t: ["sft.py", "--out", t / "run", *arguments]
+def tiny(*arguments):
+    return lambda t: ["studies/tiny.py", "--out", t / "run", *arguments]
 
 
 def judged(**settings):
     """The arguments, and the environment."""
-    return lambda t: (rl("--reward", "judge:by_source"), {"url": "http://127.0.0.1:9/v1", "model": "m", **settings})
+    return lambda t: (
+        rl("--reward", "judge:by_source"),
+        {"url": "http://127.0.0.1:9/v1", "model": "m", **settings},
+    )
 
 
 def with_index_of_two(t, name):

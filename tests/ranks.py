@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 import grpo
-import resume
-from checkpoint import full_tensor
+from core.checkpoint import full_tensor
+from core.parallel import context_group, weight_mesh
 from model import Qwen3
-from parallel import context_group, weight_mesh
+from run import resume
 from saliency import Tracker, mask_gradients, masked_step, select_rows
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # a mismatch fails, it does not hang
@@ -74,7 +74,10 @@ for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
     values, magnitudes, masks, norm = step(sharded, indices, world, checkpointing, two_stage)
     for i in indices:
         torch.testing.assert_close(values[i], expected_values[i], rtol=1e-5, atol=1e-5)
-    for name, magnitude in magnitudes.items():  # every rank saw all groups, so both are averages over 18 sequences
+    for (
+        name,
+        magnitude,
+    ) in magnitudes.items():  # every rank saw all groups, so both are averages over 18 sequences
         torch.testing.assert_close(magnitude, expected_magnitudes[name], rtol=1e-5, atol=1e-6)
     for name, mask in masks.items():
         assert torch.equal(mask, expected_masks[name]), name
@@ -90,7 +93,9 @@ dist.barrier()  # rank 0 writes
 for a, b in zip(Qwen3.from_pretrained(export).parameters(), whole.parameters(), strict=True):
     assert torch.equal(a, b)
 # Steps with other rows each: the first leaves momentum in rows that the second does not select.
-optimizers = {model: torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1) for model in (whole, sharded)}
+optimizers = {
+    model: torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1) for model in (whole, sharded)
+}
 for unselected, rule in (("grad", "top"), ("frozen", "bottom"), ("grad", "random")):
     masks = select_rows(expected_magnitudes, 0.3, rule, torch.Generator().manual_seed(1))
     moved = [masked_step(optimizer, model, masks, unselected) for model, optimizer in optimizers.items()]
@@ -102,7 +107,9 @@ model = Qwen3.from_pretrained(checkpoint, mesh=mesh)
 optimizer = torch.optim.AdamW(model.parameters())
 step, state = resume.find(saved / "one", "auto", {})
 extra = resume.load(step, model, optimizer)
-for parameter, other in zip(model.parameters(), Qwen3.from_pretrained(saved / "trained").parameters(), strict=True):
+for parameter, other in zip(
+    model.parameters(), Qwen3.from_pretrained(saved / "trained").parameters(), strict=True
+):
     assert torch.equal(full_tensor(parameter), other)
 resume.save(saved / "many", 2, model, optimizer, {**state, "random": {"rank": rank}}, extra, 1)
 if rank == world - 1:

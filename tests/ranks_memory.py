@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from measure import peak_bytes
 from shapes import draw_group, train_on
 
-import plan
+from core.parallel import context_group
 from model import Qwen3
-from parallel import context_group
+from run import plan
 
 dist.init_process_group("gloo")
 mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))

@@ -23,7 +23,6 @@ from inputs import (
     at,
     chat,
     config,
-    curriculum,
     emptied,
     file,
     flags,
@@ -41,6 +40,7 @@ from inputs import (
     sft,
     table,
     tensors,
+    tiny,
     tokenizer,
     toml,
     weight_map,
@@ -51,8 +51,8 @@ from inputs import (
 )
 from tokenizers import Tokenizer
 
-import data
-import judge
+from prompts import chat as chat_format
+from prompts import judge
 
 pytestmark = pytest.mark.usefixtures("frozen")
 
@@ -68,65 +68,121 @@ CONFIG = {
     "a list": (with_file("config.json", []), "config.json cannot be used: it is not a JSON object"),
     "another architecture": (config(model_type="llama"), "'llama' is not supported"),
     "other layers": (config(num_hidden_layers=9), "lacks tensor model.layers.3"),
-    "architecture of a wrong type": (config(model_type=["qwen3"]), r"model_type \['qwen3'\] is not supported"),
-    "size as text": (config(hidden_size="128"), "hidden_size must be an integer from 1 to 1,048,576, not '128'"),
+    "architecture of a wrong type": (
+        config(model_type=["qwen3"]),
+        r"model_type \['qwen3'\] is not supported",
+    ),
+    "size as text": (
+        config(hidden_size="128"),
+        "hidden_size must be an integer from 1 to 1,048,576, not '128'",
+    ),
     "size as float": (config(hidden_size=128.0), "hidden_size must be an integer .* not 128.0"),
     "size as truth": (config(num_attention_heads=True), "num_attention_heads must be an integer .* not True"),
     "size null": (config(vocab_size=None), "vocab_size must be an integer .* not None"),
     "negative": (config(intermediate_size=-384), "intermediate_size must be an integer .* not -384"),
     "zero key heads": (config(num_key_value_heads=0), "num_key_value_heads must be an integer"),
     "enormous": (config(hidden_size=10**30), "hidden_size must be an integer .* not 10000"),
-    "a billion layers": (config(num_hidden_layers=10**9), "num_hidden_layers must be an integer from 1 to 1,024"),
+    "a billion layers": (
+        config(num_hidden_layers=10**9),
+        "num_hidden_layers must be an integer from 1 to 1,024",
+    ),
     "not a number": (config(rms_norm_eps=float("nan")), "rms_norm_eps must be a number from 0 to 1, not nan"),
     "odd head": (config(head_dim=31), "head_dim must be even"),
     "no context": (config(max_position_embeddings=0), "max_position_embeddings must be an integer"),
-    "tie as text": (config(tie_word_embeddings="false"), "tie_word_embeddings must be true or false, not 'false'"),
+    "tie as text": (
+        config(tie_word_embeddings="false"),
+        "tie_word_embeddings must be true or false, not 'false'",
+    ),
     "stop token as text": (config(eos_token_id="<|im_end|>"), "eos_token_id must be a token id"),
     "layer types no list": (config(layer_types=3), "layer_types is 3, not an object or list"),
     "rope no object": (config(rope_scaling="yarn"), "rope_scaling is 'yarn', not an object"),
-    "rope unknown": (config(rope_scaling={"rope_type": "llama3", "factor": 2}), "RoPE type 'llama3' is not supported"),
-    "rope of a wrong type": (config(rope_scaling={"rope_type": ["yarn"]}), r"RoPE type \['yarn'\] is not supported"),
+    "rope unknown": (
+        config(rope_scaling={"rope_type": "llama3", "factor": 2}),
+        "RoPE type 'llama3' is not supported",
+    ),
+    "rope of a wrong type": (
+        config(rope_scaling={"rope_type": ["yarn"]}),
+        r"RoPE type \['yarn'\] is not supported",
+    ),
     "rope base 1": (config(rope_theta=1), "rope_theta must be a number from"),
     "rope base as text": (config(rope_theta="1e6"), "rope_theta must be a number .* not '1e6'"),
     "YaRN without factor": (config(rope_scaling={"rope_type": "yarn"}), "YaRN needs a factor"),
     "YaRN factor as text": (yarn(factor="4"), "factor must be a number from 1 to 1,000,000.0, not '4'"),
     "YaRN factor below 1": (yarn(factor=0.5), "factor must be a number"),
-    "YaRN from nothing": (yarn(original_max_position_embeddings=0), "original_max_position_embeddings must be an integer"),
+    "YaRN from nothing": (
+        yarn(original_max_position_embeddings=0),
+        "original_max_position_embeddings must be an integer",
+    ),
     "YaRN option": (yarn(beta_fast="32"), "beta_fast must be a number more than 0, not '32'"),
 }
 
 WEIGHTS = {
-    "none": (with_file("model.safetensors", None), "has neither model.safetensors nor model.safetensors.index.json"),
+    "none": (
+        with_file("model.safetensors", None),
+        "has neither model.safetensors nor model.safetensors.index.json",
+    ),
     "empty": (with_file("model.safetensors", ""), "model.safetensors is not a readable safetensors file"),
     "truncated": (
         with_file("model.safetensors", (TINY / "model.safetensors").read_bytes()[:-4]),
         "model.safetensors is not a readable safetensors file",
     ),
     "a huge header": (with_file("model.safetensors", b"\xff" * 99), "is not a readable safetensors file"),
-    "a pickle": (with_file("model.safetensors", b"\x80\x04\x95" + bytes(99)), "is not a readable safetensors file"),
+    "a pickle": (
+        with_file("model.safetensors", b"\x80\x04\x95" + bytes(99)),
+        "is not a readable safetensors file",
+    ),
     "tensors on the same bytes": (
-        with_file("model.safetensors", header({n: dict(dtype="F32", shape=[2], data_offsets=[0, 8]) for n in "ab"})),
+        with_file(
+            "model.safetensors", header({n: dict(dtype="F32", shape=[2], data_offsets=[0, 8]) for n in "ab"})
+        ),
         "is not a readable safetensors file",
     ),
     "missing": (tensors(lambda stored: stored.pop(DOWN)), f"the checkpoint lacks tensor {DOWN}"),
-    "unexpected": (tensors(lambda s: s.update(extra=torch.ones(2))), "the checkpoint has unexpected tensor extra"),
-    "misshapen": (tensors(set_norm(torch.ones(127))), rf"{NORM} has shape \[127\], config.json makes it \[128\]"),
-    "transposed": (tensors(lambda s: s.update({DOWN: s[DOWN].T.contiguous()})), rf"{DOWN} has shape \[384, 128\]"),
-    "integers": (tensors(set_norm(torch.ones(128, dtype=torch.int8))), f"{NORM} is of I8; weights are of F32"),
+    "unexpected": (
+        tensors(lambda s: s.update(extra=torch.ones(2))),
+        "the checkpoint has unexpected tensor extra",
+    ),
+    "misshapen": (
+        tensors(set_norm(torch.ones(127))),
+        rf"{NORM} has shape \[127\], config.json makes it \[128\]",
+    ),
+    "transposed": (
+        tensors(lambda s: s.update({DOWN: s[DOWN].T.contiguous()})),
+        rf"{DOWN} has shape \[384, 128\]",
+    ),
+    "integers": (
+        tensors(set_norm(torch.ones(128, dtype=torch.int8))),
+        f"{NORM} is of I8; weights are of F32",
+    ),
     "eight bits": (tensors(set_norm(torch.ones(128).to(torch.float8_e4m3fn))), f"{NORM} is of F8_E4M3"),
-    "not finite": (tensors(set_norm(torch.full([128], torch.nan)), "saliency"), f"{NORM} has values that are not finite"),
+    "not finite": (
+        tensors(set_norm(torch.full([128], torch.nan)), "saliency"),
+        f"{NORM} has values that are not finite",
+    ),
     "index no JSON": (with_file("model.safetensors.index.json", "{"), "index.json cannot be read"),
-    "index nested deep": (with_file("model.safetensors.index.json", DEEP), "index.json cannot be read: maximum recursion"),
+    "index nested deep": (
+        with_file("model.safetensors.index.json", DEEP),
+        "index.json cannot be read: maximum recursion",
+    ),
     "index without map": (with_file("model.safetensors.index.json", {}), '"weight_map" must be an object'),
     "map a list": (weight_map(list), '"weight_map" must be an object'),
     "file a number": (
         weight_map(lambda m: {**m, NORM: 3}),
         f"{NORM} must be in a .safetensors file beside the index, not in 3",
     ),
-    "file above": (weight_map(lambda m: {**m, NORM: "../one.safetensors"}), "beside the index, not in '../one.safetensors'"),
-    "file elsewhere": (weight_map(lambda m: {**m, NORM: str(TINY / "model.safetensors")}), "beside the index, not in '/"),
+    "file above": (
+        weight_map(lambda m: {**m, NORM: "../one.safetensors"}),
+        "beside the index, not in '../one.safetensors'",
+    ),
+    "file elsewhere": (
+        weight_map(lambda m: {**m, NORM: str(TINY / "model.safetensors")}),
+        "beside the index, not in '/",
+    ),
     "no safetensors": (weight_map(lambda m: {**m, NORM: "pytorch_model.bin"}), "not in 'pytorch_model.bin'"),
-    "file gone": (weight_map(lambda m: {**m, NORM: "two.safetensors"}), "two.safetensors is missing, but .* names it"),
+    "file gone": (
+        weight_map(lambda m: {**m, NORM: "two.safetensors"}),
+        "two.safetensors is missing, but .* names it",
+    ),
     "not in its file": (
         lambda t: with_index_of_two(t, NORM),
         f"two.safetensors does not hold {NORM}, which the index says it does",
@@ -140,7 +196,10 @@ TOKENIZER = {
     "empty": (with_file("tokenizer.json", ""), "tokenizer.json cannot be read"),
     "bad UTF-8": (with_file("tokenizer.json", b"\xff\xfe"), "tokenizer.json cannot be read"),
     "no tokens": (tokenizer(emptied), r"tokenizer.json has no token <\|im_start\|>: not a Qwen tokenizer"),
-    "other chat tokens": (tokenizer(renamed), r"tokenizer.json has no token <\|im_end\|>: not a Qwen tokenizer"),
+    "other chat tokens": (
+        tokenizer(renamed),
+        r"tokenizer.json has no token <\|im_end\|>: not a Qwen tokenizer",
+    ),
     "more tokens than rows": (config(vocab_size=300), "has token id 885, but the model's vocab_size is 300"),
     "generation no JSON": (with_file("generation_config.json", "{"), "generation_config.json cannot be read"),
     "generation a list": (with_file("generation_config.json", []), "generation_config.json cannot be used"),
@@ -232,7 +291,10 @@ FLAGS = {
     "fraction": (flags("--fraction", "nan"), r"--fraction must be in \(0, 1\], not nan"),
     "no room": (flags("--context", 24), "--max-completion 24 leaves no room for a prompt in 24 tokens"),
     "uneven": (flags("--prompts", 5, "--updates", 2), "--prompts 5 cannot be shared"),
-    "more rows than there are": (lambda t: [*prompts()(t), "--data-rows", 10**30], "rows.jsonl has only 1 rows"),
+    "more rows than there are": (
+        lambda t: [*prompts()(t), "--data-rows", 10**30],
+        "rows.jsonl has only 1 rows",
+    ),
     "weights without files": (flags("--data-weights", 1), "need --data"),
     "weight 0": (lambda t: [*prompts()(t), "--data-weights", 0], "--data-weights must be more than 0"),
     "rows of nothing": (flags("--truncate-prompts"), "--truncate-prompts need --data"),
@@ -244,12 +306,12 @@ FLAGS = {
     "no steps": (flags("--steps", 0), "--steps must be at least 1, not 0"),
     "too many facts": (flags("--facts", 49), "--facts 49: the task recall can have 1 to 48"),
     "no pair": (flags("--task", "tracking", "--facts", 1), "the task tracking can have 2 to 96"),
-    "copies until never": (curriculum("--copy-until", "nan"), "--copy-until must be more than 0, not nan"),
-    "no layers": (curriculum("--layers", 0), "--layers must be at least 1, not 0"),
-    "no tokens": (curriculum("--vocab-size", 5), "--vocab-size must be at least 261, not 5"),
-    "odd new head": (curriculum("--head-dim", 31), "--heads and --head-dim even"),
-    "facts": (curriculum("--min-facts", 9, "--max-facts", 3), "--min-facts and --max-facts must be ordered"),
-    "flag of the other kind": (curriculum("--context", 99), "--context has no meaning without --data"),
+    "copies until never": (tiny("--copy-until", "nan"), "--copy-until must be more than 0, not nan"),
+    "no layers": (tiny("--layers", 0), "--layers must be at least 1, not 0"),
+    "no tokens": (tiny("--vocab-size", 5), "--vocab-size must be at least 261, not 5"),
+    "odd new head": (tiny("--head-dim", 31), "--heads and --head-dim must be even"),
+    "facts": (tiny("--min-facts", 9, "--max-facts", 3), "--min-facts and --max-facts must be ordered"),
+    "no data": (lambda t: ["sft.py", "--out", t / "run"], "no --data is given"),
 }
 
 REWARD = {
@@ -258,19 +320,34 @@ REWARD = {
     "no function": (flags("--reward", "rewards:none"), "--reward rewards:none: .* no attribute 'none'"),
     "not callable": (flags("--reward", "rewards:SOURCES"), "SOURCES is not a function"),
     "no Python": (reward("def score(:"), "--reward .*invalid syntax"),
-    "fails on import": (reward("1 / 0"), r"fails when it is imported: ZeroDivisionError\('division by zero'\)"),
-    "fails on a row": (reward("def score(answer, row): return row['none']"), r"failed on row recall-.*: KeyError\('none'\)"),
+    "fails on import": (
+        reward("1 / 0"),
+        r"fails when it is imported: ZeroDivisionError\('division by zero'\)",
+    ),
+    "fails on a row": (
+        reward("def score(answer, row): return row['none']"),
+        r"failed on row recall-.*: KeyError\('none'\)",
+    ),
     "gives nothing": (reward("def score(answer, row): pass"), "returned no finite number for row recall-"),
-    "gives too much": (reward("def score(answer, row): return 10**400"), "returned no finite number for row recall-"),
+    "gives too much": (
+        reward("def score(answer, row): return 10**400"),
+        "returned no finite number for row recall-",
+    ),
     "time without workers": (flags("--reward-timeout", 9), "--reward-timeout needs --reward-workers"),
     "judge without address": (judged(url=None), "LONGACT_JUDGE_URL is not set"),
-    "judge elsewhere": (judged(url="file:///etc/passwd"), "LONGACT_JUDGE_URL must begin with http:// or https://"),
+    "judge elsewhere": (
+        judged(url="file:///etc/passwd"),
+        "LONGACT_JUDGE_URL must begin with http:// or https://",
+    ),
     "judge nowhere": (judged(url="http://"), "LONGACT_JUDGE_URL must be http://HOST"),
     "judge in brackets": (judged(url="http://[1/v1"), "LONGACT_JUDGE_URL must be http://HOST"),
     "judge waits forever": (judged(timeout="inf"), "LONGACT_JUDGE_TIMEOUT must be more than 0"),
     "judge waits backwards": (judged(timeout="-1"), "LONGACT_JUDGE_TIMEOUT must be more than 0"),
     "judge's key": (judged(key="a\nb"), "LONGACT_JUDGE_KEY has characters"),
-    "judge's cache": (judged(cache=str(TINY / "config.json" / "c.sqlite")), "LONGACT_JUDGE_CACHE .* cannot be used"),
+    "judge's cache": (
+        judged(cache=str(TINY / "config.json" / "c.sqlite")),
+        "LONGACT_JUDGE_CACHE .* cannot be used",
+    ),
 }
 
 RUNS = {
@@ -284,19 +361,21 @@ RUNS = {
         "none of the 1 checkpoints in .* is whole",
     ),
     "saliency below a file": (
-        lambda t: ["saliency.py", TINY, "--out", write(t / "file", "x") / "run"], "file is a file; choose a directory"
+        lambda t: ["studies/magnitudes.py", TINY, "--out", write(t / "file", "x") / "run"], "file is a file; choose a directory"
     ),
     "figures of a broken run": (
-        lambda t: at(t, {"metrics.jsonl": '{"step', "magnitudes.safetensors": ""}) and ["plot.py", t / "run"],
+        lambda t: at(t, {"metrics.jsonl": '{"step', "magnitudes.safetensors": ""}) and ["base/plot.py", t / "run"],
         "metrics.jsonl, line 1 is not JSON",
     ),
-    "saliency of nothing": (lambda t: ["saliency.py", t / "none", "--out", t / "run"], "none is not a checkpoint"),
+    "saliency of nothing": (lambda t: ["studies/magnitudes.py", t / "none", "--out", t / "run"], "none is not a checkpoint"),
 }  # fmt: skip
 
 
 TABLE = {"config": CONFIG, "weights": WEIGHTS, "tokenizer": TOKENIZER, "data": DATA, "toml": TOML}
 TABLE |= {"flags": FLAGS, "reward": REWARD, "runs": RUNS}
-CASES = [pytest.param(*case, id=f"{kind}, {name}") for kind, cases in TABLE.items() for name, case in cases.items()]
+CASES = [
+    pytest.param(*case, id=f"{kind}, {name}") for kind, cases in TABLE.items() for name, case in cases.items()
+]
 
 
 @pytest.mark.parametrize("make, line", CASES)
@@ -337,7 +416,10 @@ def test_a_directory_that_a_live_run_is_in_is_left_alone(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         before = files_in(tmp_path)
-        assert refusal(*arguments) == f"{tmp_path}/run: another process is running there; wait for it, or stop it"
+        assert (
+            refusal(*arguments)
+            == f"{tmp_path}/run: another process is running there; wait for it, or stop it"
+        )
         assert files_in(tmp_path) == before
         other.communicate()
     (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
@@ -351,5 +433,7 @@ def test_a_tokenizer_file_does_not_cut_or_pad_what_it_is_given(tmp_path):
     cutting.enable_truncation(3)
     cutting.enable_padding(length=99)
     cutting.save(str(tmp_path / "model" / "tokenizer.json"))
-    ids = [data.load_tokenizer(path, 896).encode("code " * 20).ids for path in (TINY, tmp_path / "model")]
+    ids = [
+        chat_format.load_tokenizer(path, 896).encode("code " * 20).ids for path in (TINY, tmp_path / "model")
+    ]
     assert ids[0] == ids[1] and 20 <= len(ids[0]) < 99

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT, make_small, run_nodes, run_ranks
 
-import resume
+from run import resume
 
 EMPTY = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=2, num_hidden_layers=1)
 

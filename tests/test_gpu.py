@@ -7,9 +7,9 @@ import torch
 from conftest import ROOT, make_small
 from torch.profiler import ProfilerActivity, profile
 
-from attention import GroupAttention, Layout, causal_attention
+from core.attention import GroupAttention, Layout, causal_attention
+from core.parallel import Share
 from model import Qwen3, Qwen3Config
-from parallel import Share
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and GPU_TESTS=1")
 
@@ -58,7 +58,9 @@ def test_completions_attend_to_a_longer_prompt_by_flash_kernels_and_rightly(leng
     (expected * weights).sum().backward()
     torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
     for gradient, x in zip(gradients, wide):
-        torch.testing.assert_close(gradient.double(), x.grad, atol=3e-2 * x.grad.abs().max().item(), rtol=2e-2)
+        torch.testing.assert_close(
+            gradient.double(), x.grad, atol=3e-2 * x.grad.abs().max().item(), rtol=2e-2
+        )
 
 
 def test_group_logprobs_in_bf16_are_near_the_dense_layout_in_fp32():
@@ -79,7 +81,7 @@ def test_the_plan_predicts_the_peak_in_bf16():
     from measure import peak_bytes
     from shapes import draw_group, train_on
 
-    import plan
+    from run import plan
 
     model = Qwen3.from_config(Qwen3Config(**BIG, tie_word_embeddings=True), torch.bfloat16, "cuda")
     model.checkpointing = True

@@ -9,18 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cov
 import dapo
 import grpo
-import gspo
-import sapo
+import losses
 
 
 def test_advantages_of_the_known_vector():
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    torch.testing.assert_close(grpo.advantages(rewards), torch.tensor([1.499997, -0.499999, -0.499999, -0.499999]))
-    torch.testing.assert_close(grpo.advantages(rewards, eps=1e-4)[:2], torch.tensor([1.49970, -0.49990]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(grpo.advantages(rewards, normalize_std=False), torch.tensor([0.75, -0.25, -0.25, -0.25]))
+    torch.testing.assert_close(
+        grpo.advantages(rewards), torch.tensor([1.499997, -0.499999, -0.499999, -0.499999])
+    )
+    torch.testing.assert_close(
+        grpo.advantages(rewards, eps=1e-4)[:2], torch.tensor([1.49970, -0.49990]), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        grpo.advantages(rewards, normalize_std=False), torch.tensor([0.75, -0.25, -0.25, -0.25])
+    )
 
 
 def test_advantages_of_equal_rewards_and_of_one_completion_are_zero():
@@ -57,14 +61,20 @@ def by_hand(logprobs, old, advantages, lengths, how, low, high, dual, beta, ref,
     for i, n in enumerate(lengths):
         for _ in range(n):
             a, r = advantages[i].item(), (logprobs[t] - old[t]).exp()
-            objective = min(r * a, min(max(r, torch.tensor(1 - low)), torch.tensor(1 + high)) * a, key=lambda x: x.item())
+            objective = min(
+                r * a, min(max(r, torch.tensor(1 - low)), torch.tensor(1 + high)) * a, key=lambda x: x.item()
+            )
             if dual is not None and a < 0 and objective.item() < dual * a:
                 objective = torch.tensor(dual * a)
             objective = objective * importance[t].item()
             if beta:
                 d = ref[t] - logprobs[t]
                 objective = objective - beta * (d.exp() - d - 1)
-            denominator = {"token": sum(lengths), "sequence": len(lengths) * n, "constant": len(lengths) * max_length}[how]
+            denominator = {
+                "token": sum(lengths),
+                "sequence": len(lengths) * n,
+                "constant": len(lengths) * max_length,
+            }[how]
             total = total - objective / denominator
             t += 1
     return total
@@ -114,10 +124,10 @@ def test_clipping_stops_the_gradient_exactly_where_it_should(advantage, ratio, m
 LOSSES = {
     **{f"grpo {how}": partial(grpo.loss, aggregation=how, beta=0.1) for how in grpo.AGGREGATIONS},
     "dapo": dapo.loss,
-    "gspo": gspo.loss,
-    "sapo": sapo.loss,
-    "clip-cov": cov.clip_loss,
-    "kl-cov": cov.kl_loss,
+    "gspo": losses.gspo_loss,
+    "sapo": losses.sapo_loss,
+    "clip-cov": losses.clip_cov_loss,
+    "kl-cov": losses.kl_cov_loss,
 }
 
 
@@ -133,10 +143,18 @@ def test_gradient_at_ratio_one_is_the_policy_gradient(name):
     lengths, logprobs = [2, 1, 4], torch.randn(7, requires_grad=True)
     advantages = torch.tensor([1.0, -0.5, 2.0]).repeat_interleave(torch.tensor(lengths))
     terms = terms_of(name, logprobs.detach(), torch.zeros(7, dtype=torch.bool))
-    loss, stats = LOSSES[name](logprobs, logprobs.detach(), advantages, lengths, grpo.Totals(3, 7, 9), **terms)
+    loss, stats = LOSSES[name](
+        logprobs, logprobs.detach(), advantages, lengths, grpo.Totals(3, 7, 9), **terms
+    )
     loss.backward()
     by_sequence = torch.tensor([1 / (3 * n) for n in lengths for _ in range(n)])
-    mean = {"grpo token": 1 / 7, "dapo": 1 / 7, "clip-cov": 1 / 7, "kl-cov": 1 / 7, "grpo constant": 1 / (3 * 9)}
+    mean = {
+        "grpo token": 1 / 7,
+        "dapo": 1 / 7,
+        "clip-cov": 1 / 7,
+        "kl-cov": 1 / 7,
+        "grpo constant": 1 / (3 * 9),
+    }
     torch.testing.assert_close(logprobs.grad, -advantages * mean.get(name, by_sequence))
     assert stats.ratio.item() == 7 and stats.clipped.item() == 0
 
@@ -152,7 +170,14 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name):
         for first, last in splits:
             part, span = slice(first, last), slice(starts[first], starts[last])
             per_token = advantages[part].repeat_interleave(torch.tensor(lengths[part]))
-            arguments = logprobs[span], old[span], per_token, lengths[part], grpo.Totals(6, 21, 8), importance[span]
+            arguments = (
+                logprobs[span],
+                old[span],
+                per_token,
+                lengths[part],
+                grpo.Totals(6, 21, 8),
+                importance[span],
+            )
             LOSSES[name](*arguments, **terms_of(name, ref[span], chosen[span]))[0].backward()
         result, logprobs.grad = logprobs.grad, None
         return result
@@ -168,14 +193,18 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name):
 
 def test_gspo_ratio_of_the_known_vector():
     log_ratios = torch.tensor([0.1, -0.05, 0.02])
-    loss, stats = gspo.loss(log_ratios, torch.zeros(3), -torch.ones(3), [3], grpo.Totals(1, 3, 3))
-    assert loss.item() == pytest.approx(1.023608, abs=1e-6) and stats.ratio.item() / 3 == pytest.approx(1.023608, abs=1e-6)
+    loss, stats = losses.gspo_loss(log_ratios, torch.zeros(3), -torch.ones(3), [3], grpo.Totals(1, 3, 3))
+    assert loss.item() == pytest.approx(1.023608, abs=1e-6) and stats.ratio.item() / 3 == pytest.approx(
+        1.023608, abs=1e-6
+    )
 
 
 def test_gspo_clips_whole_completions_and_at_its_own_epsilons():
     old = torch.zeros(4)
-    logprobs = torch.tensor([5e-4, 5e-4, 2e-4, 2e-4], requires_grad=True)  # s: 1.0005 and 1.0002, bounds 0.9997 and 1.0004
-    loss, stats = gspo.loss(logprobs, old, torch.ones(4), [2, 2], grpo.Totals(2, 4, 4))
+    logprobs = torch.tensor(
+        [5e-4, 5e-4, 2e-4, 2e-4], requires_grad=True
+    )  # s: 1.0005 and 1.0002, bounds 0.9997 and 1.0004
+    loss, stats = losses.gspo_loss(logprobs, old, torch.ones(4), [2, 2], grpo.Totals(2, 4, 4))
     loss.backward()
     assert stats.clipped.item() == 2 and (logprobs.grad != 0).tolist() == [False, False, True, True]
     s = math.exp(2e-4)
@@ -184,7 +213,9 @@ def test_gspo_clips_whole_completions_and_at_its_own_epsilons():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 10**6), st.sampled_from([gspo.EPSILONS, (0.1, 0.2)])
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.integers(0, 10**6),
+    st.sampled_from([losses.EPSILONS["gspo"], (0.1, 0.2)]),
 )
 def test_gspo_loss_and_gradient_equal_a_loop_by_hand(lengths, seed, epsilons):
     logprobs, old, advantages, _, importance = random_batch(lengths, seed)
@@ -197,7 +228,9 @@ def test_gspo_loss_and_gradient_equal_a_loop_by_hand(lengths, seed, epsilons):
         expected = expected - objective * (sum(importance[span]) / n) / len(lengths)
         start += n
     per_token = advantages.repeat_interleave(torch.tensor(lengths))
-    loss, _ = gspo.loss(logprobs, old, per_token, lengths, grpo.Totals(len(lengths), sum(lengths), 9), importance, epsilons)
+    loss, _ = losses.gspo_loss(
+        logprobs, old, per_token, lengths, grpo.Totals(len(lengths), sum(lengths), 9), importance, epsilons
+    )
     torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
     gradients = [torch.autograd.grad(value, logprobs)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients)
@@ -208,7 +241,7 @@ def test_gspo_loss_and_gradient_equal_a_loop_by_hand(lengths, seed, epsilons):
 ])  # fmt: skip
 def test_sapo_gate_of_the_known_vector(advantage, ratio, value, slope):
     logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss, _ = sapo.loss(logprobs, torch.zeros(1), torch.tensor([advantage]), [1], grpo.Totals(1, 1, 1))
+    loss, _ = losses.sapo_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), [1], grpo.Totals(1, 1, 1))
     loss.backward()
     if value:
         assert loss.item() == pytest.approx(-advantage * value, abs=1e-5)
@@ -225,7 +258,7 @@ def test_sapo_equals_a_loop_by_hand():
             expected -= 4 / (tau * (1 + math.exp(-tau * (r - 1)))) * a * importance[t].item() / (n * 3)
             t += 1
     per_token = advantages.repeat_interleave(torch.tensor(lengths))
-    loss, _ = sapo.loss(logprobs, old, per_token, lengths, grpo.Totals(3, 6, 9), importance)
+    loss, _ = losses.sapo_loss(logprobs, old, per_token, lengths, grpo.Totals(3, 6, 9), importance)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -234,26 +267,28 @@ def test_sapo_equals_a_loop_by_hand():
 
 def test_covariance_of_the_known_vector():
     """(A - 1) (log pi + 2) by hand."""
-    covariances = cov.covariance(torch.tensor([3.0, 1.0, -1.0]), torch.tensor([-1.0, -2.0, -3.0]))
+    covariances = losses.covariance(torch.tensor([3.0, 1.0, -1.0]), torch.tensor([-1.0, -2.0, -3.0]))
     assert covariances.tolist() == [2.0, 0.0, 2.0]
 
 
 def test_clip_cov_chooses_so_many_at_random_between_the_bounds():
     covariances = torch.linspace(-10, 10, 20_001)
-    chosen = cov.choose_clip(covariances, seed=1)
+    chosen = losses.clip_cov_tokens(covariances, seed=1)
     assert chosen.sum() == 4  # floor(2e-4 * 20001)
     assert ((covariances[chosen] > 1) & (covariances[chosen] < 5)).all()
-    assert torch.equal(chosen, cov.choose_clip(covariances, seed=1))  # ranks agree
-    assert not torch.equal(chosen, cov.choose_clip(covariances, seed=2))
-    assert cov.choose_clip(covariances[:100], seed=1).sum() == 0  # none between the bounds
-    assert cov.choose_clip(torch.tensor([0.0, 2.0, 3.0]), seed=1).sum() == 1  # at least one, of those that may be
+    assert torch.equal(chosen, losses.clip_cov_tokens(covariances, seed=1))  # ranks agree
+    assert not torch.equal(chosen, losses.clip_cov_tokens(covariances, seed=2))
+    assert losses.clip_cov_tokens(covariances[:100], seed=1).sum() == 0  # none between the bounds
+    assert (
+        losses.clip_cov_tokens(torch.tensor([0.0, 2.0, 3.0]), seed=1).sum() == 1
+    )  # at least one, of those that may be
 
 
 def test_kl_cov_chooses_the_largest():
     covariances = torch.randn(5000, generator=torch.Generator().manual_seed(0))
-    chosen = cov.choose_kl(covariances, seed=0)
+    chosen = losses.kl_cov_tokens(covariances, seed=0)
     assert chosen.sum() == 10 and covariances[chosen].min() > covariances[~chosen].max()
-    assert cov.choose_kl(covariances[:9], seed=0).sum() == 1
+    assert losses.kl_cov_tokens(covariances[:9], seed=0).sum() == 1
 
 
 def test_choose_is_over_the_whole_minibatch_and_hands_back_what_belongs_to_each_completion():
@@ -263,8 +298,10 @@ def test_choose_is_over_the_whole_minibatch_and_hands_back_what_belongs_to_each_
         return SimpleNamespace(advantages=torch.tensor(advantages), completions=completions, lengths=lengths)
 
     groups = [group([1.0, -1.0], [-3.0, -2.0], [-2.5]), group([2.0, -2.0], [-1.0, -0.1, -2.0], [-1.5])]
-    chosen = cov.choose(groups, cov.choose_kl, seed=0)  # largest A times largest log pi, both above their means
-    lists = [[part.tolist() for part in own] for own in chosen]
+    losses.hold_back(
+        groups, losses.kl_cov_tokens, seed=0
+    )  # largest A times largest log pi, both above their means
+    lists = [[part.tolist() for part in group.held_back] for group in groups]
     assert lists == [[[False, False], [False]], [[False, True, False], [False]]]
 
 
@@ -282,8 +319,8 @@ def test_cov_losses_equal_a_loop_by_hand():
         if chosen[t]:
             kl_expected = kl_expected + 0.5 * (logprobs[t] - old[t]).abs() / 11
     arguments = logprobs, old, per_token, lengths, grpo.Totals(3, 11, 9), importance
-    clip, stats = cov.clip_loss(*arguments, chosen=chosen, epsilons=(1.0, 0.2))
-    kl, _ = cov.kl_loss(*arguments, chosen=chosen, coefficient=0.5)
+    clip, stats = losses.clip_cov_loss(*arguments, held_back=chosen, epsilons=(1.0, 0.2))
+    kl, _ = losses.kl_cov_loss(*arguments, held_back=chosen, coefficient=0.5)
     for loss, expected in ((clip, clip_expected), (kl, kl_expected)):
         torch.testing.assert_close(loss, expected.detach())
         gradients = [torch.autograd.grad(value, logprobs, retain_graph=True)[0] for value in (loss, expected)]

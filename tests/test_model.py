@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import attention
-import checkpoint
-from cli import BadInput
+from base.cli import BadInput
+from core import attention, checkpoint
 from model import Head, Qwen3, Qwen3Config
 from saliency import Tracker
 
@@ -48,7 +47,10 @@ def test_logits_and_every_gradient_agree_with_transformers(tied, yarn, tmp_path)
     [
         {"rope_theta": 5e5},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-        {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
         {"rope_parameters": {"rope_theta": 5e5, **YARN}},
         {"rope_parameters": {"rope_theta": 5e5, **YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
         {"rope_parameters": {"rope_theta": 5e5, **YARN, "attention_factor": 1.5}},
@@ -75,7 +77,14 @@ def test_yarn_of_the_model_card_has_the_published_constants():
 
 @pytest.mark.parametrize(
     "name, millions",
-    [("0.6B", 596.0), ("1.7B", 1720.6), ("4B-Base", 4022.5), ("8B", 8190.7), ("14B-Base", 14768.3), ("32B", 32762.1)],
+    [
+        ("0.6B", 596.0),
+        ("1.7B", 1720.6),
+        ("4B-Base", 4022.5),
+        ("8B", 8190.7),
+        ("14B-Base", 14768.3),
+        ("32B", 32762.1),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(name, millions):
     with torch.device("meta"):
@@ -124,7 +133,9 @@ def test_sharded_checkpoints_round_trip_and_load_in_transformers(tied, dtype, tm
     (tmp_path / "from").mkdir()
     (tmp_path / "from" / "tokenizer.json").write_text("{}")
     ours.save_pretrained(tmp_path / "checkpoint", dtype, companions_from=tmp_path / "from")
-    ours.save_pretrained(tmp_path / "checkpoint", dtype, companions_from=tmp_path / "from")  # replaces the first
+    ours.save_pretrained(
+        tmp_path / "checkpoint", dtype, companions_from=tmp_path / "from"
+    )  # replaces the first
     index = json.loads((tmp_path / "checkpoint" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "from"]
@@ -142,7 +153,9 @@ def test_sharded_checkpoints_round_trip_and_load_in_transformers(tied, dtype, tm
 
 
 def test_a_checkpoint_written_by_transformers_loads(tmp_path):
-    config = transformers.Qwen3Config(**SMALL, tie_word_embeddings=True, rope_parameters={"rope_theta": 5e5, **YARN})
+    config = transformers.Qwen3Config(
+        **SMALL, tie_word_embeddings=True, rope_parameters={"rope_theta": 5e5, **YARN}
+    )
     theirs = transformers.Qwen3ForCausalLM(config)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     ours = Qwen3.from_pretrained(tmp_path)
@@ -213,7 +226,9 @@ def dense(model, prompt, completions, temperature):
     st.booleans(),
     st.integers(1, 50),
 )
-def test_group_logprobs_equal_the_dense_layout(prompt_length, lengths, temperature, tied, checkpointing, chunk):
+def test_group_logprobs_equal_the_dense_layout(
+    prompt_length, lengths, temperature, tied, checkpointing, chunk
+):
     model = make_small(tied)
     model.checkpointing, model.lm_head.chunk = checkpointing, chunk
     prompt = torch.randint(0, 101, (prompt_length,))
@@ -223,7 +238,9 @@ def test_group_logprobs_equal_the_dense_layout(prompt_length, lengths, temperatu
 
     def gradients(logprobs, entropies):
         model.zero_grad()
-        sum((w * (lp + 0.3 * e)).sum() for w, lp, e in zip(weights, logprobs, entropies, strict=True)).backward()
+        sum(
+            (w * (lp + 0.3 * e)).sum() for w, lp, e in zip(weights, logprobs, entropies, strict=True)
+        ).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     expected_gradients = gradients(expected, expected_entropies)
@@ -233,12 +250,16 @@ def test_group_logprobs_equal_the_dense_layout(prompt_length, lengths, temperatu
     torch.testing.assert_close(entropies, expected_entropies, atol=1e-4, rtol=1e-4)
     scale = max(g.abs().max() for g in expected_gradients.values())
     for name, gradient in gradients(logprobs, entropies).items():
-        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            gradient / scale, expected_gradients[name] / scale, atol=1e-5, rtol=1e-4, msg=name
+        )
 
 
 def test_the_prompt_passes_through_the_network_once(small):
     seen = []
-    small.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[:2].numel()))
+    small.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, out: seen.append(out.shape[:2].numel())
+    )
     heads = []
     small.lm_head.register_forward_hook(lambda module, args, out: heads.append(out[0].shape[0]))
     small.group_logprobs(torch.arange(50), [torch.arange(n) + 1 for n in (3, 7, 5)])
@@ -263,7 +284,9 @@ def test_two_stage_backward_equals_one_pass(prompt_length, lengths, passes, chec
     weights = [torch.randn(n) for n in lengths]
 
     def loss(indices, logprobs, entropies):
-        return sum((weights[i] * (lp + 0.3 * e)).sum() for i, lp, e in zip(indices, logprobs, entropies, strict=True))
+        return sum(
+            (weights[i] * (lp + 0.3 * e)).sum() for i, lp, e in zip(indices, logprobs, entropies, strict=True)
+        )
 
     def outcome(tracker):
         gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -291,7 +314,9 @@ def test_two_stage_backward_equals_one_pass(prompt_length, lengths, passes, chec
     torch.testing.assert_close(magnitudes, expected_magnitudes, rtol=1e-5, atol=0)
     scale = max(g.abs().max() for g in expected_gradients.values())
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            gradient / scale, expected_gradients[name] / scale, atol=1e-5, rtol=1e-4, msg=name
+        )
 
 
 def test_logprobs_of_masked_tokens_equal_full_logits(small):
@@ -303,7 +328,9 @@ def test_logprobs_of_masked_tokens_equal_full_logits(small):
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.booleans(), st.booleans(), st.integers(0, 10**6))
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=6), st.booleans(), st.booleans(), st.integers(0, 10**6)
+)
 def test_packed_documents_equal_documents_alone(lengths, tied, checkpointing, seed):
     """Values and gradients of one row of documents, against each document as a batch of one."""
     generator = torch.Generator().manual_seed(seed)
@@ -314,18 +341,24 @@ def test_packed_documents_equal_documents_alone(lengths, tied, checkpointing, se
     for mask in masks:
         mask[0] = False  # nothing predicts it, least of all the document before
     masks[0][1] = True
-    alone = torch.cat([model.logprobs(ids[None], mask[None]) for ids, mask in zip(documents, masks) if mask.any()])
+    alone = torch.cat(
+        [model.logprobs(ids[None], mask[None]) for ids, mask in zip(documents, masks) if mask.any()]
+    )
     weights = torch.randn(len(alone), generator=generator)
     (weights * alone).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.checkpointing = checkpointing
-    packed = model.logprobs(torch.cat(documents)[None], torch.cat(masks)[None], [len(ids) for ids in documents])
+    packed = model.logprobs(
+        torch.cat(documents)[None], torch.cat(masks)[None], [len(ids) for ids in documents]
+    )
     (weights * packed).sum().backward()
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
     scale = max(g.abs().max() for g in expected.values())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad / scale, expected[name] / scale, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            parameter.grad / scale, expected[name] / scale, atol=1e-5, rtol=1e-4, msg=name
+        )
 
 
 def test_packing_makes_no_mask_of_all_pairs_and_no_logits_of_all_tokens(small):
@@ -335,7 +368,9 @@ def test_packing_makes_no_mask_of_all_pairs_and_no_logits_of_all_tokens(small):
     mask[0, [0, 3, 53, 54]] = False
     with LargestTensor() as largest:
         small.logprobs(ids, mask, lengths).sum().backward()
-    assert largest.elements == 100 * 80  # the MLP; all pairs of tokens would be 100 * 100, all logits 100 * 101
+    assert (
+        largest.elements == 100 * 80
+    )  # the MLP; all pairs of tokens would be 100 * 100, all logits 100 * 101
 
 
 @pytest.mark.parametrize("prompt, completions", [(0, [3]), (3, [2, 0]), (3, [])])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import make_small
 
-import clamp
-import magnitudes
+from evals import clamp
 from rollout import Rollout
+from studies import magnitudes
 
 pytestmark = pytest.mark.xdist_group("engine")  # one engine for all
 
@@ -45,7 +45,9 @@ def generate(engine, n=3, temperature=1.0, seeds=(1, 100, 200), max_tokens=12, s
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampler_logprobs_equal_the_trainers_before_and_after_updates_and_not_without_sync(setup, temperature):
+def test_sampler_logprobs_equal_the_trainers_before_and_after_updates_and_not_without_sync(
+    setup, temperature
+):
     model, engine = setup
     assert mismatch(model, generate(engine, temperature=temperature), temperature) < 1e-4
     for _ in range(3):
@@ -77,7 +79,9 @@ def test_sync_forgets_the_prefix_cache_of_the_old_weights(setup):
 def test_a_seed_fixes_each_completion_whatever_is_sampled_beside_it(setup):
     _, engine = setup
     together = generate(engine)
-    assert [[c.ids for c in group] for group in generate(engine)] == [[c.ids for c in group] for group in together]
+    assert [[c.ids for c in group] for group in generate(engine)] == [
+        [c.ids for c in group] for group in together
+    ]
     alone = engine.generate(PROMPTS[1:2], 3, 1.0, 12, [100], [7])
     assert [c.ids for c in alone[0]] == [c.ids for c in together[1]]
     one = engine.generate(PROMPTS[1:2], 1, 1.0, 12, [101], [7])  # sample j has seed + j
@@ -103,7 +107,9 @@ def test_a_groups_prompt_is_prefilled_once(setup):
 
     def counters():
         wanted = ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
-        return [metric.value for name in wanted for metric in engine.engine.get_metrics() if metric.name == name]
+        return [
+            metric.value for name in wanted for metric in engine.engine.get_metrics() if metric.name == name
+        ]
 
     before = counters()
     engine.generate(PROMPTS[:1], 8, 1.0, 4, [0], [7])
@@ -124,13 +130,16 @@ def clamped_by_hand(model, chosen):
 
     modules = [(values, model.get_submodule(name)) for name, values in chosen.items()]
     return [
-        m.register_forward_hook(lambda module, args, output, values=values: hook(values, output)) for values, m in modules
+        m.register_forward_hook(lambda module, args, output, values=values: hook(values, output))
+        for values, m in modules
     ]
 
 
 def same(groups, others):
     """Equal token ids and bit-equal log-probabilities."""
-    return [[(c.ids, c.logprobs) for c in g] for g in groups] == [[(c.ids, c.logprobs) for c in g] for g in others]
+    return [[(c.ids, c.logprobs) for c in g] for g in groups] == [
+        [(c.ids, c.logprobs) for c in g] for g in others
+    ]
 
 
 @pytest.mark.parametrize("rule", ["top", "bottom", "random"])
@@ -141,7 +150,9 @@ def test_a_clamp_acts_in_vllm_as_in_our_model_and_lets_go(setup, rule):
     with clamp.Means(model) as means:
         magnitude = magnitudes.average(magnitudes.measure(model, PROMPTS, "proj"))
     engine.clamp(clamp.choose(magnitude, means.values, 0.3, "untouched"))
-    assert len(engine.clamped) == 2 and same(generate(engine), untouched)  # hooks that hold nothing change nothing
+    assert len(engine.clamped) == 2 and same(
+        generate(engine), untouched
+    )  # hooks that hold nothing change nothing
     chosen = clamp.choose(magnitude, means.values, 0.3, rule, torch.Generator().manual_seed(0))
     engine.clamp(chosen)
     clamped = generate(engine)

@@ -13,7 +13,18 @@ from conftest import ROOT
 
 CODE = {"eval", "exec", "compile", "__import__"}  # builtins that turn text into code
 PICKLES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
-NETWORK = {"urllib", "urllib3", "requests", "httpx", "aiohttp", "http", "socket", "ftplib", "huggingface_hub", "datasets"}
+NETWORK = {
+    "urllib",
+    "urllib3",
+    "requests",
+    "httpx",
+    "aiohttp",
+    "http",
+    "socket",
+    "ftplib",
+    "huggingface_hub",
+    "datasets",
+}
 # What a file may do nevertheless, and why.
 ALLOWED = {
     ("judge.py", "import of http"): "asks the endpoint that --reward judge:... names",
@@ -87,7 +98,9 @@ def findings(source, path):
             if name in CALLS:
                 found.append((node.lineno, CALLS[name]))
             for key in ("shell", "trust_remote_code", "allow_pickle"):
-                if key in keywords and not (isinstance(keywords[key], ast.Constant) and keywords[key].value is False):
+                if key in keywords and not (
+                    isinstance(keywords[key], ast.Constant) and keywords[key].value is False
+                ):
                     found.append((node.lineno, key))
             if name == "time.sleep" and path.startswith("tests/") and id(node) not in waits:
                 found.append((node.lineno, "sleep"))
@@ -101,7 +114,10 @@ def findings(source, path):
 def python_files():
     """Those that git has, or would add."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     return sorted(path for path in listed.stdout.split() if (ROOT / path).exists())
 
@@ -111,7 +127,9 @@ def test_no_source_runs_what_it_reads_or_opens_the_network_unasked():
     assert {"train.py", "checkpoint.py", "bench/kill.py", "tests/test_safety.py"} <= set(files)
     found = [(path, line, what) for path in files for line, what in findings((ROOT / path).read_text(), path)]
     assert [each for each in found if each[::2] not in ALLOWED] == []
-    assert {each[::2] for each in found} == set(ALLOWED)  # an entry without its finding would allow what nobody looked at
+    assert {each[::2] for each in found} == set(
+        ALLOWED
+    )  # an entry without its finding would allow what nobody looked at
 
 
 @pytest.mark.parametrize("source, what", [
@@ -149,5 +167,7 @@ def test_the_walk_knows_where_it_is():
     assert findings("assert x", "tests/test_x.py") == findings("assert x", "bench/x.py") == []
     sleep = "import time\ntime.sleep(1)"
     assert findings(sleep, "tests/test_x.py") == [(2, "sleep")] and findings(sleep, "judge.py") == []
-    assert findings("import time\nwhile f():\n    time.sleep(1)", "tests/test_x.py") == []  # waits for something
+    assert (
+        findings("import time\nwhile f():\n    time.sleep(1)", "tests/test_x.py") == []
+    )  # waits for something
     assert findings("model(path, trust_remote_code=False)\nre.compile(x)\nmodel.eval()", "new.py") == []

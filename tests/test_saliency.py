@@ -37,7 +37,9 @@ def magnitudes_by_hand(model, sequences, site, counted=slice(None)):
     st.sampled_from(["all", "prompt", "not-first"]),
     st.booleans(),
 )
-def test_shared_prefix_magnitudes_equal_one_row_per_completion(prompt_length, groups, site, tokens, checkpointing):
+def test_shared_prefix_magnitudes_equal_one_row_per_completion(
+    prompt_length, groups, site, tokens, checkpointing
+):
     model, sequences = make_small(), []
     model.checkpointing = checkpointing
     with Tracker(model, site, tokens) as tracker:
@@ -45,7 +47,9 @@ def test_shared_prefix_magnitudes_equal_one_row_per_completion(prompt_length, gr
             prompt = torch.randint(0, 101, (prompt_length,))
             completions = [torch.randint(0, 101, (n,)) for n in lengths]
             sequences += [torch.cat((prompt, completion)) for completion in completions]
-            sum(lp.sum() for lp in model.group_logprobs(prompt, completions)).backward()  # recomputes the blocks
+            sum(
+                lp.sum() for lp in model.group_logprobs(prompt, completions)
+            ).backward()  # recomputes the blocks
     counted = {"all": slice(None), "prompt": slice(prompt_length), "not-first": slice(1, None)}[tokens]
     expected = magnitudes_by_hand(model, sequences, site, counted)
     magnitudes = tracker.magnitudes()
@@ -199,8 +203,13 @@ def test_unselected_rows_after_several_steps_are_what_is_promised(small, unselec
         before = {name: parameters[name].detach().clone() for name in names}
         moved = masked_step(optimizer, small, masks, unselected)
         for name in names:
-            m, v = 0.9 * first[name] + 0.1 * gradients[name], 0.999 * second[name] + 0.001 * gradients[name] ** 2
-            new = weights[name] * (1 - 1e-2 * decay) - 1e-2 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+            m, v = (
+                0.9 * first[name] + 0.1 * gradients[name],
+                0.999 * second[name] + 0.001 * gradients[name] ** 2,
+            )
+            new = weights[name] * (1 - 1e-2 * decay) - 1e-2 * (m / (1 - 0.9**t)) / (
+                (v / (1 - 0.999**t)).sqrt() + 1e-8
+            )
             rows = masks[name][:, None] if unselected == "frozen" else torch.tensor(True)
             weights[name] = torch.where(rows, new, weights[name])
             first[name], second[name] = torch.where(rows, m, first[name]), torch.where(rows, v, second[name])

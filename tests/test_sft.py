@@ -14,10 +14,9 @@ import transformers
 from conftest import ROOT, refusal, run_here, run_ranks, run_script
 from safetensors.torch import load_file
 
-import curriculum
-import data
-import durable
+from base import durable
 from model import Qwen3
+from prompts import chat
 
 TINY = ROOT / "assets" / "tiny"
 GOLDEN = 2.5916  # nats a token of assets/tiny on the first six chats, measured
@@ -29,11 +28,15 @@ def chats():
     names, words = "Maria Peter Anna Victor Clara Simon Laura".split(), "lamp river stone cloud apple".split()
     rng, rows = random.Random("chats"), []
     for i in range(20):
-        facts = [f"The code for {name} is {' '.join(rng.choices(words, k=3))}." for name in names[: 2 + i % 6]]
+        facts = [
+            f"The code for {name} is {' '.join(rng.choices(words, k=3))}." for name in names[: 2 + i % 6]
+        ]
         messages = []
         for k in range(1 + i % 2):
             thought = "<think>\nhm\n</think>\n\n" if i % 3 == 0 else ""
-            messages += [{"role": "user", "content": f"{' '.join(facts)}\n\nWhat is the code for {names[k]}?"}]
+            messages += [
+                {"role": "user", "content": f"{' '.join(facts)}\n\nWhat is the code for {names[k]}?"}
+            ]
             messages += [{"role": "assistant", "content": thought + facts[k]}]
         rows.append({"messages": messages})
     return rows
@@ -65,10 +68,10 @@ def test_the_first_loss_is_the_models_by_transformers_and_a_fixed_number(runs):
     order = list(range(20))
     random.Random("1 part 0 epoch 0").shuffle(order)
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    tokenizer = data.load_tokenizer(TINY, 10**6)
+    tokenizer = chat.load_tokenizer(TINY, 10**6)
     total, trained, tokens = 0.0, 0, 0
     for i in order[:6]:
-        ids, mask = (torch.tensor(x)[None] for x in data.encode_conversation(tokenizer, rows[i]["messages"]))
+        ids, mask = (torch.tensor(x)[None] for x in chat.encode_conversation(tokenizer, rows[i]["messages"]))
         n = mask.sum().item()
         total += model(input_ids=ids, labels=ids.where(mask, -100)).loss.item() * n
         trained, tokens = trained + n, tokens + ids.numel()
@@ -86,7 +89,9 @@ def test_a_run_leaves_what_it_promises(runs):
     metrics = read_metrics(run)
     assert [m["step"] for m in metrics] == [1, 2, 3] and metrics[-1]["epoch"] == 0.9
     rates = [m["learning_rate"] for m in metrics]
-    assert rates == pytest.approx([0.5e-3, 0.775e-3, 0.325e-3])  # warm-up; 0.55 + 0.45 cos(pi / 3); and of 2 pi / 3
+    assert rates == pytest.approx(
+        [0.5e-3, 0.775e-3, 0.325e-3]
+    )  # warm-up; 0.55 + 0.45 cos(pi / 3); and of 2 pi / 3
     documented = ast.get_docstring(ast.parse((ROOT / "sft.py").read_text()))
     keys = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert not [key for key in keys if not re.search(rf"\b{key}\b", documented)]
@@ -127,7 +132,8 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(runs):
     assert left == ["LATEST", "step-000001", "step-000002.partial"]
     step = killed / "checkpoints" / "step-000001"
     assert (
-        refusal(*command(runs, "killed", "--resume", "auto", "--batch", 8)) == f"--resume {step}: batch was 6, now it is 8"
+        refusal(*command(runs, "killed", "--resume", "auto", "--batch", 8))
+        == f"--resume {step}: batch was 6, now it is 8"
     )
     assert "exists; --resume auto goes on with it" in refusal(*command(runs, "killed"))
     run_here(*command(runs, "killed", "--resume", step, "--checkpointing"))
@@ -170,7 +176,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_too_many_end_the_run(runs, 
             (1, True),
             (1, True),
         ]
-        message = refusal(*command(runs, "skips", "--max-skips", 1, "--resume", runs / "skips/checkpoints/step-000002"))
+        message = refusal(
+            *command(runs, "skips", "--max-skips", 1, "--resume", runs / "skips/checkpoints/step-000002")
+        )
     assert message.startswith("step 3: loss or gradient was not finite in 2 updates in a row (--max-skips 1)")
     run_here(*command(runs, "once", "--steps", 1, "--schedule", "constant"))
     weights = [load_file(runs / name / "checkpoint" / "model.safetensors") for name in ("skips", "once")]
@@ -213,7 +221,6 @@ def test_ranks_skip_an_update_together(runs, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--layers", 4], "--layers has no meaning with --data"),
     (["--context", 5000], "more than the 4096 tokens"),
     (["--context", 50], "not one of 20 rows fits"),
     (["--data", ROOT / "assets" / "longbench-sample.json"], "longbench-sample.json, line 1"),
@@ -224,19 +231,3 @@ def test_ranks_skip_an_update_together(runs, monkeypatch):
 def test_bad_input_gets_one_clear_line(flags, message, runs):
     assert message in refusal(*command(runs, "refused", *flags))
     assert not (runs / "refused").exists()
-
-
-def test_the_curriculum_makes_a_model_without_data(tmp_path):
-    """A step of each stage; its conversations are the text of the chat template, its answers what is trained on."""
-    flags = "--copy-until 99 --steps 2 --batch 2 --vocab-size 600 --hidden-size 16".split()
-    run_here("sft.py", "--out", tmp_path / "new", *flags)
-    assert [m["stage"] for m in read_metrics(tmp_path / "new")] == ["copy", "recall", "recall"]
-    made = tmp_path / "new" / "checkpoint"
-    assert Qwen3.from_pretrained(made).config.vocab_size == 600
-    tokenizer, config = data.load_tokenizer(TINY, 10**6), curriculum.Settings()
-    ids, trained = curriculum.conversation(tokenizer, random.Random(0), config, 0.5)
-    text = tokenizer.decode(ids, skip_special_tokens=False)
-    assert tokenizer.encode(text, add_special_tokens=False).ids == ids
-    answers = tokenizer.decode([i for i, t in zip(ids, trained) if t], skip_special_tokens=False).split("<|im_end|>")
-    turns = text.split("</think>\n\n")[1:]
-    assert len(turns) > 1 and answers == [*(turn.split("<|im_end|>")[0] for turn in turns), ""]

@@ -13,9 +13,9 @@ import transformers
 from conftest import ROOT, run_here, run_nodes, run_ranks, run_script
 from inputs import rows
 
-from cli import BadInput
-from config import Config, check
+from base.cli import BadInput
 from model import Qwen3
+from run.config import Config, check
 
 TINY = ROOT / "assets" / "tiny"
 SHORT = "--steps 2 --prompts 4 --completions 4 --eval-prompts 8 --facts 6 --filler 6 --max-rounds 30".split()
@@ -85,8 +85,14 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     # Killed between a checkpoint's own name and LATEST, then sent SIGTERM amid generating, then left alone; bench/kill.py is
     # the module of its reward, and has more of it.
     name = runs("second")
-    killed, flags = ROOT / "runs" / name, [*SHORT, "--save-every", 1, "--reward", "kill:exact", "--resume", "auto"]
-    for place, code, left in (("save 6", -signal.SIGKILL, "LATEST.partial"), ("rollout 1 0 SIGTERM", 75, "LATEST")):
+    killed, flags = (
+        ROOT / "runs" / name,
+        [*SHORT, "--save-every", 1, "--reward", "kill:exact", "--resume", "auto"],
+    )
+    for place, code, left in (
+        ("save 6", -signal.SIGKILL, "LATEST.partial"),
+        ("rollout 1 0 SIGTERM", 75, "LATEST"),
+    ):
         env = {"PYTHONPATH": str(ROOT / "bench"), "KILL": place}
         result = run_script("train.py", "--name", name, *flags, env=env)
         assert result.returncode == code, result.stderr[-3000:]
@@ -121,7 +127,10 @@ def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
     grpo = ["--algorithm", "grpo", "--beta", 0.04]
     killed = "--save-every 1 --resume auto --reward kill:exact --context-parallel 2".split()
     again = {"restarts": 1, "env": {"KILL": "step 2"}}
-    for label, flags, run, more, how in (("cov", cov, run_nodes, [], {}), ("grpo", grpo, run_ranks, killed, again)):
+    for label, flags, run, more, how in (
+        ("cov", cov, run_nodes, [], {}),
+        ("grpo", grpo, run_ranks, killed, again),
+    ):
         alone = train(runs(f"{label}-1"), *flags)
         name = runs(f"{label}-2")
         result = run(2, "train.py", "--name", name, *SHORT, *flags, *more, "--tokens-per-pass", 25, **how)
@@ -169,7 +178,10 @@ def length(answer, row):
 def test_own_data_and_reward_through_a_toml_file_and_numbers_that_are_not_finite(runs, tmp_path):
     """The reward module spoils the sampler's log-probability of a token and of a whole completion in step 1, the loss of the
     first update of step 2, and of both of step 3."""
-    rows = [{"prompt": f"What is the code for {name}?", "answer": "x", "wanted": "The"} for name in ("Leo", "Eva") * 4]
+    rows = [
+        {"prompt": f"What is the code for {name}?", "answer": "x", "wanted": "The"}
+        for name in ("Leo", "Eva") * 4
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "mine.py").write_text(MINE)
     toml = f'data = "{tmp_path}/rows.jsonl"\nreward = "mine:length"\ndata_weights = [1]\ntemperature = 1\n'
@@ -179,7 +191,9 @@ def test_own_data_and_reward_through_a_toml_file_and_numbers_that_are_not_finite
     arguments = "--name", name, *SHORT, "--steps", 3, "--max-skips", 1, "--config", tmp_path / "config.toml"
     result, run = run_script("train.py", *arguments, env={"PYTHONPATH": str(tmp_path)}), ROOT / "runs" / name
     assert "held-out" not in result.stdout  # no --eval-data, no accuracy
-    assert result.returncode == 1 and "train.py: error: step 3: loss or gradient was not finite" in result.stderr
+    assert (
+        result.returncode == 1 and "train.py: error: step 3: loss or gradient was not finite" in result.stderr
+    )
     first, second = read_metrics(run)
     assert 0 < first["reward"] < 1 and (first["skipped"], second["skipped"]) == (0, 1)
     assert first["tokens_dropped"] > 1 and second["tokens_dropped"] == 0
@@ -234,7 +248,9 @@ def test_running_out_of_memory_in_the_first_step_says_what_to_lower(runs, tmp_pa
     arguments = "--name", runs("memory"), *SHORT, "--tokens-per-pass", 77, "--reward", "greedy:score"
     result = run_script("train.py", *arguments, env={"PYTHONPATH": str(tmp_path)})
     (line,) = [line for line in result.stderr.splitlines() if "train.py: error: " in line]
-    assert result.returncode != 0 and re.search(r"out of memory in training on \d+ prompt tokens and up to 77", line)
+    assert result.returncode != 0 and re.search(
+        r"out of memory in training on \d+ prompt tokens and up to 77", line
+    )
     assert "lower --tokens-per-pass or --context" in line and "Traceback" not in result.stderr
 
 
@@ -248,7 +264,9 @@ def test_small_passes_give_the_metrics_of_one(runs):
     assert json.loads((whole / "config.json").read_text())["epsilon_high"] == 4e-4
     for one, two in zip(read_metrics(whole), read_metrics(parts), strict=True):
         for key in one.keys() - {"mismatch_mean", "mismatch_max", "mismatch_k3"}:
-            assert two[key] == (one[key] if one[key] is None else pytest.approx(one[key], rel=2e-3, abs=2e-5)), key
+            assert two[key] == (
+                one[key] if one[key] is None else pytest.approx(one[key], rel=2e-3, abs=2e-5)
+            ), key
     assert json.loads((parts / "metrics.jsonl").read_text().splitlines()[0])["seconds"]["rehearsal"] > 0
 
 
@@ -257,7 +275,14 @@ def test_small_passes_give_the_metrics_of_one(runs):
 
 def test_a_refusal_is_one_line_and_exit_code_1(runs):
     """Here one that comes late: a batch that does not fill."""
-    flags = "--max-rounds", 1, "--temperature", 0.01, "--eval-prompts", 0  # all completions of a group are the same
+    flags = (
+        "--max-rounds",
+        1,
+        "--temperature",
+        0.01,
+        "--eval-prompts",
+        0,
+    )  # all completions of a group are the same
     result = run_script("train.py", "--name", runs("refused"), *SHORT, *flags)
     (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
     assert result.returncode == 1 and "train.py: error: step 1: " in line and "raise --max-rounds" in line
@@ -293,10 +318,10 @@ def test_unknown_flags_and_used_names_are_refused(runs):
 
 
 def test_scripts_explain_themselves():
-    for script in ("train.py", "sft.py", "plot.py"):
+    for script in ("train.py", "sft.py", "base/plot.py"):
         result = run_script(script, "--help")
         assert result.returncode == 0 and script in result.stdout
-    result = run_script("plot.py", "nowhere")
+    result = run_script("base/plot.py", "nowhere")
     assert result.returncode != 0 and "nowhere/metrics.jsonl is missing" in result.stderr
 
 

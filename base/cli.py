@@ -1,0 +1,168 @@
+"""Flags, TOML and one-line errors, for every script of this repository.
+
+A script describes itself in one dataclass whose fields are made by `option`; `parse` turns it into command-line flags
+(--learning-rate for learning_rate; its own fields first, then those that it inherits), reads --config FILE.toml ... with the same keys, and refuses what it does not know.
+Order of precedence: the flag, then the files from last to first, then the default.
+"""
+
+import argparse
+import dataclasses
+import errno
+import json
+import math
+import os
+import sys
+import time
+import tomllib
+import typing
+from pathlib import Path
+
+
+class BadInput(ValueError):
+    """The user's input is wrong; the message is one line that names what, where, and the mend."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))  # libraries, whose words it may quote, write several
+
+
+def option(default, help, choices=None, least=None, above=None, most=None, positional=False):
+    """A dataclass field with its line of --help; `choices` lists the allowed values. A number must be at least `least`,
+    or greater than `above`, and finite, and at most `most`. A list (its type says of what) takes its values
+    after one flag: --lengths 1 2. `positional`: given without a flag; it may be left out."""
+    limits = {"least": least, "above": above, "most": most}
+    metadata = {"help": help, "choices": choices, "positional": positional, **limits}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(config_class, doc, argv=None):
+    """Command line (default: sys.argv) -> an instance of `config_class`; `doc` opens --help. Raises BadInput for numbers
+    out of range and for a wrong --config file."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    more = "TOML files with any of the keys below (underscores); of a key in several the last counts"
+    parser.add_argument("--config", metavar="FILE", nargs="+", default=[], help=more)
+    types = typing.get_type_hints(config_class)
+    for field in sorted(
+        dataclasses.fields(config_class), key=lambda f: f.name not in config_class.__annotations__
+    ):
+        kind = types[field.name]
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is list:
+            how = {"type": typing.get_args(kind)[0], "nargs": "+"}
+        else:
+            how = {"type": kind, **({"nargs": "?"} if field.metadata["positional"] else {})}
+        parser.add_argument(
+            field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            choices=field.metadata["choices"],
+            help=_help(field),
+            **how,
+        )
+    given = vars(parser.parse_intermixed_args(argv))
+    values = {}
+    for path in given.pop("config"):
+        values |= _read_toml(Path(path), config_class, types)
+    values |= given
+    for field in dataclasses.fields(config_class):
+        if field.name in values:
+            _check_number(field, values[field.name])
+    return config_class(**values)
+
+
+def _check_number(field, value):
+    flag = "--" + field.name.replace("_", "-")
+    least, above, most = (field.metadata[key] for key in ("least", "above", "most"))
+    for number in value if isinstance(value, list) else [value]:
+        if least is not None and not least <= number < math.inf:
+            raise BadInput(f"{flag} must be at least {least}, not {number}")
+        if above is not None and not above < number < math.inf:
+            raise BadInput(f"{flag} must be more than {above}, not {number}")
+        if most is not None and not number <= most:
+            raise BadInput(f"{flag} must be at most {most}, not {number}")
+
+
+def _help(field):
+    text = field.metadata["help"]
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    shown = " ".join(map(str, default)) if isinstance(default, list) else repr(default)
+    plain = "(default" in text or field.metadata["positional"]
+    return (text if plain else f"{text} (default: {shown})").replace("%", "%%")
+
+
+def _read_toml(path, config_class, types):
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:  # not TOML and not UTF-8 are ValueErrors
+        raise BadInput(f"--config {path}: {error}") from error
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for key, value in values.items():
+        if key not in fields:
+            raise BadInput(f"--config {path}: unknown key {key!r}; --help lists the keys")
+        if types[key] is float:
+            values[key] = value = _as_float(value)
+        kind = types[key]
+        if typing.get_origin(kind) is list:
+            item = typing.get_args(kind)[0]
+            values[key] = value = (
+                value if isinstance(value, list) else [value]
+            )  # a list of one, as after a flag
+            if item is float:
+                values[key] = value = [_as_float(v) for v in value]
+            if not value or any(type(v) is not item for v in value):
+                raise BadInput(f"--config {path}: {key} must be a list of {item.__name__}, not {value!r}")
+        elif type(value) is not kind:
+            raise BadInput(f"--config {path}: {key} must be a {kind.__name__}, not {value!r}")
+        if "\\x00" in repr(value):
+            raise BadInput(f"--config {path}: {key} has a zero byte, which no path or name can have")
+        choices = fields[key].metadata["choices"]
+        if choices and value not in choices:
+            raise BadInput(f"--config {path}: {key} must be one of {', '.join(choices)}, not {value!r}")
+    return values
+
+
+def _as_float(value):
+    """An integer that a float can hold -> the float; what else TOML has -> the same."""
+    return float(value) if type(value) is int and abs(value) < 2**1023 else value
+
+
+# A disk that is full, over quota, over a file's limit, or not ours to write to.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def one_line_errors():
+    """From here on a BadInput, or a disk that takes nothing more, ends the process with one line and exit code 1; other
+    errors keep their traceback. Of the ranks of a node, which all find the same before they meet, the first says it."""
+
+    def hook(kind, error, traceback):
+        line = one_line(kind, error)
+        if line is None or os.environ.get("LOCAL_RANK", "0") == "0":
+            print_error(line, kind, error, traceback)
+        tell_torchrun(line or f"{kind.__name__}: {error}")
+
+    sys.excepthook = hook
+
+
+def one_line(kind, error):
+    """What is printed of an error instead of its traceback; None if it is to be read with it."""
+    if issubclass(kind, BadInput) or getattr(error, "errno", None) in DISK_ERRORS:
+        return f"{Path(sys.argv[0]).name}: error: {error}"
+    return None
+
+
+def print_error(line, kind, error, traceback):
+    if line is None:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def tell_torchrun(text):
+    """Why this rank ends; torchrun prints it last, as the traceback of the root cause."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        report = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": report}))

@@ -1,0 +1,222 @@
+"""Figures from what a run wrote.
+
+python -m base.plot runs/NAME          # draws runs/NAME/reward.png and runs/NAME/magnitudes.png again
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no display
+import matplotlib.pyplot as plt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from base import durable
+from base.cli import BadInput, one_line_errors
+from base.durable import json_lines
+
+# What is read here was written by train.py and sft.py, and may have been damaged since: each reader raises BadInput.
+
+
+def read_metrics(path, key):
+    """metrics.jsonl -> steps, and the number under `key` of each, null for none."""
+    steps, values = [], []
+    for _, where, row in json_lines(path):
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not _number(row.get(key, "")):
+            raise BadInput(f'{where} is not a line of metrics: "step" and "{key}" must be numbers; remove it')
+        steps.append(row["step"])
+        values.append(row[key])
+    return steps, values
+
+
+def _number(value):
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
+
+
+def held_out_accuracy(path):
+    """results.json -> {"before": ..., "after": ...}, each the accuracy on the first set of held-out prompts or None."""
+    try:
+        results = json.loads(path.read_bytes())
+        first = {
+            when: next(iter((results[when] or {}).values()), {"accuracy": None})
+            for when in ("before", "after")
+        }
+        accuracy = {when: each["accuracy"] for when, each in first.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(
+            f"{path} is not what train.py leaves: {error!r}; remove it to draw the reward alone"
+        ) from error
+    if not all(_number(value) for value in accuracy.values()):
+        raise BadInput(
+            f"{path} is not what train.py leaves: accuracy {accuracy}; remove it to draw the reward alone"
+        )
+    return accuracy
+
+
+def load_magnitudes(path):
+    """What save_magnitudes wrote."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
+    layers = range(sum(name.endswith("q_proj") for name in tensors))
+    wanted = {
+        f"model.layers.{i}.self_attn.{w}_proj{of}" for i in layers for w in "qk" for of in ("", ".selected")
+    }
+    if not tensors or tensors.keys() != wanted or any(tensor.dim() != 2 for tensor in tensors.values()):
+        raise BadInput(
+            f"{path} does not hold the magnitudes of Q and K; a run of train.py with --rule top leaves them"
+        )
+    return tensors
+
+
+def _save(figure, path):
+    with durable.replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)
+
+
+def reward_curve(run):
+    """runs/NAME/metrics.jsonl (and results.json) -> reward.png: training reward and held-out accuracy before and after."""
+    steps, rewards = read_metrics(run / "metrics.jsonl", "reward")
+    accuracy = held_out_accuracy(run / "results.json") if (run / "results.json").exists() else {}
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, rewards, color="tab:blue", label="mean reward of sampled completions")
+    for (when, value), x in zip(accuracy.items(), (0, steps[-1])):
+        if value is not None:  # --no-eval-before
+            axes.plot(x, value, "o", color="tab:red", label="held-out accuracy" if when == "after" else None)
+    axes.set(xlabel="training step", ylabel="reward")
+    axes.set_title(run.name, parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    _save(figure, run / "reward.png")
+
+
+def loss_curve(run):
+    """metrics.jsonl of sft.py in the directory `run` -> loss.png: the loss of each step."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*read_metrics(run / "metrics.jsonl", "loss"), color="tab:blue")
+    axes.set(xlabel="training step", ylabel="cross entropy of the assistant's tokens, nats")
+    axes.set_title(run.name, parse_math=False)
+    axes.grid(alpha=0.3)
+    _save(figure, run / "loss.png")
+
+
+def reward_bands(path, panels):
+    """{panel title: {label: runs x steps of rewards}} -> path: mean over runs, shaded by its standard error."""
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 4), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
+        for label, runs in curves.items():
+            rewards = torch.tensor(runs)  # (runs, steps)
+            steps, mean = range(1, rewards.size(1) + 1), rewards.mean(0)
+            error = rewards.std(0) / len(runs) ** 0.5 if len(runs) > 1 else torch.zeros_like(mean)
+            (line,) = axes.plot(steps, mean, label=f"{label} ({len(runs)} runs)")
+            axes.fill_between(
+                steps, mean - error, mean + error, alpha=0.2, color=line.get_color(), linewidth=0
+            )
+        axes.set(xlabel="training step", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", fontsize="small")
+    grid[0, 0].set_ylabel("mean reward of sampled completions")
+    _save(figure, path)
+
+
+def save_magnitudes(path, magnitudes, masks):
+    """Magnitudes {name: (H, D)} and masks {name.weight: (H * D,)} of one step -> a safetensors file. Raises BadInput when
+    the disk does not take it."""
+    rows = {
+        f"{name}.selected": masks[f"{name}.weight"].view_as(m).contiguous() for name, m in magnitudes.items()
+    }
+    try:
+        with durable.replacing(path) as partial:
+            save_file({name: t.cpu() for name, t in {**magnitudes, **rows}.items()}, partial)
+    except SafetensorError as error:
+        raise BadInput(f"{path} cannot be written: {error}") from error
+
+
+def heatmap(run):
+    """runs/NAME/magnitudes.safetensors -> magnitudes.png: heads x dimensions, a panel per layer, Q and K side by side."""
+    tensors = load_magnitudes(run / "magnitudes.safetensors")
+    layers = len(tensors) // 4
+    figure, grid = plt.subplots(
+        layers, 2, figsize=(14, 1.0 + 1.3 * layers), layout="constrained", squeeze=False
+    )
+    for layer in range(layers):
+        for axes, which in zip(grid[layer], "qk", strict=True):
+            image = _panel(axes, tensors, layer, which, dot=5)
+            if layer == 0:
+                axes.set_title(f"{which.upper()}: magnitude / largest of the head; red: selected rows")
+    for axes in grid[-1]:
+        axes.set_xlabel("dimension of the head")
+    figure.colorbar(image, ax=grid, fraction=0.02)
+    _save(figure, run / "magnitudes.png")
+
+
+def heads_and_dimensions(path, title, magnitudes, which, layers):
+    """The safetensors file `magnitudes` (save_magnitudes) -> the PNG `path`: heads x dimensions of Q or K (`which`: "q" or
+    "k"), a panel for each of `layers`, one below the other."""
+    tensors = load_magnitudes(magnitudes)
+    heads = len(tensors[f"model.layers.0.self_attn.{which}_proj"])
+    height = 0.8 + 0.14 * heads  # inches of a panel
+    figure, grid = plt.subplots(
+        len(layers), 1, figsize=(11, 0.8 + height * len(layers)), layout="constrained", squeeze=False
+    )
+    for layer, axes in zip(layers, grid[:, 0], strict=True):
+        image = _panel(axes, tensors, layer, which, dot=4)
+    axes.set_xlabel("dimension of the head")
+    figure.suptitle(f"{title} / largest of the head; red: selected rows", parse_math=False, fontsize=10)
+    figure.colorbar(image, ax=grid, fraction=0.02)
+    _save(figure, path)
+
+
+def _panel(axes, tensors, layer, which, dot):
+    """One layer's heads x dimensions. Colour: magnitude over the largest of its head (so every head is readable); a red dot
+    of `dot` square points marks a selected row."""
+    name = f"model.layers.{layer}.self_attn.{which}_proj"
+    magnitude, selected = tensors[name], tensors[name + ".selected"]
+    image = axes.imshow(
+        magnitude / magnitude.amax(-1, keepdim=True), aspect="auto", cmap="viridis", vmin=0, vmax=1
+    )
+    heads, dims = torch.nonzero(selected, as_tuple=True)
+    axes.scatter(dims, heads, s=dot, color="red", marker="o", linewidths=0)
+    axes.set(ylabel=f"layer {layer}\nhead", yticks=range(0, len(magnitude), max(1, len(magnitude) // 4)))
+    return image
+
+
+def score_heatmap(path, title, rows, columns, scores):
+    """scores: {(row, column): per cent}; a pair without one stays empty -> the PNG `path`."""
+    figure, axes = plt.subplots(
+        figsize=(2.5 + 0.9 * len(columns), 1.3 + 0.35 * len(rows)), layout="constrained"
+    )
+    grid = [[scores.get((row, column), float("nan")) for column in columns] for row in rows]
+    image = axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=0, vmax=100)
+    axes.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel="length, tokens")
+    axes.set_xticklabels([f"{column:,}" for column in columns])
+    axes.set_yticklabels(rows)
+    for (row, column), score in scores.items():
+        axes.text(
+            columns.index(column), rows.index(row), f"{score:.1f}", ha="center", va="center", fontsize=8
+        )
+    axes.set_title(title, parse_math=False, fontsize=9)
+    figure.colorbar(image, ax=axes, fraction=0.05)
+    _save(figure, path)
+
+
+if __name__ == "__main__":
+    one_line_errors()
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] == ["--help"] else 2)
+    directory = Path(sys.argv[1])
+    for file in ("metrics.jsonl", "magnitudes.safetensors"):
+        if not (directory / file).exists():
+            raise BadInput(f"{directory / file} is missing; give the directory of a finished run")
+    reward_curve(directory)
+    heatmap(directory)
+    print(f"{directory}/reward.png {directory}/magnitudes.png")

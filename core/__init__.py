@@ -1,0 +1,1 @@
+"""What model and training stand on: attention, checkpoints, ranks that share weights and tokens, schedules, memory."""

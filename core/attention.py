@@ -1,0 +1,177 @@
+"""Where tokens meet: rotary positions, causal attention, and a group's attention to the prompt it shares.
+
+The keys and values of a prompt exist once. A completion's queries attend to them and, causally, to its own: two attention
+calls whose results are merged by their log-sum-exp, so that nothing is ever repeated per completion or masked away.
+
+Shapes: B sequences, T tokens, H query heads, Hk key/value heads, D head size, P prompt tokens, G completions of R_i tokens,
+N = sum(R_i), R = max(R_i). Tokens come before heads: (B, T, H, D).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------- rotary positions
+
+
+def rope_frequencies(config):
+    """Inverse frequencies (D/2,) fp32 and the factor on cos and sin (1.0 without YaRN; YaRN is arXiv 2309.00071)."""
+    dim, base, yarn = config.head_dim, config.rope_theta, config.rope_scaling
+    wavelengths = base ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
+    if yarn is None:
+        return 1.0 / wavelengths, 1.0
+    factor, original = yarn["factor"], yarn["original_max_position_embeddings"]
+
+    def correction_dim(rotations):  # the dimension that turns `rotations` times over the original context
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = correction_dim(yarn.get("beta_fast") or 32), correction_dim(yarn.get("beta_slow") or 1)
+    if yarn.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2, device="cpu").float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    frequencies = (1 - ramp) / wavelengths + ramp / (factor * wavelengths)
+
+    def mscale(weight):
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention_factor = yarn.get("attention_factor")
+    if attention_factor is None:
+        m, m_all = yarn.get("mscale"), yarn.get("mscale_all_dim")
+        attention_factor = mscale(m) / mscale(m_all) if m and m_all else mscale(1)
+    return frequencies, attention_factor
+
+
+def rope_tables(config, positions, dtype):
+    """positions (T,) -> cos and sin (T, 1, D) in `dtype`, computed in fp32. Dimension d turns together with d + D/2."""
+    frequencies, factor = rope_frequencies(config)
+    angles = positions[:, None].float() * frequencies.to(positions.device, non_blocking=True)  # (T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Apply RoPE to x (B, T, heads, D)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def causal_attention(q, k, v, lengths=None):
+    """q (B, T, H, D), k and v (B, T, Hk, D) -> (B, T, H, D), each sequence on its own. Flash kernels on CPU and GPU.
+
+    `lengths`: a row is documents of so many tokens one after the other, and each attends to itself only. One call per
+    document: no mask of T x T, no work between documents, and it runs everywhere (PyTorch's varlen_attn is CUDA's alone).
+    """
+    if lengths:
+        documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
+        return torch.cat([causal_attention(*document) for document in documents], dim=1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+
+
+class Layout:
+    """Where the tokens of a group's completions are, as they lie one after the other in a row of N. Documents that follow
+    each other in a row, and nothing before them, are completions of a prompt of length 0.
+
+    lengths: R_i. positions (N,): every completion continues at P. slots (N,): place in a right-padded (G, R) batch.
+    predicted: the tokens that this rank's Share of the N predicts (all of them, if it is not shared), predictors: by which
+    of [last prompt token | its tokens].
+    """
+
+    def __init__(self, prompt_length, lengths, device, share):
+        self.lengths, self.shape = lengths, (len(lengths), max(lengths))
+        sizes = torch.tensor(lengths)
+        starts = sizes.cumsum(0) - sizes  # (G,) first token of each completion among the N
+        offsets = torch.arange(sum(lengths)) - starts.repeat_interleave(
+            sizes
+        )  # (N,) place within its completion
+        owner = torch.arange(len(lengths)).repeat_interleave(sizes)  # (N,) which completion
+        predicted, predictors = share.predictions(torch.where(offsets == 0, 0, torch.arange(sum(lengths))))
+        self.positions, self.predicted, self.predictors, self.slots = (
+            index.to(device, non_blocking=True)
+            for index in (prompt_length + offsets, predicted, predictors, owner * max(lengths) + offsets)
+        )
+
+    def pad(self, x, own=slice(None)):
+        """(1, N, ...) -> (G, R, ...), zeros behind every completion; if x is only the tokens `own`, zeros for the others."""
+        (G, R), slots = self.shape, self.slots[own]
+        if len(slots) == G * R:  # equal lengths: nothing to pad, nothing to copy
+            return x.view(G, R, *x.shape[2:])
+        padded = x.new_zeros(G * R, *x.shape[2:])
+        padded[slots] = x[0]
+        return padded.view(G, R, *x.shape[2:])
+
+    def unpad(self, x):
+        """(G, R, ...) -> (1, N, ...)"""
+        flat = x.flatten(0, 1)
+        return (flat if len(self.slots) == len(flat) else flat[self.slots])[None]
+
+
+class GroupAttention(torch.autograd.Function):
+    """q (1, N, H, D), k and v (1, N, Hk, D), prompt_k and prompt_v (1, P, Hk, D), Layout -> (1, N, H, D).
+
+    softmax over [prompt | own] from the softmax over each: with l the log-sum-exp of the scores, out = sum of
+    exp(l_part - l) * out_part, l = logaddexp of both. A flash kernel's backward recomputes probabilities as exp(score - l)
+    and needs of the forward only out and l: given the merged ones, it returns for each part its share of the whole
+    gradient, exactly. On a GPU the flash kernel takes bf16 and fp16 only.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, prompt_k, prompt_v, layout):
+        pad, unpad = layout.pad, layout.unpad
+        far, far_lse, far_rest = flash(q, prompt_k, prompt_v, causal=False)
+        own, own_lse, own_rest = flash(pad(q), pad(k), pad(v), causal=True)
+        own, own_lse = unpad(own), unpad(own_lse)
+        lse = torch.logaddexp(far_lse, own_lse)  # (1, N, H) fp32
+        far_share, own_share = (far_lse - lse).exp()[..., None], (own_lse - lse).exp()[..., None]
+        out = (far * far_share + own * own_share).to(q.dtype)
+        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
+        ctx.layout, ctx.rests = layout, (far_rest, own_rest)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, prompt_k, prompt_v, out, lse = ctx.saved_tensors
+        pad, unpad, (far_rest, own_rest) = ctx.layout.pad, ctx.layout.unpad, ctx.rests
+        grad = grad.contiguous()
+        far_q, prompt_k, prompt_v = flash_backward(
+            grad, q, prompt_k, prompt_v, out, lse, far_rest, causal=False
+        )
+        # Padding: its scores and log-sum-exp are zeros, so its probabilities are finite and its gradients 0.
+        own = flash_backward(pad(grad), pad(q), pad(k), pad(v), pad(out), pad(lse), own_rest, causal=True)
+        own_q, k, v = map(unpad, own)
+        return far_q + own_q, k, v, prompt_k, prompt_v, None
+
+
+def flash(q, k, v, causal):
+    """One flash kernel: q (B, T, H, D), k and v (B, S, Hk, D) -> out (B, T, H, D), log-sum-exp of the scaled scores
+    (B, T, H) fp32, and what else the kernel's backward wants. PyTorch's public attention call keeps the log-sum-exp to
+    itself, hence the operators behind it; both know grouped queries."""
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    if q.is_cuda:
+        out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, 0.0, causal)
+        rest = rest[:6]  # lengths (none), longest T and S, state of the dropout that is not used
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal)
+        rest = []
+    return out.transpose(1, 2), lse.transpose(1, 2), rest
+
+
+def flash_backward(grad, q, k, v, out, lse, rest, causal):
+    """Gradients of q, k and v, shaped like them. `out` and `lse` may be of a softmax over more keys than k."""
+    heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out, lse)]
+    heads_first[5] = heads_first[5].contiguous()  # (B, H, T), the kernel's layout
+    if q.is_cuda:
+        *lengths, state, unused = rest
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        gradients = backward(*heads_first, *lengths, 0.0, causal, state, unused)
+    else:
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *heads_first, 0.0, causal
+        )
+    return tuple(gradient.transpose(1, 2) for gradient in gradients)

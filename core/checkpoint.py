@@ -1,0 +1,371 @@
+"""Hugging Face checkpoint directories: config.json and safetensors, in and out.
+
+A model here is any module with a Qwen3Config as `.config` whose parameters have Hugging Face's names; they may be sharded by
+FSDP2. transformers and vLLM load what is written as it is.
+"""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from base import durable
+from base.cli import BadInput
+
+DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names of what weights may be stored in
+SHARD_BYTES = 5 * 10**9  # size of one safetensors file, Hugging Face's default
+# Files beside the weights that make a directory usable by transformers and vLLM; they go with the model unchanged.
+COMPANIONS = (
+    "tokenizer.json tokenizer_config.json generation_config.json chat_template.jinja vocab.json merges.txt "
+    "added_tokens.json special_tokens_map.json"
+).split()
+
+# hidden, layers, query heads, intermediate, tied embeddings (Qwen3 technical report, Table 1)
+SIZES = {
+    "0.6B": (1024, 28, 16, 3072, True),
+    "1.7B": (2048, 28, 16, 6144, True),
+    "4B": (2560, 36, 32, 9728, True),
+    "8B": (4096, 36, 32, 12288, False),
+    "14B": (5120, 40, 40, 17408, False),
+    "32B": (5120, 64, 64, 25600, False),
+}
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """The keys of Hugging Face's config.json that Qwen3 depends on; `rope_scaling` is None or a YaRN dictionary."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    tie_word_embeddings: bool
+    vocab_size: int = 151936
+    num_key_value_heads: int = 8
+    head_dim: int = 128  # independent of hidden_size / num_attention_heads
+    max_position_embeddings: int = 40960
+    rope_theta: float = 1e6
+    rope_scaling: dict | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 151643
+    eos_token_id: int | None = 151645
+
+    @classmethod
+    def preset(cls, name):
+        """A published size by name: "0.6B" ... "32B", and "-Base" after it for the base model."""
+        size = name.removesuffix("-Base")
+        if size not in SIZES:
+            raise BadInput(f"no Qwen3 preset {name!r}; there are {', '.join(SIZES)}, each also with -Base")
+        base = {"max_position_embeddings": 32768, "eos_token_id": 151643} if name.endswith("-Base") else {}
+        return cls(*SIZES[size], **base)
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Read `directory`/config.json. Raises BadInput when it is missing, unreadable or not a dense Qwen3."""
+        path = Path(directory) / "config.json"
+        if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
+            raise BadInput(
+                f"{directory} is not a checkpoint: it has no config.json; give a Hugging Face model directory"
+            )
+        return cls.from_dict(read_object(path), path)
+
+    @classmethod
+    def from_dict(cls, raw, path="config"):
+        """Hugging Face's dictionary -> Qwen3Config, with rope in the old (rope_theta, rope_scaling) or new
+        (rope_parameters) form. Raises BadInput naming the first thing that is not supported."""
+        if raw.get("model_type") != "qwen3":
+            raise BadInput(
+                f"{path}: model_type {raw.get('model_type')!r} is not supported, only dense 'qwen3'"
+            )
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        layers = raw.get("layer_types") or []
+        for key, value, kind in (("rope_scaling", rope, dict), ("layer_types", layers, list)):
+            if not isinstance(value, kind):
+                raise BadInput(f"{path}: {key} is {value!r:.60}, not an object or list as Qwen3 has it")
+        rope = dict(rope)
+        theta = rope.pop("rope_theta", raw.get("rope_theta"))
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
+        unsupported = {
+            "attention bias (attention_bias)": raw.get("attention_bias"),
+            "sliding-window attention (use_sliding_window)": raw.get("use_sliding_window"),
+            "sliding-window attention (layer_types)": any(layer != "full_attention" for layer in layers),
+            f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+            "quantized weights (quantization_config)": raw.get("quantization_config"),
+            f"RoPE type {kind!r}": kind not in ("default", "yarn"),
+            "partial rotary embedding": rope.pop("partial_rotary_factor", 1.0) != 1.0,
+        }
+        for what, present in unsupported.items():
+            if present:
+                raise BadInput(f"{path}: {what} is not supported")
+        if theta is None:
+            raise BadInput(f"{path}: rope_theta is missing; Qwen3 has 1000000")
+        check_numbers({"rope_theta": theta}, path)
+        if kind == "yarn" and "factor" not in rope:
+            raise BadInput(f"{path}: YaRN needs a factor")
+        if kind == "yarn":
+            rope.setdefault(
+                "original_max_position_embeddings",
+                raw.get("max_position_embeddings", cls.max_position_embeddings),
+            )
+        names = [name for name in cls.__dataclass_fields__ if name not in ("rope_theta", "rope_scaling")]
+        # Sizes must be said: a default that differs from transformers' would be another model.
+        required = {name for name in names if name not in cls.__dict__} | {
+            "num_key_value_heads",
+            "vocab_size",
+        }
+        missing = sorted(required - raw.keys())
+        if missing:
+            raise BadInput(f"{path}: {', '.join(missing)} missing")
+        check_numbers({name: raw[name] for name in names if name in raw}, path)
+        scaling = {"rope_type": "yarn", **rope} if kind == "yarn" else None
+        if scaling:
+            check_numbers(scaling, path)
+        config = cls(
+            **{name: raw[name] for name in names if name in raw},
+            rope_theta=float(theta),
+            rope_scaling=scaling,
+        )
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise BadInput(
+                f"{path}: {config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key heads"
+            )
+        return config
+
+    def to_dict(self, dtype=torch.float32):
+        """The config.json that transformers and vLLM read (rope in the old form, which both old and new ones take)."""
+        name = str(dtype).removeprefix("torch.")
+        fixed = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"}
+        return {
+            **fixed,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "torch_dtype": name,
+            **asdict(self),
+        }
+
+    def context(self, asked, directory):
+        """--context: `asked` tokens, or 0 for all the model has -> tokens. Raises BadInput for more than it has."""
+        if asked > self.context_length:
+            raise BadInput(
+                f"--context {asked} is more than the {self.context_length} tokens of {directory}; it needs YaRN"
+            )
+        return asked or self.context_length
+
+    @property
+    def context_length(self):
+        """Tokens a sequence may have: YaRN's factor times the original length, or max_position_embeddings."""
+        yarn = self.rope_scaling
+        if yarn is None:
+            return self.max_position_embeddings
+        return max(
+            int(yarn["factor"] * yarn["original_max_position_embeddings"]), self.max_position_embeddings
+        )
+
+
+LARGEST = 2**20  # of any size: products of three are still numbers that torch can hold
+# key of config.json, or of its YaRN settings: (type, least, most)
+NUMBERS = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), (int, 1, LARGEST)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (int, 1, LARGEST)),
+    "num_hidden_layers": (int, 1, 1024),
+    "head_dim": (int, 2, LARGEST),
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), (int, 1, 2**31)),
+    "rope_theta": (float, 1 + 1e-6, 1e30),  # YaRN divides by its logarithm
+    **dict.fromkeys(("rms_norm_eps", "initializer_range"), (float, 0, 1)),
+    "factor": (float, 1, 1e6),
+}
+OPTIONAL_NUMBERS = (
+    "beta_fast beta_slow attention_factor mscale mscale_all_dim".split()
+)  # of YaRN: more than 0, or null
+
+
+def check_numbers(values, path):
+    """Raises BadInput for the first of config.json's values that has another type than Qwen3's, or a size none has."""
+    for key, value in values.items():
+        number = type(value) in (int, float) and math.isfinite(value)
+        if key in NUMBERS:
+            kind, least, most = NUMBERS[key]
+            good = number and least <= value <= most and (kind is float or type(value) is int)
+            wanted = f"a{'n integer' if kind is int else ' number'} from {least:,} to {most:,}"
+        elif key in OPTIONAL_NUMBERS:
+            good, wanted = value is None or (number and value > 0), "a number more than 0"
+        elif key in ("tie_word_embeddings", "truncate"):
+            good, wanted = type(value) is bool, "true or false"
+        elif key in ("bos_token_id", "eos_token_id"):
+            ids = value if isinstance(value, list) else [value]
+            good, wanted = value is None or all(type(i) is int and i >= 0 for i in ids), "a token id"
+        else:
+            good = True
+        if good and key == "head_dim" and value % 2:
+            good, wanted = False, "even: RoPE turns its dimensions in pairs"
+        if not good:
+            raise BadInput(f"{path}: {key} must be {wanted}, not {value!r:.60}")
+
+
+def read_object(path):
+    """A file of one JSON object -> dict. Raises BadInput."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8 and not JSON are ValueErrors
+        raise BadInput(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} cannot be used: it is not a JSON object")
+    return value
+
+
+def generation_config(directory):
+    """`directory`/generation_config.json, {} without one. vLLM reads it when it starts. Raises BadInput."""
+    path = Path(directory) / "generation_config.json"
+    return read_object(path) if path.exists() else {}
+
+
+def check_weights(model, directory):
+    """That the tensors of `directory` are the parameters of `model` (which may be on the meta device), by reading headers
+    only -> {tensor name: file}. Raises BadInput for unreadable files and for tensors that are missing, misshapen, unexpected
+    or not of floating point."""
+    files = weight_files(Path(directory))
+    parameters = dict(model.named_parameters())
+    if model.config.tie_word_embeddings:
+        files.pop("lm_head.weight", None)  # some exports write the tied head a second time
+    missing, unexpected = sorted(parameters.keys() - files.keys()), sorted(files.keys() - parameters.keys())
+    if missing or unexpected:
+        what, names = ("lacks", missing) if missing else ("has unexpected", unexpected)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise BadInput(
+            f"{directory}: the checkpoint {what} tensor {names[0]}{more}; is it the model of config.json?"
+        )
+    for name, stored in stored_tensors(files):
+        wanted, found = list(parameters[name].shape), stored.get_shape()
+        if wanted != found:
+            raise BadInput(f"{files[name]}: {name} has shape {found}, config.json makes it {wanted}")
+        if stored.get_dtype() not in DTYPES:
+            raise BadInput(
+                f"{files[name]}: {name} is of {stored.get_dtype()}; weights are of {', '.join(DTYPES)}"
+            )
+    return files
+
+
+@torch.no_grad()
+def load_weights(model, directory):
+    """Fill `model` from safetensors, one tensor at a time; of a sharded parameter each rank reads only its own rows."""
+    parameters = dict(model.named_parameters())
+    for name, stored in stored_tensors(check_weights(model, directory)):
+        local, first = local_rows(parameters[name])
+        local.copy_(stored[first : first + len(local)])
+        if not local.isfinite().all():
+            raise BadInput(f"{directory}: {name} has values that are not finite")
+
+
+def stored_tensors(files):
+    """{tensor name: file} -> (name, safetensors slice) one after the other, each file opened once."""
+    for file in sorted(set(files.values())):
+        with open_safetensors(file) as tensors:
+            for name in sorted(name for name in files if files[name] == file):
+                try:
+                    stored = tensors.get_slice(name)
+                except SafetensorError as error:
+                    raise BadInput(f"{file} does not hold {name}, which the index says it does") from error
+                yield name, stored
+
+
+def save_checkpoint(model, directory, dtype=None, companions_from=None):
+    """Write a Hugging Face directory: config.json, safetensors in shards of at most 5 GB with an index if several.
+
+    Every rank must call it (sharded parameters are gathered one at a time); rank 0 writes to a temporary name
+    beside `directory`, has it on disk and renames. `companions_from`: directory whose tokenizer files are copied along.
+    """
+    directory = Path(directory)
+    writer = not dist.is_initialized() or dist.get_rank() == 0
+    partial = directory.with_name(directory.name + ".partial")
+    dtype = dtype or next(model.parameters()).dtype
+    shards, room = [], 0  # lists of parameter names
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() * dtype.itemsize
+        if size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    if writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    parameters, index = dict(model.named_parameters()), {}
+    for i, names in enumerate(shards):
+        file = (
+            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        )
+        tensors = {}
+        for name in names:
+            tensor = full_tensor(parameters[name])
+            if writer:
+                tensors[name] = tensor.to("cpu", dtype).contiguous()
+            index[name] = file
+        if writer:
+            try:
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # its kind of OSError
+                raise BadInput(f"{partial / file} cannot be written: {error}") from error
+    if not writer:
+        return
+    if len(shards) > 1:
+        total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": index}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (partial / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
+    for name in COMPANIONS if companions_from else ():
+        if (Path(companions_from) / name).exists():
+            shutil.copyfile(Path(companions_from) / name, partial / name)
+    durable.publish(partial, directory)
+
+
+def full_tensor(parameter):
+    """The whole value of a parameter, gathered when it is an FSDP2 DTensor (then every rank must call)."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def local_rows(parameter):
+    """This rank's rows of a parameter and the index of the first: FSDP2 splits dimension 0 like torch.chunk, over the
+    last dimension of its mesh."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    rank, world = parameter.device_mesh.get_local_rank(-1), parameter.device_mesh.size(-1)
+    return parameter.to_local(), min(rank * -(-len(parameter) // world), len(parameter))
+
+
+def weight_files(directory):
+    """Tensor name -> safetensors file of a checkpoint directory, sharded or not. Raises BadInput."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if index.exists():
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise BadInput(f'{index} is not an index of safetensors: "weight_map" must be an object')
+        for name, file in names.items():
+            # A plain name: an index must not make us read outside of its directory.
+            if not (isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file):
+                raise BadInput(
+                    f"{index}: {name} must be in a .safetensors file beside the index, not in {file!r:.60}"
+                )
+        for file in sorted(set(names.values())):
+            if not (directory / file).exists():
+                raise BadInput(f"{directory / file} is missing, but {index.name} names it")
+        return {name: directory / file for name, file in names.items()}
+    if not single.exists():
+        raise BadInput(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
+    with open_safetensors(single) as tensors:
+        return dict.fromkeys(tensors.keys(), single)
+
+
+def open_safetensors(file):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} is not a readable safetensors file: {error}") from error

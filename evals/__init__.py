@@ -1,0 +1,1 @@
+"""What evaluations share, and what each benchmark has of its own."""

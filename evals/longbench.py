@@ -1,0 +1,262 @@
+"""LongBench v2 (arXiv 2412.15204): its file, its prompts, its answers. The evaluation: eval_longbench.py.
+
+    entries, digest = longbench.index("data.json")          # 503 entries: where each item lies in the file
+    item = longbench.read_item("data.json", entries[0])     # one item, with its document of up to 8 MB
+    longbench.fill(longbench.ZERO_SHOT, item)               # the user's message
+
+Behaviour of github.com/THUDM/LongBench (pred.py, result.py, prompts/) at 2e00731, in our own code. The file (465 MB, a JSON
+list) is never held as a whole: `index` reads it once, checks every item and remembers its place.
+"""
+
+import codecs
+import copy
+import hashlib
+import json
+import re
+import reprlib
+from array import array
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from base.cli import BadInput
+from prompts import chat
+
+QUESTION = """What is the correct answer to this question: $Q$
+Choices:
+(A) $C_A$
+(B) $C_B$
+(C) $C_C$
+(D) $C_D$
+
+"""
+FORMAT = 'Format your response as follows: "The correct answer is (insert answer here)".'
+TEXT = "Please read the following text and answer the question{} below.\n\n<text>\n$DOC$\n</text>\n\n"
+ZERO_SHOT = TEXT.format("") + QUESTION + FORMAT
+COT = TEXT.format("s") + QUESTION + "Let’s think step by step:"
+COT_ANSWER = (
+    "Please read the following text and answer the questions below.\n\nThe text is too long and omitted here.\n\n"
+    + QUESTION
+    + "Let’s think step by step: $COT$\n\nBased on the above, what is the single, most likely answer choice? "
+    + FORMAT
+)
+
+CLASSES = {"difficulty": ("easy", "hard"), "length": ("short", "medium", "long")}
+OFFICIAL_ITEMS, OFFICIAL_LENGTHS = 503, {"short": 180, "medium": 215, "long": 108}
+CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")
+CHUNK = 1 << 20  # bytes read at a time
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def fill(template, item, reasoning=""):
+    """A template with an item's texts, stripped, in the official order: each replaces all its placeholders, those inside
+    texts that were filled in before too, as the official code does. reasoning: the first stage's, for COT_ANSWER."""
+    texts = {"$DOC$": item["context"], "$Q$": item["question"]}
+    texts |= {f"$C_{choice[-1]}$": item[choice] for choice in CHOICES} | {"$COT$": reasoning}
+    for placeholder, text in texts.items():
+        template = template.replace(placeholder, text.strip())
+    return template
+
+
+def encoder(tokenizer, thinking):
+    """-> a function: the user's message (text), max_input -> token ids (list) with the chat template around it.
+
+    Of a message of more than `max_input` tokens the middle is left out, before the template comes: the first max_input // 2
+    and the last (max_input + 1) // 2 stay and become text again. That text may have a few tokens more than it was made of,
+    where the halves meet. The message is encoded without its template, once: it begins with a letter after a line end and
+    ends before a special token, and no token of Qwen's crosses either (see the tests). A special token that a document
+    spells, such as <|im_end|>, stays text; in the official code it ends the user's turn, or is lost if the prompt is cut.
+    """
+    before, after = (
+        _ids(tokenizer, part)
+        for part in chat.render([{"role": "user", "content": "\0"}], thinking).split("\0")
+    )
+    plain = copy.deepcopy(tokenizer)
+    plain.encode_special_tokens = True  # as text
+
+    def encode(message, max_input):
+        ids = _ids(plain, message)
+        if len(ids) > max_input:
+            ids = _ids(plain, plain.decode(ids[: max_input // 2] + ids[-((max_input + 1) // 2) :]))
+        return before + ids + after
+
+    return encode
+
+
+def _ids(tokenizer, text):
+    # A batch of one, since only batches let other threads run; the fast kind, which does not say where in the text they are.
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def ahead(function, keys, workers, depth):
+    """Yields function(key), a list of int, for each key in order; `workers` threads keep up to `depth` keys ahead."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for key in keys:
+            waiting.append(
+                pool.submit(lambda key=key: array("I", function(key)))
+            )  # a list takes nine times the memory
+            if len(waiting) > depth:
+                yield waiting.popleft().result().tolist()
+        while waiting:
+            yield waiting.popleft().result().tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------- file
+
+
+class Entry(NamedTuple):
+    """An item without its texts. document: hash of its context; start, size: its place in the file, bytes."""
+
+    id: str
+    difficulty: str
+    length: str
+    answer: str
+    document: str
+    start: int
+    size: int
+
+
+def index(path):
+    """All items of a LongBench v2 file -> (list of Entry, hash of the file). Raises BadInput for a file that is no JSON
+    list, for a malformed item (by its _id), and for 503 items that are not the official ones by their length classes."""
+    entries, ids, digest = [], set(), hashlib.sha256()
+    for number, (item, start, size) in enumerate(stream(path, digest), 1):
+        label = f" (_id {reprlib.repr(item['_id'])})" if "_id" in item else ""
+        where = f"{path}, item {number}{label}"
+        _check(item, where)
+        if item["_id"] in ids:
+            raise BadInput(f"{where}: an earlier item has the same _id; remove one")
+        ids.add(item["_id"])
+        document = hashlib.sha256(item["context"].encode()).hexdigest()
+        entries.append(
+            Entry(item["_id"], item["difficulty"], item["length"], item["answer"], document, start, size)
+        )
+    if not entries:
+        raise BadInput(f"{path} has no items")
+    lengths = counts(entries)["length"]
+    if len(entries) == OFFICIAL_ITEMS and lengths != OFFICIAL_LENGTHS:
+        raise BadInput(
+            f"{path} has {OFFICIAL_ITEMS} items, {_listed(lengths)}; LongBench v2 has {_listed(OFFICIAL_LENGTHS)}: "
+            "download its data.json again"
+        )
+    return entries, digest.hexdigest()[:16]
+
+
+def dealt(entries, engines):
+    """The entries in an order in which those of one document follow each other, for vLLM's prefix cache, when the order is
+    dealt to `engines` engines in turn. Documents come by their hash, so that each engine has long ones and short ones."""
+    entries, order, first = (
+        sorted(entries, key=lambda entry: (entry.document, entry.id)),
+        [None] * len(entries),
+        0,
+    )
+    for engine in range(engines):
+        after = first + len(range(engine, len(entries), engines))
+        order[engine::engines] = entries[first:after]
+        first = after
+    return order
+
+
+def counts(entries):
+    """-> {"difficulty": {"easy": n, ...}, "length": {"short": n, ...}}"""
+    found = {kind: Counter(getattr(entry, kind) for entry in entries) for kind in CLASSES}
+    return {kind: {name: found[kind][name] for name in names} for kind, names in CLASSES.items()}
+
+
+def _listed(numbers):
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
+
+
+def _check(item, where):
+    for key in ("_id", "question", *CHOICES, "answer", "context", *CLASSES):
+        if not isinstance(item.get(key), str):
+            raise BadInput(f"{where}: {key!r} is {'not a text' if key in item else 'missing'}")
+        if key in ("_id", "question", "context") and not item[key].strip():
+            raise BadInput(f"{where}: {key!r} is empty")
+        try:
+            item[key].encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(f"{where}: {key!r} is not valid text: {error}") from error
+    for key, names in {"answer": tuple("ABCD"), **CLASSES}.items():
+        if item[key] not in names:
+            raise BadInput(f"{where}: {key!r} is {reprlib.repr(item[key])}, not one of {', '.join(names)}")
+
+
+def read_item(path, entry):
+    """The item of an Entry, read from its place in the file."""
+    with open(path, "rb") as file:
+        file.seek(entry.start)
+        return json.loads(file.read(entry.size))
+
+
+SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
+
+
+def stream(path, digest=None, chunk=CHUNK):
+    """Yields (object, start, size) for each object of the JSON list in the file: where it is, in bytes. Of the file no more
+    is in memory than a chunk and twice an object. digest: a hash that takes in the file's bytes. Raises BadInput for a file
+    that is not a list of objects."""
+    decoder, decode, number = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")().decode, 0
+    text, at, place, ended = (
+        "",
+        0,
+        0,
+        False,
+    )  # text[at:] is read and not yet understood; it begins at byte `place`
+
+    def more():
+        nonlocal text, at, ended
+        # A long object's second half is read at once, since every attempt parses it from its start.
+        block = file.read(max(chunk, len(text) - at))
+        if digest:
+            digest.update(block)
+        text, at, ended = text[at:] + decode(block, not block), 0, not block
+
+    def following(*wanted):
+        """Skips space and returns the next character, or "the end" of the file; it must be one of `wanted`."""
+        nonlocal at, place
+        while (stop := SPACE.match(text, at).end()) == len(text) and not ended:
+            more()
+        at, place = stop, place + stop - at
+        found = text[at : at + 1] or "the end"
+        if found not in wanted:
+            after, shown = (
+                f"after item {number}, " if number else "",
+                found if found.isprintable() else repr(found),
+            )
+            raise BadInput(
+                f"{path} is not a JSON list of objects: {after}byte {place} is {shown}, not {' or '.join(wanted)}"
+            )
+        return found
+
+    try:
+        with open(path, "rb") as file:
+            following("[")
+            at, place = at + 1, place + 1
+            found = following("{", "]")
+            while found != "]":
+                try:
+                    value, stop = decoder.raw_decode(text, at)
+                except json.JSONDecodeError as error:
+                    # The chunk's end cut it off if the error is there, or is a string's, which is placed at its start.
+                    if ended or not (error.msg.startswith("Unterminated") or error.pos > len(text) - 16):
+                        raise
+                    more()
+                    continue
+                size = len(text[at:stop].encode())
+                yield value, place, size
+                number, at, place = number + 1, stop, place + size
+                found = following(",", "]")
+                if found == ",":
+                    at, place = at + 1, place + 1
+                    found = following("{")
+            at, place = at + 1, place + 1
+            following("the end")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+    except BadInput:
+        raise
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers too long, lists too deep
+        raise BadInput(f"{path}, item {number + 1} (from byte {place} on) is not JSON: {error}") from error

@@ -1,0 +1,1 @@
+"""RULER: its samples, tasks, texts and files."""

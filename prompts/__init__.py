@@ -1,0 +1,1 @@
+"""Rows in: files and tasks, the chat format, rewards and what calls them."""

@@ -1,0 +1,286 @@
+"""Rewards: (answer text, row) -> float; 1.0 means correct. The row is the one the prompt came from (data.py).
+
+--reward module:function chooses one; yours too. Those here give 0.0 or 1.0, whatever the answer is:
+
+    rewards:exact      the whole answer is one of row["answer"]: SQuAD's exact match
+    rewards:contains   what follows the last "the answer is" contains one of them: sub-EM in one direction, of short answers
+    rewards:numeric    what follows the last "the answer is" is that number
+    rewards:choice     "The correct answer is (B)", the last of them
+    rewards:boxed      the content of the last \\boxed{} is one of row["answer"]: exact match
+    rewards:by_source  contains, numeric, choice or boxed, by row["data_source"] as in DocQA-RL-1.6K and MemAgent's files
+    rewards:published  the same as QwenLong-L1 and MemAgent score it, with the holes that a policy learns to use; to compare
+    judge:by_source    by_source, and where it gives 0 to text or a number, a language model is asked (judge.py)
+
+The answer is the text after the last </think> (data.answer_text). With --thinking, which QwenLong-L1 requires of its base
+model, the answer is empty when thinking never ended, and an empty answer scores 0.
+
+row["answer"]: an accepted answer or a list of them, bare or as the sentence that the prompt asks for ("The correct answer is
+(B)"), as DocQA-RL-1.6K has it. One that cannot be read, like a number without digits, raises BadInput.
+"""
+
+import copy
+import importlib
+import math
+import re
+import string
+import traceback
+from decimal import Decimal
+
+from base.cli import BadInput
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+EXTRA_WORDS = 8  # that an answer may have beyond those wanted: room for a sentence, not for a list of guesses (our choice)
+
+
+def exact(answer, row):
+    """1.0 if the answer is one of row["answer"] up to case, punctuation, articles and white space (SQuAD's EM), except that
+    1.5 is not 15, -5 not 5, and what consists of articles and punctuation only must be the same."""
+    return float(normalize(answer) in {normalize(gold) for gold in golds(row)} - {""})
+
+
+def contains(answer, row):
+    """1.0 if what follows the last "the answer is" has the words of one of row["answer"] in a row, and at most EXTRA_WORDS
+    others. yes and no must come first, and not both."""
+    said, wanted = (
+        normalize(stated_answer(answer)),
+        [normalize(stated_answer(gold) or gold) for gold in golds(row)],
+    )
+    return float(any(_contains(said, gold) for gold in wanted))
+
+
+def _contains(said, gold):
+    words = said.split()
+    if not gold or not words or len(words) > len(gold.split()) + EXTRA_WORDS:
+        return False
+    if gold in ("yes", "no"):
+        return words[0] == gold and not {"yes", "no"} <= set(words)
+    return f" {gold} " in f" {said} "
+
+
+def boxed(answer, row):
+    """1.0 if the content of the last \\boxed{} is one of row["answer"], compared as in `exact`."""
+    return exact(last_boxed(answer), row)
+
+
+def golds(row):
+    return row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+
+
+def stated_answer(text):
+    """What follows the last "the answer is", without bold marks and a final full stop; empty if nothing does."""
+    parts = re.split("the answer is", text.replace("**", ""), flags=re.IGNORECASE)
+    return parts[-1].strip(" \n:.") if len(parts) > 1 else ""
+
+
+def last_boxed(text):
+    """The content of the last \\boxed{...}, braces within it in pairs; empty if there is none or it does not close."""
+    start = text.rfind("\\boxed{") + len("\\boxed{")
+    depth = 1
+    for place in range(start, len(text)) if "\\boxed{" in text else ():
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start:place]
+    return ""
+
+
+def normalize(text):
+    """SQuAD's normalisation, with decimal points and signs kept as words, and never empty where the text is not."""
+    numbers = re.sub(r"(?<=\d)\.(?=\d)", "point", re.sub(r"(?<!\w)[-\u2212](?=\.?\d)", "minus", text))
+    return squad_normalize(numbers) or text.strip().lower()
+
+
+def squad_normalize(text):
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+# ------------------------------------------------------------------------------------------------- numbers and choices
+
+# A numeral that is no part of a fraction, a time, a power or a word, and what scales it.
+NUMBER = re.compile(
+    r"(?<![\w.,/^:])([-\u2212]?)\s?[$€£¥]?\s?([-\u2212]?)"
+    r"(\d{1,3}+(?:,\d{3})++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)(?![.,]?\d|\s*[/^:*×]\s*\d|\w)"
+    r"(?:\s*(%|(?:percent|thousand|million|billion)\b))?",
+    re.ASCII | re.IGNORECASE,
+)
+SCALE = {"": 1, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+TOLERANCE = Decimal("0.0015")  # relative, of numbers that are not whole; QwenLong-L1's
+LETTER = re.compile(r"the correct answer is:?\s*\(?([A-D])(?![A-Za-z])", re.IGNORECASE)
+
+
+def numeric(answer, row):
+    """1.0 if the first number after the last "the answer is" is one of row["answer"]: equal, or within 0.15% where one is
+    not whole. The sign counts; so does the size, but 12.5% is also 0.125. It is read, never evaluated."""
+    wanted = [_readings(stated_answer(gold) or gold) for gold in golds(row)]
+    if not all(wanted):
+        raise BadInput(f'"answer" {row["answer"]!r:.80} is no number, which rewards:numeric needs')
+    said = _readings(stated_answer(answer))
+    return float(any(_equal(a, b) for a in said for gold in wanted for b in gold))
+
+
+def _readings(text):
+    """The first number of a text as Decimals: none, one, or for a percentage two."""
+    found = NUMBER.search(text[:200])
+    if not found:
+        return []
+    sign, inner_sign, digits, scale = found.groups(default="")
+    value = Decimal(digits.replace(",", "")) * (-1 if sign or inner_sign else 1)
+    if scale.lower() in ("%", "percent"):
+        return [value, value / 100]
+    return [value * SCALE[scale.lower()]]
+
+
+def _equal(a, b):
+    if a == a.to_integral_value() and b == b.to_integral_value():
+        return a == b
+    return abs(a - b) <= TOLERANCE * abs(b)
+
+
+def choice(answer, row):
+    """1.0 if the last "The correct answer is (B)" of the answer has the letter of row["answer"]."""
+    wanted = {(LETTER.findall(gold) or [gold.strip(" ().")])[-1].upper() for gold in golds(row)}
+    if not wanted <= set("ABCD"):
+        raise BadInput(f'"answer" {row["answer"]!r:.80} is none of A to D, which rewards:choice needs')
+    said = LETTER.findall(answer.replace("*", ""))
+    return float(bool(said) and said[-1].upper() in wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------- by source
+
+SOURCES = {  # part of a row's "data_source" -> its reward
+    "long_toc_choices": choice,
+    "docmath": numeric,
+    "multihoprag": contains,
+    "musique": contains,
+    "hotpotqa": boxed,
+}
+
+
+def by_source(answer, row):
+    """The reward that row["data_source"] names, see SOURCES. Raises BadInput for another."""
+    return SOURCES[source(row)](answer, row)
+
+
+def source(row):
+    for name in SOURCES:
+        if name in str(row.get("data_source")):
+            return name
+    raise BadInput(f'"data_source" {row.get("data_source")!r} is not known; known are {", ".join(SOURCES)}')
+
+
+# --------------------------------------------------------------------------------------------------------- as published
+
+
+def stated_choice(response):
+    """The letter a response gives, by LongBench v2's two patterns; None if it gives none. The second also reads
+    "The correct answer is All of them" as A: kept, since published scores have it."""
+    response = response.replace("*", "")
+    for pattern in (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"):
+        if match := re.search(pattern, response):
+            return match[1]
+    return None
+
+
+def published(answer, row):
+    """QwenLong-L1's rule rewards for the sources of DocQA-RL-1.6K, MemAgent's for hotpotqa. For comparison only.
+
+    One thing is not theirs: QwenLong-L1 evaluates the model's number as Python; here it is read with float().
+    """
+    if source(row) == "hotpotqa":
+        # The last 300 characters, exact match after `_strip_math`. Golds are lowercased as the answer is (our reading).
+        said = last_boxed(answer[-300:].lower())
+        return float(bool(said) and _strip_math(said) in [_strip_math(gold.lower()) for gold in golds(row)])
+    rule = {"long_toc_choices": _published_choice, "docmath": _published_number}.get(
+        source(row), _published_text
+    )
+    return float(any(rule(answer, gold) for gold in golds(row)))
+
+
+def _published_choice(answer, gold):
+    return (stated_choice(answer) or "").lower() == (stated_choice(gold) or gold).strip().lower()
+
+
+def _published_text(answer, gold):
+    if "the answer is" not in answer:
+        return False
+    said, gold = (
+        squad_normalize(t.replace("*", "").rsplit("the answer is", 1)[-1].strip(" .\n"))
+        for t in (answer, gold)
+    )
+    return gold in said or said in gold
+
+
+def _published_number(answer, gold):
+    gold = gold if "the answer is" in gold.lower() else f"the answer is {gold}"
+    said, gold = (
+        re.search(r"the answer is ([=≈`%$°£€¥]*-?[0-9.,]+)", text, re.IGNORECASE) for text in (answer, gold)
+    )
+    if not said or not gold:
+        return False
+    try:
+        p, g = (float(found[1].lstrip("=≈`%$°£€¥").replace(",", "").rstrip(".")) for found in (said, gold))
+        small, large = sorted((abs(p), abs(g)))
+        if small == large or (small and round(math.log10(large / small), 9).is_integer()):
+            return True
+        for ratio, factor in ((50, 100), (500, 1000), (50_000, 100_000)):
+            if small and large / small >= ratio and abs(small * factor - large) <= 0.0015 * large:
+                return True
+        return math.ceil(p * 1000) == math.ceil(g * 1000) or abs(p - g) <= 0.0015 * abs(g)
+    except (ValueError, OverflowError):  # "1.2.3", ".", or beyond what a float holds
+        return False
+
+
+def _strip_math(text):
+    """MATH's normalisation, of which MemAgent uses this."""
+    text = text.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac").replace(" .", " 0.")
+    for left_out in ("\n", "\\!", "\\left", "\\right", "^{\\circ}", "^\\circ", "\\$", "\\%", " "):
+        text = text.replace(left_out, "")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------ loading, calling
+
+
+OURS = {"rewards": "prompts.rewards", "judge": "prompts.judge"}  # what may be named without their room
+
+
+def load_reward(spec):
+    """The function that "module:function" names. If the module has a function check_reward(), it is called now, to raise
+    BadInput for what it needs and does not find. Raises BadInput when there is no such module or function."""
+    module_name, _, name = spec.partition(":")
+    module_name = OURS.get(module_name, module_name)
+    try:
+        module = importlib.import_module(module_name)
+        function = getattr(module, name)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise BadInput(
+            f"--reward {spec}: {error}; write module:function, the module on PYTHONPATH"
+        ) from error
+    except (Exception, SystemExit) as error:  # the user's code: show where it failed
+        traceback.print_exc()
+        raise BadInput(f"--reward {spec}: {module_name} fails when it is imported: {error!r}") from error
+    if not callable(function):
+        raise BadInput(f"--reward {spec}: {name} is not a function")
+    if hasattr(module, "check_reward"):
+        module.check_reward()
+    return function
+
+
+def score(reward, answer, row):
+    """The reward as a finite float; anything else the user's function returns is an error that names the row. The function
+    gets a copy of the row, so that what it changes is changed for no other answer."""
+    try:
+        value = reward(answer, copy.deepcopy(row))
+    except BadInput as error:
+        raise BadInput(f"row {row['id']}: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's code: show where it failed, then say for which row
+        traceback.print_exc()
+        raise BadInput(f"the reward function failed on row {row['id']}: {error!r}") from error
+    try:
+        value = float(value)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadInput(f"the reward function returned no finite number for row {row['id']}")
+    return value

@@ -1,0 +1,166 @@
+"""metrics.jsonl of train.py, one object a step
+step, prompts_drawn          steps done; prompts drawn from the source so far
+rounds                       generation rounds dynamic sampling needed
+reward, accuracy             mean reward of all sampled completions; share of them with reward >= 1
+all_right, all_wrong         share of sampled groups whose rewards are all equal and >= 1, all equal and below
+completion_tokens, finished  mean length of a trained completion; share of them that stopped by themselves
+tokens_trained               tokens through the network in one training forward: sum over groups of P + sum(R_i)
+tokens_dropped               completion tokens that no loss has, since vLLM's log-probability of them was not finite
+tokens_unshared              what it would be with the prompt repeated per completion: sum of G * P + sum(R_i)
+skipped                      updates left out since their loss, gradient or a log-probability was not finite. What follows is
+                             of the others, null without any
+loss                         the policy loss. With one update per rollout every ratio is 1 and a group's advantages sum to
+                             0, so it reads near 0 (with equal lengths exactly 0) however well training goes: watch
+                             reward. Its gradient is not 0.
+ratio, clip_fraction         mean pi / pi_old (gspo: of completions, by tokens); share of tokens whose gradient clipping,
+                             or clip-cov, removed
+entropy, kl                  mean entropy of the policy per token, nats; mean k3 to the reference model (0 if --beta 0)
+mismatch_mean, mismatch_max  |trainer - sampler| log-probability of sampled tokens, nats: proves vLLM has our weights
+mismatch_k3                  k3 estimate of KL(sampler || trainer) per token
+importance_capped            share of tokens whose importance weight reached the cap
+grad_norm, grad_norm_masked  gradient norm before and after masking (before clipping)
+selected_share               share of squared Q/K magnitude in the selected rows
+moved_selected               root mean square change of a weight of W_Q, W_K in one update, in selected rows
+moved_unselected             and in the others: momentum's doing with --unselected grad (null if all are selected)
+mask_overlap                 share of selected rows selected in the update before too, in the last one (null in the first)
+learning_rate                of the step's updates
+seconds, tokens_per_second   wall time by stage (rollout, reward, logprobs, backward, mask, step, sync, rehearsal of the
+                             largest group in the first step after a start) on rank 0, without checkpoints; prompt and
+                             completion tokens trained on per second of the whole step. The only keys that differ between
+                             two runs with the same seed on the same machine, interrupted or not.
+"""
+
+import math
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+import saliency
+from base.cli import BadInput
+
+SUMS = (
+    "loss",
+    "ratio",
+    "clip_fraction",
+    "kl",
+    "entropy",
+    "mismatch_mean",
+    "mismatch_k3",
+    "importance_capped",
+)
+OF_UPDATE = ("grad_norm", "grad_norm_masked", "selected_share", "moved_selected", "moved_unselected")
+
+
+class Clock:
+    """Seconds of a step by stage, on this rank."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+        self.restart()
+
+    def restart(self):
+        self.started, self.seconds = time.perf_counter(), defaultdict(float)
+
+    @contextmanager
+    def stage(self, name):
+        started = time.perf_counter()
+        yield
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - started
+
+    def metrics(self, tokens):
+        elapsed = time.perf_counter() - self.started
+        seconds = {name: round(value, 4) for name, value in {**self.seconds, "total": elapsed}.items()}
+        return {"seconds": seconds, "tokens_per_second": round(tokens / elapsed, 1)}
+
+
+class Tally:
+    """What the passes of an update add up: SUMS over its completion tokens, and the largest mismatch."""
+
+    def __init__(self, groups, context_parallel, device):
+        self.tokens = sum(sum(group.known) for group in groups)  # over all ranks
+        self.counted_by = context_parallel  # ranks that share a group's tokens all see its sums
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        self.mismatch_max = torch.zeros(1, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, loss, stats, entropies, old_logprobs, sampler_logprobs, importance_cap):
+        """A pass: its loss and grpo.LossStats; of its tokens, (N,) each, entropies and log-probabilities."""
+        d = (old_logprobs - sampler_logprobs).double()
+        sums = {
+            "loss": loss,
+            "ratio": stats.ratio,
+            "clip_fraction": stats.clipped,
+            "kl": stats.kl,
+            "entropy": entropies.sum(),
+            "mismatch_mean": d.abs().sum(),
+            "mismatch_k3": (d.exp() - d - 1).sum(),
+            "importance_capped": (d.exp() >= importance_cap).sum() if importance_cap else d.new_zeros(()),
+        }
+        self.sums += torch.stack([sums[name].double() for name in SUMS]) / self.counted_by
+        self.mismatch_max = torch.maximum(self.mismatch_max, d.abs().max())
+
+    def reduce(self):
+        """Sums over all ranks, on all of them. They stay there: one copy to the CPU for all that is read of them."""
+        dist.all_reduce(self.sums)
+        dist.all_reduce(self.mismatch_max, dist.ReduceOp.MAX)
+        self.sums = self.sums.cpu()
+
+    @property
+    def finite(self):
+        return self.tokens > 0 and bool(self.sums.isfinite().all())
+
+    def check_mismatch(self, step, limit):
+        """Raises BadInput when sampler and trainer do not have the same weights."""
+        mismatch = self.sums[SUMS.index("mismatch_mean")].item() / max(1, self.tokens)
+        if math.isfinite(mismatch) and mismatch > limit:
+            raise BadInput(
+                f"step {step}: the sampler's log-probabilities differ from the trainer's by {mismatch:.2g} nats on average "
+                f"(limit {limit:g}): vLLM does not have the trainer's weights or rounds otherwise"
+            )
+
+    def with_update(self, norm, masked_norm, moved, magnitudes, masks, previous_masks):
+        """The same, with what is known once the update was made: gradient norms, saliency.masked_step's result, the rows."""
+        share = saliency.selected_share(magnitudes, masks).item()
+        values = norm, masked_norm, share, moved[0].item(), moved[1].item()
+        self.of_update = dict(zip(OF_UPDATE, values, strict=True))
+        self.mask_overlap = saliency.overlap(masks, previous_masks).item() if previous_masks else None
+        return self
+
+
+def of_rollout(sampled, batch):
+    """All groups that were sampled and those trained on (rollout.Group) -> the metrics about them."""
+    rewards = torch.stack([group.rewards for group in sampled])  # (groups, G)
+    equal = (rewards == rewards[:, :1]).all(1)
+    completions = [completion for group in batch for completion in group.completions]
+    tokens = sum(len(completion.ids) for completion in completions)
+    return {
+        "reward": rewards.mean().item(),
+        "accuracy": (rewards >= 1).float().mean().item(),
+        "all_right": (equal & (rewards[:, 0] >= 1)).float().mean().item(),
+        "all_wrong": (equal & (rewards[:, 0] < 1)).float().mean().item(),
+        "completion_tokens": tokens / len(completions),
+        "finished": sum(completion.finished for completion in completions) / len(completions),
+        "tokens_trained": sum(group.tokens for group in batch),
+        "tokens_dropped": tokens - sum(sum(group.known) for group in batch),
+        "tokens_unshared": tokens + sum(len(group.prompt) * len(group.completions) for group in batch),
+    }
+
+
+def of_updates(updates, wanted):
+    """Tallies of the updates that were made, of `wanted` -> their metrics. The loss is a mean already; the other sums are
+    over tokens."""
+    skipped = {"skipped": wanted - len(updates)}
+    if not updates:
+        return skipped | dict.fromkeys((*SUMS, "mismatch_max", *OF_UPDATE, "mask_overlap"))
+    total = torch.stack([tally.sums for tally in updates]).sum(0) / sum(tally.tokens for tally in updates)
+    result = skipped | dict(zip(SUMS, total.tolist(), strict=True))
+    result["loss"] = sum(tally.sums[SUMS.index("loss")].item() for tally in updates) / len(updates)
+    result["mismatch_max"] = max(tally.mismatch_max.item() for tally in updates)
+    for name in OF_UPDATE:
+        result[name] = sum(tally.of_update[name] for tally in updates) / len(updates)
+    return result | {"mask_overlap": updates[-1].mask_overlap}

@@ -1,0 +1,325 @@
+"""What a run needs to go on after it was interrupted: there is always a whole one on disk, and only a whole one is read.
+
+    DIR/LATEST                              the newest checkpoint's name; those after it, of an earlier life, do not count
+    DIR/step-000100/shard-*.safetensors     of each rank: weights (masters), AdamW's moments and steps, the script's tensors
+                    state.json              what else the script must know: counters, settings, random states
+                    manifest.json           bytes and SHA-256 of each of these files
+
+torch.distributed.checkpoint writes and reads the tensors, so what 2 ranks saved 1 or 8 go on with. Its default format is
+made of pickles (.metadata and the shards), which can run code when they are read; its Hugging Face storage is not: it is
+safetensors, whose headers say where a shard belongs. Everything else is JSON. All ranks must see the same DIR.
+
+A checkpoint is written under another name, every file synced to disk, renamed when it is whole, and named in LATEST; only
+then are old ones removed. Training waits meanwhile: writing beside it would need a second copy of all shards, and save a
+minute of what some twenty steps take.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+from base import durable
+from base.cli import BadInput
+from base.processes import gather_or_fail, rank_and_world
+from prompts import sources
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+
+# ------------------------------------------------------------------------------------------------------ the run
+
+
+def lock_run(run, which):
+    """Make or enter the directory of a run -> its lock, which holds as long as this process lives.
+    which: "" for a new run, "auto" or a checkpoint's path to go on. Raises BadInput if the run exists and should not,
+    if the path is not one of its checkpoints, and if another process is in it."""
+    inside = run / "checkpoints"
+    if which not in ("", "auto") and not (
+        Path(which).is_dir() and Path(which).resolve().parent == inside.resolve()
+    ):
+        raise BadInput(
+            f"--resume {which} is not a checkpoint of this run: it must be auto or a directory {inside}/step-N"
+        )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        begun = set(os.listdir(run)) - {"lock"}
+    except OSError as error:
+        raise BadInput(f"{run} cannot be the directory of a run: {error.strerror}; choose another") from error
+    if not which and begun:
+        raise BadInput(f"{run} exists; --resume auto goes on with it, or choose another name or remove it")
+    return durable.lock(run)
+
+
+# ---------------------------------------------------------------------------------------------------- what is in a state
+
+
+def random_states():
+    """States of the global generators of Python, numpy and torch, in what JSON can hold. Nothing of ours draws from them; a
+    reward function may."""
+    state = numpy.random.get_state(legacy=False)
+    state["state"]["key"] = state["state"]["key"].tolist()
+    device = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    return {
+        "python": random.getstate(),
+        "numpy": state,
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": device,
+    }
+
+
+def set_random_states(states):
+    """states: of every rank that saved; a rank that was not among them takes another's."""
+    own = states[rank_and_world()[0] % len(states)]
+    version, words, gauss = own["python"]
+    random.setstate((version, tuple(words), gauss))
+    key = numpy.array(own["numpy"]["state"]["key"], dtype=numpy.uint32)
+    numpy.random.set_state({**own["numpy"], "state": {**own["numpy"]["state"], "key": key}})
+    torch.set_rng_state(torch.tensor(own["torch"], dtype=torch.uint8))
+    if own["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(own["cuda"], dtype=torch.uint8))
+
+
+def settings(config, may_change):
+    """What must be the same when a run goes on: all settings but those that may change, and what is in the model's and the
+    data's files, wherever they lie now. Only rank 0 reads them; elsewhere {}."""
+    if rank_and_world()[0] != 0:
+        return {}
+    fixed = {key: value for key, value in asdict(config).items() if key not in may_change}
+    model = [Path(config.model) / name for name in ("config.json", "tokenizer.json")]
+    model += sorted(Path(config.model).glob("*.safetensors"))
+    contents = {
+        "model": model,
+        "data": config.data,
+        "eval-data": getattr(config, "eval_data", []),
+    }  # the last: train.py's
+    return fixed | {f"contents of --{name}": sources.digest(paths) for name, paths in contents.items()}
+
+
+def tensors_of(model, optimizer, extra):
+    """{name: tensor} for torch.distributed.checkpoint, and the two state dicts that some of them are from."""
+    fresh = not optimizer.state
+    weights, moments = get_state_dict(model, optimizer)
+    if fresh:  # it has taken a step without gradients to have states
+        for values in optimizer.state.values():
+            values["step"].zero_()
+    tensors = {f"weight {name}": tensor for name, tensor in weights.items()}
+    for name, values in moments["state"].items():
+        tensors |= {f"{key} {name}": value for key, value in values.items()}
+    return tensors | {f"extra {name}": tensor for name, tensor in extra.items()}, weights, moments
+
+
+# ----------------------------------------------------------------------------------------------------------------- save
+
+FILE_BYTES = (
+    2**33
+)  # tensors whose shards share a file on each rank; while it is written they are twice in memory
+
+
+def save(directory, step, model, optimizer, state, extra, keep):
+    """Write directory/step-<step>, the newest of at most `keep`. Every rank must call it.
+
+    state: what JSON can hold, of which rank 0's is written, but state["random"] of every rank; extra: {name: tensor}, equal
+    on all ranks. Raises BadInput, with the checkpoints before it as they were, when the disk does not take it.
+    """
+    rank = rank_and_world()[0]
+    final = directory / f"step-{step:06d}"
+    partial = final.with_name(final.name + ".partial")
+    tensors = tensors_of(model, optimizer, extra)[0]
+
+    def begin():
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        return state["random"]
+
+    def write_shard():
+        sizes = [tensor.numel() * tensor.itemsize for tensor in tensors.values()]
+        before = [total - size for total, size in zip(itertools.accumulate(sizes), sizes)]
+        files = {name: 1 + at // FILE_BYTES for name, at in zip(tensors, before)}
+        writer = dcp.HuggingFaceStorageWriter(partial, files, save_distributed=True)  # it syncs the files
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        return {path.name: digest(path) for path in partial.glob(f"shard-{rank + 1:05d}-*")}
+
+    def publish(states, shards):
+        if rank != 0:
+            return
+        durable.write(partial / "state.json", json.dumps({**state, "step": step, "random": states}))
+        files = {name: entry for shard in shards for name, entry in shard.items()}
+        files["state.json"] = digest(partial / "state.json")
+        durable.write(partial / "manifest.json", json.dumps({"files": files}, indent=1) + "\n")
+        durable.publish(partial, final)
+        durable.write(directory / "LATEST", final.name + "\n")
+        kept = sorted((path for path in steps_in(directory) if number(path) <= step), key=number)[-keep:]
+        for path in set(directory.glob("step-*")) - set(kept):  # older, of an earlier life, never finished
+            shutil.rmtree(path)
+
+    try:
+        gather_or_fail(publish, gather_or_fail(begin), gather_or_fail(write_shard))
+    except BadInput as error:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise BadInput(
+            f"step {step} cannot be saved in {directory}: {error}; earlier checkpoints are as they were"
+        ) from error
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def steps_in(directory):
+    return [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+
+
+def number(path):
+    return int(path.name.removeprefix("step-"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- find
+
+
+def find(directory, which, fixed):
+    """The checkpoint to go on from, verified and named in LATEST -> (its directory, its state), or (None, None) without one.
+
+    which: "auto", the newest in `directory` that is whole, with a warning for each that is not; or the path of one in there.
+    fixed: `settings` of the run that wants to go on. Every rank must call it; they share the reading. Raises BadInput for a
+    path that is not whole, if none is whole, and if settings or files are not those of the run.
+    """
+    candidates = gather_or_fail(candidates_for, directory, which)[0]
+    for path in candidates:
+        problem = next(filter(None, gather_or_fail(damage, path)), None)
+        if problem is None:
+            break
+        if which != "auto":
+            raise BadInput(f"--resume: {problem}")
+        if rank_and_world()[0] == 0:
+            print(
+                f"warning: {problem}; trying the checkpoint before {path.name}", file=sys.stderr, flush=True
+            )
+    else:
+        if candidates:
+            raise BadInput(
+                f"--resume: none of the {len(candidates)} checkpoints in {directory} is whole; see the warnings"
+            )
+        return None, None
+    state = json.loads((path / "state.json").read_text())
+    gather_or_fail(compare, path, state, fixed)
+    if rank_and_world()[0] == 0:
+        durable.write(directory / "LATEST", path.name + "\n")  # what came after it comes again
+    return path, state
+
+
+def candidates_for(directory, which):
+    """Paths to try, the best first."""
+    if which != "auto":
+        return [directory / Path(which).name]
+    newest, steps = directory / "LATEST", sorted(steps_in(directory), key=number, reverse=True)
+    text = newest.read_text(errors="replace").strip() if newest.is_file() else None
+    if text is not None and not steps:
+        raise BadInput(
+            f"--resume: {newest} names {text!r:.40}, but there is no checkpoint; remove the run to begin anew"
+        )
+    if text is None or directory / text in steps:
+        return [path for path in steps if text is None or number(path) <= int(text.removeprefix("step-"))]
+    if rank_and_world()[0] == 0:
+        print(
+            f"warning: {newest} names {text!r:.40}, which is not there; trying {steps[0].name}",
+            file=sys.stderr,
+        )
+    return steps
+
+
+def damage(path):
+    """What is wrong with this rank's share of a checkpoint's files, or None."""
+    rank, world = rank_and_world()
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        wrong = sorted(files.keys() ^ {file.name for file in path.iterdir() if file.name != "manifest.json"})
+        if wrong:
+            return f"{path / wrong[0]} {'is missing' if wrong[0] in files else 'is not of this checkpoint'}"
+        for name in sorted(files)[rank::world]:
+            written, found = files[name]["bytes"], os.path.getsize(path / name)
+            if written != found:
+                return f"{path / name} is damaged: it has {found:,} bytes, {written:,} were written"
+            if digest(path / name) != files[name]:
+                return f"{path / name} is damaged: its SHA-256 is not that of manifest.json"
+    except OSError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{path}/manifest.json is damaged: {error!r}"
+    return None
+
+
+RENAMED = {"saliency_tokens": "tokens"}  # setting -> its name in runs of before 2026-11-26
+
+
+def compare(path, state, fixed):
+    for key, now in fixed.items():
+        before = state["settings"].get(key, state["settings"].get(RENAMED.get(key)))
+        if key.startswith("contents") and before != now:
+            raise BadInput(f"--resume {path}: the {key} are not what the run began with")
+        if before != now:
+            raise BadInput(f"--resume {path}: {key} was {before}, now it is {now}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- load
+
+
+def load(path, model, optimizer):
+    """Put weights and optimizer states back, bit for bit -> extra {name: tensor} as saved, on the CPU. Every rank must call
+    it, in any number. Raises BadInput for tensors that are not this model's, or not finite."""
+    reader = dcp.HuggingFaceStorageReader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    extra = {
+        name.removeprefix("extra "): torch.empty(tensor.size, dtype=tensor.properties.dtype)
+        for name, tensor in stored.items()
+        if name.startswith("extra ")
+    }
+    tensors, weights, moments = tensors_of(model, optimizer, extra)
+    for name in sorted(tensors.keys() | stored.keys()):
+        if name not in tensors or name not in stored or tensors[name].shape != stored[name].size:
+            raise BadInput(f"{path} is of another model: {name.split(' ', 1)[1]} differs")
+
+    def fill():
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        for name, tensor in tensors.items():
+            if not (tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all():
+                raise BadInput(f"{path}: {name} has values that are not finite")
+
+    gather_or_fail(fill)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return extra
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def open_metrics(path, step):
+    """Cut metrics.jsonl to the lines of steps 1 to `step` -> the file, for durable.append. Raises BadInput if some are
+    missing."""
+    lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
+    try:
+        whole = [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise BadInput(
+            f"{path} does not have the lines of steps 1 to {step}, which the checkpoint goes on from"
+        )
+    durable.write(path, "".join(lines))
+    return open(path, "ab", buffering=0)

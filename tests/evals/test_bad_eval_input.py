@@ -1,0 +1,620 @@
+"""What evaluations, figures and ablations read, and what may be wrong with it: one clear line for each, and nothing is
+written or lost. A case is a script's arguments, made in a directory of its own, and what its line must say; as in
+test_bad_input.py, which has what training reads. Engines start after all of these checks.
+"""
+
+import json
+import re
+import resource
+
+import pytest
+import torch
+from conftest import ROOT, check_refusal, files_in, refusal, run_here
+from inputs import DEEP, TINY, model, write
+from safetensors.torch import save_file
+
+from base.cli import BadInput
+from evals import gsm8k, subject
+from evals.engine import GREEDY
+from evals.results import Results
+
+pytestmark = pytest.mark.usefixtures("frozen")
+
+FIGURES = (".png",)  # drawn again with what can be read, before what cannot
+
+SAMPLE = ROOT / "assets" / "longbench-sample.json"
+QUESTION = {"question": "How many?", "answer": "#### 3"}
+ITEM = {"_id": "x", "question": "q", **{f"choice_{c}": c for c in "ABCD"}, "answer": "A", "context": "c"}
+ITEM |= {"difficulty": "easy", "length": "short"}
+
+# ---------------------------------------------------------------------------------------------------------- the commands
+
+
+def script(name, *usual, checkpoint=TINY):
+    """-> (flags of a case) -> its maker; "{t}" in a flag is the directory of the case."""
+
+    def case(*flags, **files):
+        def make(t):
+            for file, content in files.items():
+                write(t / file, content)
+            return [
+                name,
+                checkpoint,
+                "--out",
+                t / "out",
+                *[str(flag).format(t=t) for flag in (*usual, *flags)],
+            ]
+
+        return make
+
+    return case
+
+
+longbench = script("eval_longbench.py", "--max-input", 500)
+math = script("eval_gsm8k.py", "--max-tokens", 5)
+ruler = script("eval_ruler.py", "--lengths", 640, "--cache", "{t}/cache")
+recall = script("eval_task.py", "--samples", 2)
+perturb = script("studies/perturb.py", "--prompts", 1)
+
+
+def of_model(name, content):
+    """eval_task.py with a model whose file `name` is another."""
+
+    def make(t):
+        write(model(t) / name, content)
+        return ["eval_task.py", t / "model", "--out", t / "out"]
+
+    return make
+
+
+def config(**changes):
+    return {**json.loads((TINY / "config.json").read_text()), **changes}
+
+
+def with_data(command, content):
+    return lambda t: command("--data", write(t / "data", content))(t)
+
+
+def held(tensors, about):
+    """eval_task.py under a clamp of these tensors, {name: ...} of those of assets/tiny, and this metadata."""
+
+    def make(t):
+        heads = {"q": 8, "k": 2}
+        good = {
+            f"model.layers.{i}.self_attn.{w}_proj": torch.zeros(n * 32)
+            for i in range(3)
+            for w, n in heads.items()
+        }
+        save_file(tensors(good), t / "clamp", about)
+        return recall("--clamp", t / "clamp")(t)
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------ directories of results
+
+
+def result(**changes):
+    counts = {"prompt_tokens": 1, "completion_tokens": 1, "finished": True}
+    usual = {
+        "id": "line 1",
+        "task": "gsm8k",
+        "length": 0,
+        "seed": 0,
+        "expected": "3",
+        "prediction": "#### 3",
+        "score": 1.0,
+    }
+    return json.dumps({**usual, **counts, **changes}) + "\n"
+
+
+def finished(*lines, of=(), **settings):
+    """eval_gsm8k.py of one problem, whose --out holds these lines; of: what its settings lack. settings: what is other."""
+
+    def make(t):
+        data, out = write(t / "data", QUESTION), t / "out"
+        usual = {
+            "benchmark": "GSM8K",
+            **subject.settings(TINY, subject.load(TINY)[0]),
+            "data": gsm8k.digest(gsm8k.read(data)),
+            **{"mode": "chat", "sampling": GREEDY, "max_tokens": 5, "seeds": 1},
+            **settings,
+        }
+        out.mkdir()
+        if "settings" not in of:
+            write(out / "settings.json", usual)
+        write(out / "lock", "")
+        write(out / "results.jsonl", "".join(lines).encode("utf-8", "surrogatepass"))
+        return math("--data", data)(t)
+
+    return make
+
+
+def compared(a, b, of_a=None, of_b=None):
+    def make(t):
+        for name, lines, settings in (("a", a, of_a), ("b", b, of_b)):
+            (t / name).mkdir()
+            write(t / name / "settings.json", settings or {"checkpoint": name})
+            write(t / name / "results.jsonl", lines)
+        return ["eval_gsm8k.py", "--compare", t / "a", t / "b"]
+
+    return make
+
+
+def foreign(command):
+    """A command whose --out is a directory with somebody's work in it."""
+
+    def make(t):
+        (t / "out").mkdir()
+        write(t / "out" / "thesis.tex", "")
+        return command(t)
+
+    return make
+
+
+def ablation(what, *lines, train=""):
+    """ablation.py whose --out has these lines in its results.jsonl."""
+
+    def make(t):
+        if lines:
+            (t / "out").mkdir()
+            write(
+                t / "out" / "results.jsonl",
+                "".join(line if isinstance(line, str) else json.dumps(line) for line in lines),
+            )
+        return ["studies/ablation.py", what, "--out", t / "out", *(["--train", train] if train else [])]
+
+    return make
+
+
+def ran(**changes):
+    """A line of ablation.py's."""
+    arm = {
+        "task": "recall",
+        "algorithm": "dapo",
+        "rule": "top",
+        "fraction": 0.3,
+        "learning_rate": 1e-4,
+        "seed": 1000,
+    }
+    found = {"rewards": [0.5], "held_out": {"a": {"prompt_tokens": 9, "accuracy": 0.5}}}
+    return json.dumps({**arm, **found, "moved_selected": 1.0, "moved_unselected": None, **changes}) + "\n"
+
+
+STEPS = '{"step": 1, "reward": 0.5}\n{"step": 2, "reward": null}\n'
+
+
+def drawn(metrics=STEPS, results=None, tensors=None):
+    """plot.py with a run of these files; tensors: of its magnitudes, or the file's bytes."""
+
+    def make(t):
+        run = t / "run"
+        run.mkdir()
+        write(run / "metrics.jsonl", metrics)
+        if results is not None:
+            write(run / "results.json", results)
+        if isinstance(tensors, dict):
+            save_file(tensors, run / "magnitudes.safetensors")
+        else:
+            write(run / "magnitudes.safetensors", tensors or "")
+        return ["base/plot.py", run]
+
+    return make
+
+
+def magnitudes(shape=(2, 4), of=("", ".selected")):
+    return {
+        f"model.layers.0.self_attn.{which}_proj{part}": torch.ones(shape) for which in "qk" for part in of
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- the table
+
+CHECKPOINT = {
+    "none": (
+        lambda t: ["eval_task.py", "--out", t / "out"],
+        "no checkpoint is given: python eval_task.py CHECKPOINT",
+    ),
+    "none for LongBench": (lambda t: ["eval_longbench.py", "--data", SAMPLE], "no checkpoint is given"),
+    "swallowed by a list": (lambda t: ["eval_ruler.py", "--tasks", "vt", TINY], "no checkpoint is given"),
+    "missing": (lambda t: ["eval_gsm8k.py", t / "none", "--data", SAMPLE], "none is not a checkpoint"),
+    "not its weights": (
+        of_model("model.safetensors", "x"),
+        "model.safetensors is not a readable safetensors file",
+    ),
+    "no tokenizer": (of_model("tokenizer.json", "{}"), "tokenizer.json cannot be read"),
+    "YaRN of 1": (longbench("--data", SAMPLE, "--yarn", 1), "--yarn must be more than 1, not 1"),
+    "YaRN beyond sense": (longbench("--data", SAMPLE, "--yarn", 1e300), "--yarn must be at most 1000000"),
+    "YaRN no number": (longbench("--data", SAMPLE, "--yarn", "nan"), "--yarn must be at least 0"),
+    "uneven ranks": (recall("--tensor-parallel", 2), "--tensor-parallel 2 does not divide the 1 ranks"),
+    "more than the GPU": (recall("--vllm-share", 2), "--vllm-share must be at most 1, not 2"),
+    "seeds without end": (recall("--seeds", 10**12), "--seeds must be at most 1000"),
+}
+
+DATA = {
+    "LongBench without": (longbench(), "no --data is given: download data.json"),
+    "LongBench missing": (longbench("--data", "{t}/no.json"), "no.json cannot be read: No such file"),
+    "LongBench a directory": (longbench("--data", "{t}"), "cannot be read: Is a directory"),
+    "LongBench as JSONL": (
+        with_data(longbench, ITEM),
+        r"data is not a JSON list of objects: byte 0 is {, not \[",
+    ),
+    "LongBench with a byte order mark": (
+        with_data(longbench, b"\xef\xbb\xbf[]"),
+        r"byte 0 is '\\ufeff', not \[",
+    ),
+    "LongBench compressed": (
+        with_data(longbench, b"\x1f\x8b\x08\0"),
+        r"item 1 .* is not JSON: 'utf-8' codec",
+    ),
+    "LongBench twice": (with_data(longbench, [ITEM, ITEM]), "item 2 .*: an earlier item has the same _id"),
+    "LongBench malformed": (
+        with_data(longbench, [{**ITEM, "answer": ""}]),
+        r"item 1 \(_id 'x'\): 'answer' is ''",
+    ),
+    "LongBench's context": (
+        longbench("--data", SAMPLE, "--max-input", 120_000),
+        "context of 4096; 120192 need a YaRN factor of 30, and",
+    ),
+    "LongBench's thinking": (longbench("--data", SAMPLE, "--thinking"), "context of 4096; give --yarn 3"),
+    "GSM8K without": (math(), "no --data is given: download grade_school_math/data/test.jsonl"),
+    "GSM8K empty": (with_data(math, ""), "data has no rows"),
+    "GSM8K in Latin-1": (with_data(math, b"\xe9"), "data cannot be read: 'utf-8' codec"),
+    "GSM8K with half a character": (
+        with_data(math, b'{"question": "\\ud800"}'),
+        "data, line 1 is not valid text",
+    ),
+    "GSM8K with a long number": (with_data(math, "9" * 5000), "data, line 1 is not JSON: Exceeds the limit"),
+    "GSM8K as a list": (
+        with_data(math, [QUESTION]),
+        'line 1 must be an object with the texts "question" and "answer"',
+    ),
+    "GSM8K without a number": (
+        with_data(math, {**QUESTION, "answer": "#### ?"}),
+        "line 1: .* must end with #### and a number",
+    ),
+    "GSM8K too long": (
+        with_data(math, {**QUESTION, "question": "<|im_end|>" * 4000}),
+        r"prompt \(line 1, \d{5} tokens\) .* has a context of 4096: take that line out of --data",
+    ),
+    "GSM8K's thinking": (
+        lambda t: math("--mode", "thinking", "--data", write(t / "data", QUESTION))(t),
+        "context of 4096: lower --thinking-budget",
+    ),
+    "GSM8K's tokens": (
+        lambda t: math("--max-tokens", 10**30, "--data", write(t / "data", QUESTION))(t),
+        "context of 4096: lower --max-tokens",
+    ),
+    "GSM8K's seeds": (
+        math("--data", "x", "--seeds", 2),
+        "--seeds 2 needs --mode thinking or --sampling paper",
+    ),
+    "recall's facts": (recall("--facts", 10**12), "--facts 10+: the task recall can have 1 to 48"),
+    "recall's filler": (recall("--filler", 10**12), "--filler must be at most 1000000"),
+    "recall too long": (
+        recall("--filler", 600),
+        r"prompt recall-held out-0 has \d+ tokens; the context leaves 4072",
+    ),
+    "recall's tokens": (
+        recall("--max-tokens", 10**30),
+        "--max-tokens 10+ leaves no room for a prompt in 4096 tokens",
+    ),
+    "recall's seeds": (recall("--seeds", 2), "--seeds 2 needs --sampling paper"),
+    "recall's samples": (recall("--samples", 10**15), "--samples must be at most 1000000"),
+}
+
+RULER = {
+    "too long": (
+        lambda t: ["eval_ruler.py", TINY],
+        "--lengths 8192 16384 32768 65536 131072: .* has a context of 4096 tokens; 131072 need a YaRN factor of 32, and "
+        r"Qwen3's model card validates no more than 4; without that: --lengths 4096 \(up to 4096\), or --lengths 4096 8192 "
+        r"16384 --yarn 4 \(up to 16384\)",
+    ),
+    "too long to think": (
+        lambda t: [
+            *("eval_ruler.py", of_model("config.json", config(max_position_embeddings=40960))(t)[1]),
+            *("--mode", "thinking", "--yarn", 4),
+        ],
+        "--lengths 131072 with --thinking-budget 8192: .* has a context of 131072 tokens; 139264 need a YaRN factor of 5, "
+        "and Qwen3's model card validates no more than 4; without that: --lengths 4096 8192 16384 32768 65536 "
+        r"\(up to 122880\)",
+    ),
+    "no room": (
+        ruler("--mode", "thinking"),
+        "context of 4096 tokens; give --yarn 3; or lower --thinking-budget",
+    ),
+    "task": (ruler("--tasks", "niah"), "'niah' is not a RULER task; they are niah_single_1, "),
+    "missing": (ruler("--tasks", "vt", "qa_1"), "--tasks qa_1: squad.json or dev-v2.0.json is needed"),
+    "damaged": (
+        ruler("--data-dir", "{t}", **{"squad.json": "{}"}),
+        'squad.json cannot be used: the file has no "data"; it is',
+    ),
+    "words": (
+        ruler(
+            "--data-dir",
+            "{t}",
+            "--tasks",
+            "cwe",
+            "--lengths",
+            4000,
+            **{"english_words.json": {"1": "<|im_end|>"}},
+        ),
+        r'english_words.json cannot be used: "<\|im_end\|>" is no word',
+    ),
+    "too short": (
+        ruler("--lengths", 300, "--tasks", "fwe"),
+        r"fwe at 300 \(586 and more are enough\); choose",
+    ),
+    "some too short": (
+        ruler("--lengths", 4096, 1200),
+        r"niah_multivalue at 1200 \(2051 and more are enough\); niah_multiquery at 1200 \(2121 and more are enough\); cwe "
+        r"at 1200, 4096 \(1470 to 4095, or 5433 and more are enough\); --tasks niah_single_1 niah_multikey_2 "
+        "niah_multikey_3 vt fwe fit",
+    ),
+    "no directory": (ruler("--data-dir", "{t}/none"), "none is not a directory"),
+    "seeds": (ruler("--seeds", 2), "--seeds 2 needs --mode thinking"),
+    "samples": (ruler("--samples", 0), "--samples must be at least 1"),
+    "length": (ruler("--lengths", 640, 0), "--lengths must be at least 1"),
+    "length beyond all": (ruler("--lengths", 10**30), "--lengths 10+: .* has a context of 4096"),
+    "cache a file": (ruler("--tasks", "fwe", "--cache", "{t}/c", c=""), "c cannot keep samples: File exists"),
+    "cache not ours": (
+        ruler("--tasks", "fwe", "--cache", "/proc/c"),
+        "/proc/c cannot keep samples: No such file",
+    ),
+    "a list in TOML": (ruler("--config", "{t}/c", c='lengths = ["a"]'), "lengths must be a list of int"),
+    "a path with a zero byte": (ruler("--config", "{t}/c", c='cache = "a\\u0000b"'), "cache has a zero byte"),
+}
+
+CLAMP = {
+    "missing": (recall("--clamp", "{t}/none"), "--clamp .*none cannot be read: No such file"),
+    "no tensors": (recall("--clamp", "{t}/c", c="text"), "--clamp .* cannot be read: .*header"),
+    "a model": (recall("--clamp", TINY / "model.safetensors"), "is no clamp; studies/perturb.py makes them"),
+    "metadata no JSON": (held(dict, {"about": "{"}), "is no clamp; studies/perturb.py makes them"),
+    "metadata a list": (held(dict, {"about": "[]"}), "is no clamp; studies/perturb.py makes them"),
+    "no rule": (held(dict, {"about": "{}"}), "is no clamp; studies/perturb.py makes them"),
+    "other layers": (
+        held(lambda good: dict(list(good.items())[:4]), {"about": '{"rule": "top"}'}),
+        "of a model with other",
+    ),
+    "another dtype": (
+        held(
+            lambda good: {name: values.bfloat16() for name, values in good.items()},
+            {"about": '{"rule": "top"}'},
+        ),
+        "of a model with other layers or heads",
+    ),
+}
+
+OUT = {
+    "somebody's": (
+        foreign(recall()),
+        r"out is not empty and holds no evaluation \(settings.json\); choose another --out",
+    ),
+    "a file": (recall(out=""), "out is not empty and holds no evaluation"),
+    "below a file": (
+        recall("--out", "{t}/f/x", f=""),
+        "f/x cannot be written: Not a directory; choose another --out",
+    ),
+    "name too long": (recall("--out", "{t}/" + "x" * 300), "cannot be written: File name too long"),
+    "other settings": (
+        finished(result(), max_tokens=7),
+        "holds results of other settings: max tokens 7 there, 5 here",
+    ),
+    "another model": (
+        finished(result(), weights="0"),
+        'holds results of other settings: weights "0" there, "',
+    ),
+    "another benchmark": (
+        finished(result(), benchmark="RULER"),
+        'other settings: benchmark "RULER" there, "GSM8K" here',
+    ),
+    "settings gone": (
+        finished(result(), of=["settings"]),
+        "has results and no settings.json: nobody knows of what",
+    ),
+    "settings damaged": (
+        finished(checkpoint=3),
+        'settings.json is not an evaluation\'s: .* the "checkpoint"',
+    ),
+    "another problem": (
+        finished(result(id="line 2")),
+        "a sample that is not of this evaluation: line 2, seed 0; remove",
+    ),
+    "another seed": (
+        finished(result(seed=10**15)),
+        "not of this evaluation: line 1, seed 10+; remove its line",
+    ),
+    "another task": (
+        finished(result(task="recall")),
+        r'holds line 1 as one of \["recall", 0\], not \["gsm8k", 0\]; remove',
+    ),
+    "another length": (
+        finished(result(length="0")),
+        r'holds line 1 as one of \["gsm8k", "0"\], not \["gsm8k", 0\]',
+    ),
+    "twice": (
+        finished(result(), result(score=0.0)),
+        "results.jsonl, line 2 is another result of line 1, seed 0; remove one",
+    ),
+    "half a character": (
+        finished(result(task="\ud800")),
+        "line 1 is not a result: task has half a character",
+    ),
+    "bytes": (finished("\0\0\n"), "line 1 is not a result: no JSON object"),
+    "nested deep": (finished(DEEP, "\n"), "line 1 is not a result: no JSON object"),
+    "a score beyond 1": (finished(result(score=10**400)), "line 1 is not a result: score is 1000"),
+    "fewer than no tokens": (
+        finished(result(completion_tokens=-1)),
+        "line 1 is not a result: completion_tokens is -1",
+    ),
+    "no score": (finished(result(score=None)), "line 1 is not a result: score is null"),
+}
+
+COMPARE = {
+    "one": (
+        lambda t: ["eval_ruler.py", "--compare", t],
+        "--compare takes two results.jsonl or their directories, not 1",
+    ),
+    "missing": (lambda t: ["eval_task.py", "--compare", t / "a", t / "b"], "a does not exist"),
+    "nothing": (compared("", ""), "have no sample in common"),
+    "other data": (
+        compared(result(), result(), {"checkpoint": "a", "data": 1}, {"checkpoint": "b", "data": 2}),
+        "are of other settings and cannot be compared: data 1 there, 2 here",
+    ),
+    "damaged": (
+        compared(result(), result(score=1e308)),
+        "b/results.jsonl, line 1 is not a result: score is 1e",
+    ),
+    "half a character": (
+        compared(result(), result(), {"checkpoint": "\ud800"}),
+        "settings.json is not an evaluation's",
+    ),
+}
+
+PERTURB = {
+    "no evaluation": (
+        perturb("--", "nothing.py"),
+        "-- nothing.py: write an evaluation after --, one of eval_gsm8k.py, eval_",
+    ),
+    "another script": (perturb("--", "train.py"), "-- train.py: write an evaluation"),
+    "a path": (perturb("--", "/tmp/eval_task.py"), "-- /tmp/eval_task.py: write an evaluation"),
+    "nothing": (perturb("--"), "write an evaluation"),
+    "fraction": (perturb("--fraction", 2), r"--fraction must be in \(0, 1\], not 2"),
+    "data": (perturb("--data", "{t}/d", d="{"), "d, line 1 is not JSON"),
+    "too long": (
+        perturb("--data", "{t}/d", d={"prompt": "a b " * 3000, "answer": "x"}),
+        "the context leaves 4096",
+    ),
+    "somebody's": (
+        foreign(perturb()),
+        r"holds no perturbation \(untouched.safetensors\); choose another --out",
+    ),
+    "a clamp damaged": (
+        lambda t: ((t / "out").mkdir(), write(t / "out" / "untouched.safetensors", "x"), perturb()(t))[-1],
+        "untouched.safetensors cannot be read",
+    ),
+}
+
+ABLATION = {
+    "no command": (ablation("train"), "'train' is none of sweep, compare, report"),
+    "nothing swept": (
+        ablation("compare"),
+        "lacks 36 runs of the sweep: python -m studies.ablation sweep first",
+    ),
+    "nothing to report": (ablation("report"), "lacks 36 runs of the sweep"),
+    "no JSON": (ablation("report", "{\n"), "results.jsonl, line 1 is not a result: no JSON object"),
+    "a list": (ablation("sweep", ran(), [], "\n"), "line 2 is not a result: no JSON object"),
+    "nothing in it": (ablation("sweep", "{}\n"), "line 1 is not a result: task is null"),
+    "task a list": (ablation("sweep", ran(task=["recall"])), r'line 1 is not a result: task is \["recall"\]'),
+    "no rewards": (ablation("sweep", ran(rewards=[])), r"line 1 is not a result: rewards is \[\]"),
+    "rewards no numbers": (ablation("sweep", ran(rewards=[float("nan")])), r"rewards is \[NaN\]"),
+    "accuracy of 5": (
+        ablation("sweep", ran(held_out={"a": {"prompt_tokens": 9, "accuracy": 5}})),
+        "held_out is ",
+    ),
+    "somebody's": (foreign(ablation("sweep")), r"out is not empty and holds no ablation \(results.jsonl\)"),
+    "open quote": (ablation("sweep", train="'--rank"), "--train .*: No closing quotation"),
+    "flag": (ablation("sweep", train="--steps 0"), "--steps must be at least 1, not 0"),
+    "data alone": (ablation("sweep", train="--data x.jsonl"), "--train has data and no held-out data"),
+}
+
+PLOT = {
+    "nothing": (
+        lambda t: ["base/plot.py", t],
+        "metrics.jsonl is missing; give the directory of a finished run",
+    ),
+    "metrics empty": (drawn(""), "metrics.jsonl has no rows"),
+    "metrics cut off": (drawn(STEPS + '{"step"'), "metrics.jsonl, line 3 is not JSON"),
+    "metrics no numbers": (
+        drawn('{"step": 1, "reward": "a"}'),
+        'line 1 is not a line of metrics: "step" and "reward" must',
+    ),
+    "metrics too large": (drawn(f'{{"step": 1, "reward": {10**400}}}'), "line 1 is not a line of metrics"),
+    "results no JSON": (drawn(results="{"), "results.json is not what train.py leaves: JSONDecodeError"),
+    "results without": (drawn(results={}), r"results.json is not what train.py leaves: KeyError\('before'\)"),
+    "results text": (
+        drawn(results={"before": None, "after": {"a": {"accuracy": "x"}}}),
+        "not what train.py leaves: accuracy",
+    ),
+    "magnitudes damaged": (drawn(tensors="x"), "magnitudes.safetensors cannot be read"),
+    "magnitudes of a model": (
+        drawn(tensors={"model.norm.weight": torch.ones(2)}),
+        "does not hold the magnitudes of Q and K",
+    ),
+    "magnitudes without rows": (
+        drawn(tensors=magnitudes(of=[""])),
+        "does not hold the magnitudes of Q and K",
+    ),
+    "magnitudes flat": (drawn(tensors=magnitudes((4,))), "does not hold the magnitudes of Q and K"),
+    "a sample nowhere": (
+        lambda t: ["studies/longbench_sample.py", t / "none" / "x.json"],
+        "x.json cannot be written: No such file",
+    ),
+}
+
+
+TABLE = {
+    "checkpoint": CHECKPOINT,
+    "data": DATA,
+    "RULER": RULER,
+    "clamp": CLAMP,
+    "out": OUT,
+    "compare": COMPARE,
+}
+TABLE |= {"perturb": PERTURB, "ablation": ABLATION, "plot": PLOT}
+CASES = [
+    pytest.param(*case, id=f"{kind}, {name}") for kind, cases in TABLE.items() for name, case in cases.items()
+]
+
+
+@pytest.mark.parametrize("make, line", CASES)
+def test_bad_input_gets_one_line_and_nothing_is_written_or_lost(make, line, tmp_path):
+    check_refusal(make(tmp_path), line, tmp_path, longest=700, but=FIGURES)
+
+
+# ------------------------------------------------------------------------------------------------------------ full disks
+
+
+FULL = {
+    "settings": (lambda t: math("--data", write(t / "data", QUESTION))(t), 99, "settings.json"),
+    "report": (finished(result()), 600, "results.json"),
+    "what ranks wrote": (finished(result()), 99, "results.jsonl"),
+    "reward curve": (drawn(tensors=magnitudes()), 99, "reward.png"),
+    "clamps": (perturb(), 4000, "untouched.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_full_disk_is_one_line_that_names_the_file_and_what_was_there_stays(case, tmp_path, full):
+    make, size, name = FULL[case]
+    arguments = make(tmp_path)
+    before = files_in(tmp_path, FIGURES)
+    full(size)
+    assert re.search(rf"/{name} cannot be written: .*File too large", refusal(*arguments))
+    assert files_in(tmp_path, FIGURES) == before
+
+
+def test_a_sample_that_the_disk_does_not_take_is_made_again(tmp_path, full):
+    """What was finished before stays; half a line is left out."""
+    settings, samples = {"checkpoint": "x"}, {("line 1", 0): ("gsm8k", 0), ("line 2", 0): ("gsm8k", 0)}
+    results = Results(tmp_path / "out", settings, samples)
+    results.write(json.loads(result()))
+    full(len(result()) + 9)
+    with pytest.raises(BadInput, match=r"out/results.jsonl cannot be written: File too large"):
+        results.write(json.loads(result(id="line 2")))
+    results.file.close()
+    full(resource.RLIM_INFINITY)
+    del results
+    again = Results(tmp_path / "out", settings, samples)
+    assert again.done == {("line 1", 0)}
+    again.write(json.loads(result(id="line 2")))
+    assert len(again.read()) == 2
+
+
+def test_a_report_is_made_again_when_there_is_room(tmp_path, full):
+    arguments = finished(result())(tmp_path)
+    full(600)
+    refusal(*arguments)
+    full(resource.RLIM_INFINITY)
+    assert "accuracy 100.00" in run_here(*arguments)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["score"]["n"] == 1

@@ -1,0 +1,407 @@
+"""evaluation.py and stats.py: results across interruptions, real vLLM with YaRN, statistics worked by hand."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from base.cli import BadInput
+from evals import stats
+from evals.engine import GREEDY, Engine, evaluate
+from evals.results import Results, weights_fingerprint
+from model import Qwen3, Qwen3Config
+
+TINY = ROOT / "assets" / "tiny"
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
+
+
+def record(i, score=1.0, seed=0, task="t", length=10):
+    counts = {"prompt_tokens": 9, "completion_tokens": 2, "finished": True}
+    which = {"id": f"{task}-{i}", "task": task, "length": length, "seed": seed, "expected": ["é"]}
+    return {**which, "score": score, "prediction": "é\n\u2028", **counts}
+
+
+SETTINGS = {"checkpoint": "out", "lengths": [10]}
+
+
+def opened(path, records, settings=None):
+    """An evaluation of the samples of `records`, open in the directory `path`."""
+    return Results(
+        path, settings or SETTINGS, {(r["id"], r["seed"]): (r["task"], r["length"]) for r in records}
+    )
+
+
+def directory(path, records, **settings):
+    """A finished evaluation."""
+    results = opened(path, records, {"checkpoint": path.name, "lengths": [10], **settings})
+    for r in records:
+        results.write(r)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def test_results_are_kept_taken_in_from_ranks_and_ordered(tmp_path):
+    out = directory(tmp_path / "out", [record(10), record(9)])
+    (out / "results.3.jsonl").write_text(json.dumps(record(2)) + "\n" + json.dumps(record(9, seed=1)) + "\n")
+    again = opened(out, [record(1), record(2), record(9), record(9, seed=1), record(10)])
+    assert again.done == {("t-10", 0), ("t-9", 0), ("t-2", 0), ("t-9", 1)}
+    assert [path.name for path in sorted(out.iterdir())] == ["lock", "results.jsonl", "settings.json"]
+    with pytest.raises(BadInput, match="has no result of 1 of 5 samples, such as t-1, seed 0"):
+        again.read()
+    again.write(record(1))
+    assert again.read() == [record(1), record(2), record(9), record(9, seed=1), record(10)]
+    assert len((out / "results.jsonl").read_text().split("\n")) == 6
+    with pytest.raises(BadInput, match="holds a sample that is not of this evaluation: t-2, seed 0"):
+        opened(out, [record(1), record(9), record(9, seed=1), record(10)])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_a_half_written_last_line_is_dropped_with_a_warning(cut, tmp_path, capfd):
+    out = directory(tmp_path / "out", [record(1), record(2)])
+    path = out / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = opened(out, [record(1), record(2)])
+    assert again.done == {("t-1", 0)} and "last line is unfinished" in capfd.readouterr().err
+    again.write(record(2))
+    assert again.read() == [record(1), record(2)]
+
+
+WRONG = [
+    *(
+        ("{", "no JSON object"),
+        ("3", "no JSON object"),
+        ("[" * 100_000, "no JSON object"),
+        ("", "no JSON object"),
+    ),
+    *(
+        ("{}", "no id"),
+        ('{"id": "a"}', "no task"),
+        (dict(id=["t-1"]), 'id is ["t-1"]'),
+        (dict(score=None), "score is null"),
+    ),
+    *(
+        (dict(score="1"), 'score is "1"'),
+        (dict(score=math.nan), "score is NaN"),
+        (dict(score=True), "score is true"),
+    ),
+    *(
+        (dict(score=1.5), "score is 1.5"),
+        (dict(score=-1), "score is -1"),
+        (dict(score=10**400), "score is 1000"),
+    ),
+    *(
+        (dict(completion_tokens=10**400), "completion_tokens is 1000"),
+        (dict(task="\ud800"), "task has half a character"),
+    ),
+    ({}, "another result of t-1, seed 0"),
+    *(
+        (dict(finished=None), "finished is null"),
+        (dict(seed=0.5), "seed is 0.5"),
+        (dict(length=[1]), "length is [1]"),
+    ),
+    (dict(prediction=["x" * 999]), 'prediction is ["xxx'),
+]
+
+
+def test_a_line_that_is_no_result_is_refused(tmp_path):
+    a = directory(tmp_path / "out", [record(1)])
+    b = directory(tmp_path / "b", [record(1)])
+    for line, message in WRONG:
+        where = "is another" if line == {} else "is not a result: "
+        line = line if isinstance(line, str) else json.dumps({**record(1), **line})
+        (a / "results.jsonl").write_text(json.dumps(record(1)) + f"\n{line}\n" + json.dumps(record(2)) + "\n")
+        for use in (lambda: opened(a, [record(1)]), lambda: stats.compare([b, a], ("checkpoint",))):
+            with pytest.raises(BadInput, match=rf"out/results.jsonl, line 2 {where}") as error:
+                use()
+            assert message in str(error.value) and len(str(error.value)) < 400
+
+
+def test_settings_that_are_none_are_refused(tmp_path):
+    a = directory(tmp_path / "out", [record(1)])
+    b = directory(tmp_path / "b", [record(1)])
+    for text, message in (
+        *((t, 'must be an object with the "checkpoint"') for t in ("[]", "{}", '{"checkpoint": 3}', "null")),
+        *((t, "cannot be read: ") for t in ("", "{", "[" * 100_000, b"\xff")),
+    ):
+        (a / "settings.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        for use in (lambda: opened(a, [record(1)]), lambda: stats.compare([b, a], ("checkpoint",))):
+            with pytest.raises(BadInput, match=f"{a}/settings.json .*{message}") as error:
+                use()
+            assert "\n" not in str(error.value)
+
+
+HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+
+
+def test_one_evaluation_at_a_time_writes_to_a_directory(tmp_path):
+    out = directory(tmp_path / "out", [record(1)])
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    other.stdout.readline()
+    for settings in (SETTINGS, {"checkpoint": "y"}):  # nothing is read
+        with pytest.raises(BadInput, match=f"{out}: another process is running there; wait for it"):
+            opened(out, [record(1)], settings)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    other.kill()
+    other.wait()
+    other.stdin.close()
+    other.stdout.close()
+    assert opened(out, [record(1)]).done == {("t-1", 0)}
+    for path, settings_file in (
+        (tmp_path / "new", False),
+        (tmp_path / "half", True),
+    ):  # killed before there were settings
+        path.mkdir()
+        (path / "lock").touch()
+        (path / "settings.json.partial").write_text("{" * settings_file)
+        assert opened(path, [record(1)]).done == set()
+    for path in ("/proc/out", "/dev/null/out"):
+        with pytest.raises(BadInput, match=f"{path} cannot be written: .*; choose another --out"):
+            opened(path, [])
+
+
+def test_other_settings_and_other_directories_are_refused_untouched(tmp_path):
+    out = directory(tmp_path / "out", [record(1)])
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for settings, message in (
+        ({"checkpoint": "out", "lengths": [20]}, "other settings: lengths [10] there, [20] here"),
+        ({"checkpoint": "out"}, "lengths [10] there, absent here"),
+        ({"checkpoint": "out", "lengths": [10], "mode": "chat"}, 'mode absent there, "chat" here'),
+        ({"checkpoint": "out", "lengths": [10], "mode": None}, "mode absent there, null here"),
+    ):
+        with pytest.raises(BadInput) as error:
+            opened(out, [record(1)], settings)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    for path in (tmp_path / "other", tmp_path / "other" / "thesis.tex"):
+        with pytest.raises(BadInput, match="is not empty and holds no evaluation"):
+            opened(path, [])
+
+
+def test_the_fingerprint_changes_with_the_weights_only(tmp_path):
+    for name, value in (("a", 0.0), ("b", 0.0), ("c", 1e-3)):
+        model = Qwen3.from_pretrained(TINY)
+        with torch.no_grad():
+            next(model.parameters())[0, 0] += value
+        model.save_pretrained(tmp_path / name)
+    a, b, c = (weights_fingerprint(tmp_path / name) for name in "abc")
+    assert a == b == weights_fingerprint(str(tmp_path / "a")) and a != c
+
+
+# -------------------------------------------------------------------------------------------------------------- engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = Engine(TINY, 6000, rope_scaling=YARN)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.xdist_group("engine")
+def test_yarn_reaches_vllm_beyond_the_context(engine):
+    """The engine's own configuration, and a prompt of 5,000 tokens continued as our model does with the same RoPE."""
+    config = engine.rollout.engine.llm_engine.model_config
+    assert (
+        config.hf_config.rope_parameters == {**YARN, "rope_theta": 10000.0} and config.max_model_len == 6000
+    )
+    ids = torch.randint(0, 800, (5000,), generator=torch.Generator().manual_seed(3)).tolist()
+    requests = [("a", ids, {**GREEDY, "max_tokens": 6})]
+    [(_, completion, _)] = engine.stream(requests)
+    model = Qwen3.from_pretrained(TINY)
+    wanted = {}
+    for rope_scaling in (YARN, None):
+        model.config = dataclasses.replace(Qwen3Config.from_pretrained(TINY), rope_scaling=rope_scaling)
+        scaled = Qwen3(model.config)
+        scaled.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            logits = scaled(torch.tensor([ids + completion]))[0, 4999:-1]
+        wanted[str(rope_scaling)] = logits.argmax(-1).tolist()
+    assert completion == wanted[str(YARN)] != wanted["None"]
+
+
+@pytest.mark.xdist_group("engine")
+def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
+    from prompts.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(TINY, 896)
+    asked = []
+
+    def ids(i):
+        asked.append(i)
+        return [5 + i, 6, 7]
+
+    items = [
+        {
+            "id": f"x-{i}",
+            "task": "x",
+            "length": 8,
+            "prompt_ids": lambda i=i: ids(i),
+            "max_tokens": 5,
+            "expected": i,
+        }
+        for i in range(700)
+    ]  # more than the engine holds at once
+
+    def go(out, items, seeds=2):
+        expected = {
+            (item["id"], seed): (item["task"], item["length"]) for item in items for seed in range(seeds)
+        }
+        results = Results(out, {"checkpoint": str(seeds)}, expected)
+        score = lambda item, prediction: (item["expected"] + len(prediction)) / 1000  # noqa: E731
+        hot = {**GREEDY, "temperature": 2.0}
+        evaluate(engine, results, iter(items), len(items), seeds, hot, [883], tokenizer, score)
+        return results.read()
+
+    records = go(tmp_path / "a", items)
+    assert [(r["id"], r["seed"]) for r in records] == [(f"x-{i}", s) for i in range(700) for s in (0, 1)]
+    assert asked == list(range(700)) and len({r["prediction"] for r in records}) > 1000
+    for r in records:
+        assert (
+            r["score"] == (r["expected"] + len(r["prediction"])) / 1000
+            and r["prompt_tokens"] == 3
+            and r["length"] == 8
+        )
+        assert r["completion_tokens"] <= 5 and (r["finished"] or r["completion_tokens"] == 5)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "settings.json").write_text('{"checkpoint": "2"}')
+    kept = [r for i, r in enumerate(records) if i % 5 and i < 1000]
+    (tmp_path / "b" / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    assert go(tmp_path / "b", items) == records
+
+
+@pytest.mark.xdist_group("engine")
+def test_an_engine_that_cannot_start_says_so_in_one_line():
+    with pytest.raises(BadInput, match="vLLM cannot start with 9000 tokens"):
+        Engine(TINY, 9000)
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_mean_and_standard_error_are_over_items():
+    records = [
+        record(i, score, seed)
+        for i, pair in enumerate([(1, 1), (0, 1), (0, 0), (1, 0)])
+        for seed, score in enumerate(pair)
+    ]
+    summary = stats.summarize(records)  # item means 1, 1/2, 0, 1/2
+    assert summary == {"score": 0.5, "stderr": pytest.approx(math.sqrt(0.5 / 3 / 4)), "n": 4}
+    assert stats.summarize(records[:1]) == {"score": 1.0, "stderr": None, "n": 1}
+
+
+def test_mcnemar_by_hand():
+    assert stats.mcnemar(0, 0) == 1 and stats.mcnemar(3, 3) == 1
+    assert stats.mcnemar(0, 5) == stats.mcnemar(5, 0) == 2 / 32
+    assert stats.mcnemar(1, 7) == 2 * (1 + 8) / 256
+    assert stats.mcnemar(2, 8) == 2 * (1 + 10 + 45) / 1024
+    assert 0 < stats.mcnemar(9000, 10_000) < 1e-10  # (1000 / sqrt(19000) is 7 standard deviations)
+
+
+def test_paired_by_hand():
+    a, b = [1, 0, 0, 0, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]  # five won, none lost
+    r = stats.paired(a, b)
+    assert (r["n"], r["a"], r["b"], r["difference"]) == (8, 0.25, 0.875, 0.625)
+    assert r["p"] == 2 / 32 and r["test"] == "McNemar exact" and r["low"] == 0.25 and 0.875 <= r["high"] <= 1
+    assert r == stats.paired(a, b)
+    assert stats.paired(b, a)["difference"] == -0.625 and stats.paired(a, a)["p"] == 1
+
+
+def test_paired_fractions():
+    """Sign flips: of the 2^6 sign patterns of six equal differences two are as extreme. The interval is the normal one."""
+    r = stats.paired([0.25] * 6, [0.5] * 6)
+    assert (
+        r["test"] == "sign flips"
+        and r["p"] == pytest.approx(2 / 64, abs=0.006)
+        and r["low"] == r["high"] == 0.25
+    )
+    assert stats.paired([0.5, 0.25], [0.5, 0.25])["p"] == 1
+    d = [math.sin(i) for i in range(400)]
+    r = stats.paired([0.0] * 400, d)
+    spread = 1.96 * math.sqrt(0.5 / 400)
+    assert r["low"] == pytest.approx(sum(d) / 400 - spread, abs=0.006)
+    assert r["high"] == pytest.approx(sum(d) / 400 + spread, abs=0.006)
+
+
+def test_compare_pairs_what_both_have(tmp_path):
+    a = directory(tmp_path / "a", [record(i, i % 2, task=t) for t in "uv" for i in range(8)], samples=8)
+    b = directory(tmp_path / "b", [record(i, 1, task=t) for t in "uv" for i in range(6)], samples=6)
+    text = stats.compare([a, b / "results.jsonl"], ("checkpoint", "samples"))
+    assert "12 samples in both, 4 only in A" in text and text == stats.compare(
+        [a, b], ("checkpoint", "samples")
+    )
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[5:]}
+    assert rows["all"][:4] == ["12", "50.00", "100.00", "+50.00"] and rows["all"][6] == "0.0312"  # 2 / 2^6
+    assert rows["u"][:4] == ["6", "50.00", "100.00", "+50.00"] and rows["u"][6] == "0.25"  # 2 / 2^3
+
+
+def test_compare_has_a_row_for_each_class_of_task_and_length(tmp_path):
+    """Task x gains 1 of 3 short, loses 1 of 2 long; task y is equal."""
+    made = [
+        ("x", "short", 0, 1),
+        ("x", "short", 1, 1),
+        ("x", "short", 0, 0),
+        ("x", "long", 1, 0),
+        ("x", "long", 1, 1),
+    ]
+    made += [("y", "medium", 1, 1), ("y", "short", 0, 0)]
+    paths = []
+    for name, column in (("a", 2), ("b", 3)):
+        records = [record(i, row[column], task=row[0], length=row[1]) for i, row in enumerate(made)]
+        paths.append(directory(tmp_path / name, records))
+    rows = stats.compare(paths, ("checkpoint",), ("short", "medium", "long")).splitlines()[5:]
+    assert [row.split()[:5] for row in rows] == [
+        ["all", "7", "57.14", "57.14", "+0.00"],
+        ["x", "5", "60.00", "60.00", "+0.00"],
+        ["y", "2", "50.00", "50.00", "+0.00"],
+        ["short", "4", "25.00", "50.00", "+25.00"],
+        ["medium", "1", "100.00", "100.00", "+0.00"],
+        ["long", "2", "100.00", "50.00", "-50.00"],
+    ]
+    directory(
+        tmp_path / "c", [record(i, length=n) for i, n in enumerate([64, 1000, 8])]
+    )  # by size; no row for one task
+    rows = stats.compare([tmp_path / "c", tmp_path / "c"], ("checkpoint",)).splitlines()[5:]
+    assert [row.split()[:2] for row in rows] == [["all", "3"], ["8", "1"], ["64", "1"], ["1000", "1"]]
+
+
+def test_compare_refuses(tmp_path):
+    a = directory(tmp_path / "a", [record(1)], tasks=["t"])
+    for name, settings in (
+        ("b", {"tasks": ["u"]}),
+        ("c", {"tasks": ["t"], "lengths": [20]}),
+        ("d", {"tasks": ["t"], "template": "x"}),
+    ):
+        other = directory(tmp_path / name, [record(1)], **settings)
+        changed = {"b": "tasks", "c": "lengths", "d": "template"}[name]
+        with pytest.raises(BadInput, match=f"cannot be compared: {changed} "):
+            stats.compare([a, other], ("checkpoint",))
+    with pytest.raises(BadInput, match="no sample in common"):
+        stats.compare([a, directory(tmp_path / "e", [record(2)], tasks=["t"])], ("checkpoint",))
+    for path in ("none", "none/results.jsonl", "f"):
+        (tmp_path / "f").mkdir(exist_ok=True)
+        with pytest.raises(BadInput, match=f"{tmp_path / path}(/results.jsonl)? does not exist"):
+            stats.compare([a, tmp_path / path], ())
+    (tmp_path / "e" / "settings.json").unlink()
+    with pytest.raises(BadInput, match=r"e/settings.json cannot be read: No such file"):
+        stats.compare([a, tmp_path / "e"], ())
+    with pytest.raises(BadInput, match="two"):
+        stats.compare([a], ())
+
+
+def test_table():
+    assert stats.table([["a", "long"], ["name", "1"]]) == "a     long\nname     1"

@@ -1,0 +1,225 @@
+"""recipes/: every row of the paper's table parses, fits its eight GPUs by the plan, and takes a step in small, on stand-ins
+in the published schemas: a checkpoint with the real shapes (and holes for weights), data of every source."""
+
+import json
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import ROOT, refusal, run_here
+from safetensors.torch import load_file
+
+from model import Qwen3, Qwen3Config
+from prompts import chat
+
+pytestmark = pytest.mark.xdist_group("recipes")  # vLLM is imported once
+
+TINY = ROOT / "assets" / "tiny"
+# row of the table -> algorithm, rule, selected of a head's 128 dimensions
+ROWS = {
+    "dapo": ("dapo", "all", 128),
+    "dapo-longact": ("dapo", "top", 38),
+    "grpo-longact": ("grpo", "top", 38),
+    "random": ("dapo", "random", 38),
+    "bottom": ("dapo", "bottom", 38),
+    "fraction-0.2": ("dapo", "top", 25),
+    "fraction-0.4": ("dapo", "top", 51),
+}
+
+
+SFT = ["--config", "recipes/sft.toml"]
+
+
+def rl(row):
+    return ["--config", "recipes/rl.toml", f"recipes/{row}.toml"]
+
+
+# ---------------------------------------------------------------------------------------------------------- stand-ins
+
+
+def write_checkpoint(directory, size):
+    """A directory as Hugging Face has Qwen3-8B-Base, two shards whose tensors are holes in the files; tiny's tokenizer."""
+    config = Qwen3Config.preset(size)
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config.to_dict(torch.bfloat16)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((TINY / name).read_bytes())
+    with torch.device("meta"):
+        shapes = {name: list(p.shape) for name, p in Qwen3(config).named_parameters()}
+    weight_map = {name: f"model-{1 + ('layers.2' in name):05}-of-00002.safetensors" for name in shapes}
+    for file in set(weight_map.values()):
+        header, end = {}, 0
+        for name in (name for name in shapes if weight_map[name] == file):
+            start, end = end, end + 2 * torch.Size(shapes[name]).numel()
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with open(directory / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+
+def verl_row(i, source, prompt, gold, **more):
+    style = {"style": "rule", "ground_truth": gold}
+    prompt = [{"role": "user", "content": prompt}]
+    return {
+        "data_source": source,
+        "prompt": prompt,
+        "reward_model": style,
+        "extra_info": {"index": i},
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A directory with 8B/, 4B/, docqa.parquet, memagent.parquet and chats.parquet."""
+    directory = tmp_path_factory.mktemp("recipes")
+    for size in ("8B", "4B"):
+        write_checkpoint(directory / size, size + "-Base")
+    text = "Please read the following text.\n\n<text>\n{}\n</text>\n\nWhich?\n\nFormat your response as follows: ..."
+    golds = {
+        "long_toc_choices_0_20000": "The correct answer is (B)",
+        "docmath_20000_40000": "the answer is 3.5",
+        "musique_0_20000": "the answer is Zürich",
+        "multihoprag_0_20000": "the answer is Yes",
+    }
+    docqa = [
+        verl_row(i, name, text.format(f"{name} {i} " * 99), golds[name])
+        for i, name in enumerate([*golds] * 2)
+    ]
+    docqa.append(verl_row(99, "musique_0_20000", text.format("a word " * 20_000), "the answer is Oslo"))
+    memagent = [
+        verl_row(i, "hotpotqa", f"Who is {i}?", ["Anna"], context="Document 1:\nAnna." * (1 + i % 30))
+        for i in range(1001)
+    ]
+    said = ["short", "long " * 400] * 9 + ["long " * 9000] + ["short"]
+    chats = [
+        {"messages": [{"role": "user", "content": f"{i}? " * 300}, {"role": "assistant", "content": words}]}
+        for i, words in enumerate(said)
+    ]
+    for name, rows in (("docqa", docqa), ("memagent", memagent), ("chats", chats)):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / f"{name}.parquet")
+    return directory
+
+
+# -------------------------------------------------------------------------------------------------------------- tests
+
+
+def test_there_is_a_recipe_for_every_row_and_each_value_says_where_it_is_from():
+    assert {path.stem for path in (ROOT / "recipes").iterdir()} == {"sft", "rl", *ROWS}
+    for path in (ROOT / "recipes").iterdir():
+        for line in path.read_text().splitlines():
+            assert not re.match(r"\w+ =", line) or " # " in line, line
+
+
+def dry_run(script, files, size, *flags):
+    """-> what it printed, and its directory, which is there until this process ends."""
+    printed = run_here(script, *flags, "--model", files / size, "--dry-run")
+    assert "32 query and 8 key heads of 128" in printed and printed.endswith(
+        "dry run: passed; nothing is left of it\n"
+    )
+    return printed, Path(re.search(r"dry run: .* in (/.+)\n", printed)[1]) / "run"
+
+
+@pytest.mark.parametrize("row, size", [*((row, "8B") for row in ROWS), ("dapo-longact", "4B")])
+def test_a_dry_run_of_every_rl_recipe_does_what_the_row_says(row, size, files):
+    data = [files / "docqa.parquet", files / "memagent.parquet"]
+    before = set((ROOT / "runs").glob("*"))
+    printed, run = dry_run("train.py", files, size, *rl(row), "--data", *data)
+    assert "8 of 9 rows of docqa.parquet, 1 over 28,672 tokens dropped" in printed
+    assert "1,000 of 1,001 rows of memagent.parquet" in printed
+    assert set((ROOT / "runs").glob("*")) == before
+    settings = json.loads((run / "config.json").read_text())
+    algorithm, rule, selected = ROWS[row]
+    assert (settings["algorithm"], settings["rule"]) == (algorithm, rule)
+    [metrics] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert metrics["reward"] == 0.5 and metrics["mismatch_mean"] < 1e-4
+    assert metrics["learning_rate"] == pytest.approx(1e-6 / 20)  # the first of 20 steps of warm-up
+    masks = {
+        name: t for name, t in load_file(run / "magnitudes.safetensors").items() if t.dtype == torch.bool
+    }
+    assert len(masks) == 4 and all((mask.view(-1, 128).sum(1) == selected).all() for mask in masks.values())
+
+
+@pytest.mark.parametrize("size", ["8B", "4B"])
+def test_a_dry_run_of_sft(size, files):
+    printed, run = dry_run(
+        "sft.py", files, size, *SFT, "--data", files / "chats.parquet", "--out", files / "out"
+    )
+    assert "19 of 20 rows of chats.parquet, 1 over 16,384 tokens dropped" in printed
+    [metrics] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    vocabulary = 1 + max(chat.load_tokenizer(TINY, math.inf).get_vocab().values())
+    assert metrics["loss"] == pytest.approx(math.log(vocabulary), rel=0.1)  # random weights know nothing
+    assert metrics["tokens"] == 512 and metrics["learning_rate"] == pytest.approx(1e-5 / 50)
+    assert not (files / "out").exists()
+
+
+def test_a_dry_run_refuses_what_training_would(files, tmp_path):
+    flags = [*rl("dapo"), "--dry-run", "--data", files / "docqa.parquet", "--data-rows", 0]
+    assert "9B is not a checkpoint" in refusal("train.py", *flags, "--model", files / "9B")
+    for file in (files / "8B").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    config = json.loads((files / "8B" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 12287}))
+    wrong = "has shape [4096, 12288], config.json makes it [4096, 12287]"
+    assert wrong in refusal("train.py", *flags, "--model", tmp_path)
+    flags += ["--model", files / "8B"]
+    assert "not one of 9 rows fits" in refusal("train.py", *flags, "--max-completion", 32760)
+    assert "none of A to D" in refusal("train.py", *flags, "--reward", "rewards:choice")
+    assert "nowhere.parquet cannot be read" in refusal("train.py", *flags, "--data", "nowhere.parquet")
+
+
+def test_the_plans_in_the_docs_are_what_the_commands_print():
+    """For every recipe, on eight GPUs; a plan passes config.check for them."""
+    blocks = re.findall(
+        r"```\n\$ python ((?:.*\\\n)*.*)\n([^`]*)```", (ROOT / "docs" / "recipes.md").read_text()
+    )
+    plans = {command: run_here(*command.replace("\\\n", "").split()) for command, _ in blocks}
+    assert plans == dict(blocks) and len(plans) == 4
+    for row in ROWS:
+        plan = run_here("train.py", "--plan", *rl(row), "--model", "Qwen3-8B-Base", "--ranks", 8)
+        assert plan in plans.values() and "fits 80 GiB (less 2 for CUDA): yes" in plan
+
+
+def commands(base, *variables):
+    """The lines `make -n row` would run, but for those that set up .venv."""
+    there = f"BASE={base}", "LONGBENCH=assets/longbench-sample.json"
+    made = subprocess.run(["make", "-n", "row", *there, *variables], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    found = [
+        line.partition(".venv/bin/")[2]
+        for line in made.stdout.splitlines()
+        if re.search(r" (sft|train|eval_\w+).py ", line)
+    ]
+    return [re.sub("torchrun --standalone --nproc-per-node 8 |python ", "", line).strip() for line in found]
+
+
+def test_make_row_goes_from_data_to_the_comparison(files):
+    """What each command misses is what an earlier one makes; to say so it must have taken its flags."""
+    sft, train, after, before, compare = map(str.split, commands(files / "4B", "ROW=fraction-0.2", "SIZE=0B"))
+    assert sft[-4:] == ["--out", "runs/0B-sft", "--resume", "auto"]
+    assert "nowhere.parquet cannot be read" in refusal(*sft, "--data", "nowhere.parquet")
+    assert train[1:4] == rl("fraction-0.2") and train[-3:] == ["0B-fraction-0.2", "--resume", "auto"]
+    assert refusal(*train).startswith("runs/0B-sft/checkpoint is not a checkpoint")
+    assert refusal(*after).startswith("runs/0B-fraction-0.2/checkpoint is not a checkpoint")
+    assert refusal(*before).startswith("runs/0B-sft/checkpoint is not a checkpoint")
+    assert (before[-1], after[-1]) == ("runs/longbench/0B-sft", "runs/longbench/0B-fraction-0.2")
+    assert compare == ["eval_longbench.py", "--compare", before[-1], after[-1]]
+
+
+def test_make_row_of_other_rows(files):
+    sft, after, before, _ = commands(files / "8B", "ROW=sft", "SIZE=0B")
+    assert sft.startswith("sft.py") and " runs/0B-sft/checkpoint " in after and f" {files}/8B " in before
+    lines = commands(files / "8B", "AGAINST=dapo", "SIZE=0B")
+    trained = [line.split()[3] for line in lines if line.startswith("train.py")]
+    assert trained == ["recipes/dapo-longact.toml", "recipes/dapo.toml"]
+    assert lines[-1] == "eval_longbench.py --compare runs/longbench/0B-dapo runs/longbench/0B-dapo-longact"
