@@ -3,6 +3,7 @@
 import torch
 
 import grpo
+from base.cli import BadInput
 
 EPSILONS = 0.2, 0.28  # clip-higher (section 4.1)
 
@@ -22,6 +23,27 @@ def keep_group(rewards):
     Give it the correctness rewards, not the shaped ones: a length penalty would make every group differ.
     """
     return bool((rewards != rewards[0]).any())
+
+
+def fill_batch(draw, keep, wanted, max_rounds, interrupted):
+    """Dynamic sampling (section 3.2): draw rounds of groups until `wanted` of them pass `keep`; the surplus is dropped
+    -> groups to train on, all groups that were sampled, rounds.
+
+    draw(number) -> groups with .rewards; keep(rewards) -> bool, keep_group in DAPO; interrupted() -> whether to end early,
+    with fewer. Raises BadInput when `max_rounds` are not enough.
+    """
+    batch, sampled, rounds = [], [], 0
+    while len(batch) < wanted and not interrupted():
+        if rounds == max_rounds:
+            raise BadInput(
+                f"{rounds} rounds of {wanted} prompts gave {len(batch)} groups whose rewards differ, {wanted} are needed; "
+                "the task is too hard or too easy, or raise --max-rounds or --completions"
+            )
+        groups = draw(rounds)
+        batch += [group for group in groups if keep(group.rewards)]
+        sampled += groups
+        rounds += 1
+    return batch[:wanted], sampled, rounds
 
 
 def shape_rewards(rewards, lengths, max_length, cache):

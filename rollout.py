@@ -103,6 +103,13 @@ class Group:
         """Token ids of the completions `part` (indices) -> list of (R_i,) int64."""
         return [torch.tensor(self.completions[i].ids, device=device) for i in part]
 
+    def sampler_logprobs(self, part, device):
+        """The sampler's log-probabilities of the completions `part` -> those that are finite (n,), and their indices (n,)
+        among the part's tokens."""
+        logprobs = torch.cat([torch.tensor(self.completions[i].logprobs) for i in part])
+        known = logprobs.isfinite().nonzero()[:, 0]
+        return logprobs[known].to(device), known.to(device)
+
     @property
     def tokens(self):
         """What it costs to train on it: P + sum(R_i)."""

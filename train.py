@@ -38,7 +38,7 @@ from prompts import chat, load, scoring
 from run import dry_run, metrics, plan, resume
 from run.config import MAY_CHANGE, Config, check
 from run.held_out import evaluate
-from run.preflight import check_model
+from run.preflight import check_model, prompt_room
 from run.progress import Progress
 
 one_line_errors()
@@ -51,8 +51,7 @@ compute_dtype, main = processes.compute_dtype(), rank == 0
 config.replicate = config.replicate or processes.nodes()
 check(config, config.ranks or world, device.type == "cuda")
 if config.plan:
-    if main:
-        print(plan.report(config, config.ranks or world), end="")
+    print(plan.report(config, config.ranks or world) if main else "", end="")
     sys.exit()
 if config.deterministic:
     processes.deterministic(device.type == "cuda")
@@ -61,18 +60,10 @@ if config.deterministic:
 
 model_config, tokenizer, config.context, _ = check_model(config.model, config.context)
 parallel.check_heads(config.context_parallel, model_config)
-if config.max_completion >= config.context:
-    raise BadInput(
-        f"--max-completion {config.max_completion} leaves no room for a prompt in {config.context} tokens"
-    )
+prompt_limit = prompt_room(config.context, config.max_completion)
 stop_ids = chat.stop_ids(tokenizer)
-prompt_limit = config.context - config.max_completion
-
-
-def encode(row, limit=prompt_limit):
-    return chat.encode_prompt(tokenizer, row, config.thinking, limit, config.truncate_prompts)
-
-
+how = {"thinking": config.thinking, "limit": prompt_limit, "truncate": config.truncate_prompts}
+encode = partial(chat.encode_prompt, tokenizer, **how)  # row -> token ids
 score_all = scoring.start(config.reward, config.reward_workers, config.reward_timeout)
 source, held_out, longest_prompt = load.prompts(config, encode, prompt_limit, score_all, main)
 
@@ -84,9 +75,7 @@ if config.dry_run:
     config = dry_run.of_rl(config, model_config, tokenizer, world)
     longest_prompt, held_out = config.context - config.max_completion, {}
     encode, score_all = partial(encode, limit=longest_prompt), dry_run.in_turn(score_all)
-config.name = processes.gather_or_fail(lambda: config.name or time.strftime("%Y-%m-%d-%H%M%S"))[
-    0
-]  # clocks differ
+config.name = config.name or processes.gather_or_fail(time.strftime, "%Y-%m-%d-%H%M%S")[0]  # clocks differ
 directory = Path("runs") / config.name
 lock = resume.lock_run(directory, config.resume) if main else None
 fixed = resume.settings(config, MAY_CHANGE)
@@ -101,23 +90,20 @@ dtype = str(compute_dtype).removeprefix("torch.")
 engine = Rollout(config.model, config.context, dtype, config.seed, config.tensor_parallel, config.vllm_share)
 mesh = parallel.weight_mesh(device.type, config.replicate)
 context = parallel.context_group(device.type, config.context_parallel)
-worker, workers = (
-    rank // config.context_parallel,
-    world // config.context_parallel,
-)  # who trains a group on its own
-work = partial(schedule.work_for_rank, rank=worker, ranks=workers, budget=config.tokens_per_pass)
+# work(groups) -> [(group, passes), ...]: what this rank trains, alone or with those of its context group.
+who = {"rank": rank // config.context_parallel, "ranks": world // config.context_parallel}
+work = partial(schedule.work_for_rank, **who, budget=config.tokens_per_pass)
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype, context)
 model.checkpointing = config.checkpointing
 reference = None  # of the KL term
 if config.beta:
     reference = Qwen3.from_pretrained(config.model, compute_dtype, device, mesh, compute_dtype, context)
-betas = 0.9, config.adam_beta2
-optimizer = torch.optim.AdamW(
-    model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay
-)
+adam = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
+optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, **adam)
 config.mismatch_limit = config.mismatch_limit or (0.1 if compute_dtype == torch.bfloat16 else 1e-3)
 config.epsilon_low, config.epsilon_high = losses.epsilons(config)
 policy_loss, held_back_tokens = losses.choose(config)  # dapo.loss, unless --algorithm says otherwise
+keep = dapo.keep_group if config.algorithm in losses.DYNAMIC_SAMPLING else lambda rewards: True
 if checkpoint:
     progress.load(checkpoint, model, optimizer, device)
     engine.sleep()
@@ -142,12 +128,10 @@ def sample(rows, indices, n, temperature, show_bar=False):
 
     def scored():
         texts = [[tokenizer.decode(c.ids, skip_special_tokens=True) for c in group] for group in sampled]
-        pairs = [
-            (chat.answer_text(t, config.thinking), row)
-            for row, own in zip(rows, texts, strict=True)
-            for t in own
-        ]
-        rewards = torch.tensor(score_all(pairs)).view(len(rows), n)
+        answers = [chat.answer_text(text, config.thinking) for group in texts for text in group]
+        rewards = torch.tensor(score_all(zip(answers, (row for row in rows for _ in range(n))))).view(
+            len(rows), n
+        )
         return [Group(*group) for group in zip(indices, encoded, sampled, rewards, strict=True)]
 
     with clock.stage("reward"):
@@ -156,25 +140,11 @@ def sample(rows, indices, n, temperature, show_bar=False):
     return sorted((group for groups in leaders for group in groups), key=lambda group: group.index)
 
 
-def fill_batch(step):
-    """-> groups to train on, all groups that were sampled, rounds. Dynamic sampling draws until the batch is full of
-    groups whose completions differ in correctness (DAPO, section 3.2); an interruption ends it early."""
-    batch, sampled, rounds = [], [], 0
-    while len(batch) < config.prompts and not interrupt.asked():
-        if rounds == config.max_rounds:
-            raise BadInput(
-                f"step {step}: {rounds} rounds of {config.prompts} prompts gave {len(batch)} groups whose rewards "
-                f"differ, {config.prompts} are needed; the task is too hard or too easy, or raise "
-                f"--max-rounds or --completions"
-            )
-        first = progress.prompts_drawn + rounds * config.prompts
-        indices = list(range(first, first + config.prompts))
-        groups = sample([source[i] for i in indices], indices, config.completions, config.temperature)
-        dynamic = config.algorithm in losses.DYNAMIC_SAMPLING
-        batch += [group for group in groups if not dynamic or dapo.keep_group(group.rewards)]
-        sampled += groups
-        rounds += 1
-    return batch[: config.prompts], sampled, rounds
+def draw(number):
+    """-> the groups of round `number` of this step's sampling."""
+    first = progress.prompts_drawn + number * config.prompts
+    indices = list(range(first, first + config.prompts))
+    return sample([source[i] for i in indices], indices, config.completions, config.temperature)
 
 
 def set_advantages(group):
@@ -193,9 +163,8 @@ def logprobs_of(policy, group, passes):
     prompt = policy.read(torch.tensor(group.prompt, device=device))
     result = [None] * len(group.completions)
     for part in passes:
-        logprobs, _ = policy.completion_logprobs(
-            prompt, group.completion_ids(part, device), config.temperature
-        )
+        completions = group.completion_ids(part, device)
+        logprobs, _ = policy.completion_logprobs(prompt, completions, config.temperature)
         for i, own in zip(part, logprobs.split([group.lengths[i] for i in part])):
             result[i] = own
     return result
@@ -212,26 +181,25 @@ def remember_old_logprobs(minibatches):
 def train_group(group, passes, totals, tally):
     """Forward and backward of one group: its prompt once, its completions a pass at a time, each with its own backward,
     which leaves its gradient at the prompt's keys and values; last the prompt's backward. What it made dies with it."""
-    with clock.stage("logprobs"):
-        prompt = model.read(torch.tensor(group.prompt, device=device))
-        leaves = prompt.detach()
-        ref_logprobs = logprobs_of(reference, group, passes) if reference else None
-    for part in passes:
-        train_pass(group, part, leaves, ref_logprobs, totals, tally)
-    with clock.stage("backward"):
-        prompt.backward(leaves)
+    with memory.explained(config, len(group.prompt)):
+        with clock.stage("logprobs"):
+            prompt = model.read(torch.tensor(group.prompt, device=device))
+            leaves = prompt.detach()
+            ref_logprobs = logprobs_of(reference, group, passes) if reference else None
+        for part in passes:
+            train_pass(group, part, leaves, ref_logprobs, totals, tally)
+        with clock.stage("backward"):
+            prompt.backward(leaves)
 
 
 def train_pass(group, part, prompt, ref_logprobs, totals, tally):
     """The completions `part` of a group after its prompt: log-probabilities, loss, backward. Tokens without a finite
     log-probability of the sampler's are left out of all that follows."""
     with clock.stage("logprobs"):
-        logprobs, entropies = model.completion_logprobs(
-            prompt, group.completion_ids(part, device), config.temperature
-        )
-    sampler = torch.cat([torch.tensor(group.completions[i].logprobs) for i in part])  # (N,)
-    known = sampler.isfinite().nonzero()[:, 0].to(device)  # indices into the N
-    sampler, logprobs, entropies = sampler.to(device)[known], logprobs[known], entropies[known]
+        completions = group.completion_ids(part, device)
+        logprobs, entropies = model.completion_logprobs(prompt, completions, config.temperature)
+    sampler, known = group.sampler_logprobs(part, device)
+    logprobs, entropies = logprobs[known], entropies[known]
 
     def of_part(values):  # G times (R_i,) -> of the part's known tokens
         return torch.cat([values[i] for i in part]).to(device)[known]
@@ -255,14 +223,6 @@ def train_pass(group, part, prompt, ref_logprobs, totals, tally):
 # ------------------------------------------------------------------------------------------------- around the steps
 
 
-def rehearse():
-    """The optimizer has its moments now: what does not fit in memory shows in the first step, not in hours."""
-    with clock.stage("rehearsal"), memory.explained(config, longest_prompt):
-        lengths = schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass)
-        memory.rehearse(model, reference, longest_prompt, lengths)
-        optimizer.zero_grad()
-
-
 def log(batch, sampled, rounds, updates):
     line = {"step": progress.step, "prompts_drawn": progress.prompts_drawn, "rounds": rounds}
     line |= metrics.of_rollout(sampled, batch) | metrics.of_updates(updates, config.updates)
@@ -281,28 +241,25 @@ def saved_before_it_stops():
     """What ends the run before a step has trained anything saves first, so no finished step is lost."""
     try:
         yield
-    except BadInput:
+    except BadInput as error:
         if progress.saved < progress.step:
             save()
-        raise
+        raise BadInput(f"step {progress.step + 1}: {error}") from error
 
 
-settings = {**asdict(config), "ranks": world, "device": str(device)}
 if main:
+    settings = {**asdict(config), "ranks": world, "device": str(device)}
     durable.write_json(directory / "config.json", settings)
     metrics_file = resume.open_metrics(directory / "metrics.jsonl", progress.step)
-    print(
-        f"run directory: {directory}" + (f", going on after step {progress.step}" if checkpoint else ""),
-        flush=True,
-    )
+    going_on = f", going on after step {progress.step}" if checkpoint else ""
+    print(f"run directory: {directory}{going_on}", flush=True)
 if held_out and config.eval_before and not checkpoint:
-    progress.before = evaluate(held_out, sample, config.eval_completions, "before:" if main else "")
+    progress.before = evaluate(held_out, sample, config.eval_completions, "before:" * main)
 
 # --------------------------------------------------------------------------------------------------------------- loop
 
-# leave: after an error the bar goes, so that the error stays last on the screen.
 bar = tqdm(
-    total=config.steps, initial=progress.step, desc="train", unit="step", disable=not main, leave=False
+    total=config.steps, initial=progress.step, desc="train", unit="step", leave=False, disable=not main
 )
 first, interrupt = progress.step + 1, Interrupt()
 for step in range(first, config.steps + 1):
@@ -310,9 +267,10 @@ for step in range(first, config.steps + 1):
     learning_rate = config.learning_rate * schedule.warmup_factor(step, config.warmup)
     for parameters in optimizer.param_groups:
         parameters["lr"] = learning_rate
-
     with saved_before_it_stops():
-        batch, sampled, rounds = fill_batch(step)  # rollout, rewards, dynamic sampling
+        batch, sampled, rounds = dapo.fill_batch(
+            draw, keep, config.prompts, config.max_rounds, interrupt.asked
+        )
     if interrupt.asked():
         break  # this step has changed nothing yet
     engine.sleep()
@@ -330,8 +288,7 @@ for step in range(first, config.steps + 1):
             losses.hold_back(minibatch, held_back_tokens, config.seed * 2**32 + number)
         with saliency.Tracker(model, config.site, config.saliency_tokens) as tracker:
             for group, passes in work(minibatch):
-                with memory.explained(config, len(group.prompt)):
-                    train_group(group, passes, totals, tally)
+                train_group(group, passes, totals, tally)
         tally.reduce()
         tally.check_mismatch(step, config.mismatch_limit)
         norm = get_total_norm([parameter.grad for parameter in model.parameters()]).item()
@@ -340,9 +297,7 @@ for step in range(first, config.steps + 1):
             progress.skip_update(step, config.max_skips)
             continue
 
-        with clock.stage(
-            "mask"
-        ):  # LongAct: rows of W_Q and W_K by this update's activations, before clipping
+        with clock.stage("mask"):  # LongAct: rows of W_Q and W_K by this update's activations; then clipping
             magnitudes = tracker.magnitudes()
             masks = saliency.select_rows(magnitudes, config.fraction, config.rule, progress.random_rows)
             saliency.mask_gradients(model, masks)
@@ -352,8 +307,10 @@ for step in range(first, config.steps + 1):
             optimizer.zero_grad()
         updates.append(tally.with_update(norm, masked_norm, moved, magnitudes, masks, progress.masks))
         progress.finish_update(magnitudes, masks)
-    if step == first:
-        rehearse()
+    if step == first:  # the optimizer has its moments now: what does not fit shows here, not in hours
+        with clock.stage("rehearsal"):
+            memory.rehearse(config, model, reference, longest_prompt)
+            optimizer.zero_grad()
     with clock.stage("sync"):
         engine.sync(model)
 
@@ -371,14 +328,12 @@ if interrupt.asked():
     if progress.saved < progress.step:
         save()
     if main:
-        print(
-            f"interrupted after step {progress.step}; --name {config.name} --resume auto goes on",
-            file=sys.stderr,
-        )
+        goes_on = f"--name {config.name} --resume auto goes on"
+        print(f"interrupted after step {progress.step}; {goes_on}", file=sys.stderr)
     engine.close()
     sys.exit(EXIT_CODE)
 interrupt.close()
-after = evaluate(held_out, sample, config.eval_completions, "after: " if main else "") if held_out else None
+after = evaluate(held_out, sample, config.eval_completions, "after: " * main)
 model.save_pretrained(directory / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
     if after:

@@ -7,10 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, no display
-import matplotlib.pyplot as plt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,6 +16,14 @@ from base.cli import BadInput, one_line_errors
 from base.durable import json_lines
 
 # What is read here was written by train.py and sft.py, and may have been damaged since: each reader raises BadInput.
+
+
+def subplots(rows=1, columns=1, *, figsize, **how):
+    """A figure for a file and its axes. matplotlib is imported here: 0.5 s that who draws nothing does not wait for."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, **how)
 
 
 def read_metrics(path, key):
@@ -77,14 +81,13 @@ def load_magnitudes(path):
 def _save(figure, path):
     with durable.replacing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
 
 
 def reward_curve(run):
     """runs/NAME/metrics.jsonl (and results.json) -> reward.png: training reward and held-out accuracy before and after."""
     steps, rewards = read_metrics(run / "metrics.jsonl", "reward")
     accuracy = held_out_accuracy(run / "results.json") if (run / "results.json").exists() else {}
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = subplots(figsize=(7, 4))
     axes.plot(steps, rewards, color="tab:blue", label="mean reward of sampled completions")
     for (when, value), x in zip(accuracy.items(), (0, steps[-1])):
         if value is not None:  # --no-eval-before
@@ -98,7 +101,7 @@ def reward_curve(run):
 
 def loss_curve(run):
     """metrics.jsonl of sft.py in the directory `run` -> loss.png: the loss of each step."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = subplots(figsize=(7, 4))
     axes.plot(*read_metrics(run / "metrics.jsonl", "loss"), color="tab:blue")
     axes.set(xlabel="training step", ylabel="cross entropy of the assistant's tokens, nats")
     axes.set_title(run.name, parse_math=False)
@@ -108,9 +111,7 @@ def loss_curve(run):
 
 def reward_bands(path, panels):
     """{panel title: {label: runs x steps of rewards}} -> path: mean over runs, shaded by its standard error."""
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(4.5 * len(panels), 4), layout="constrained", squeeze=False, sharey=True
-    )
+    figure, grid = subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, sharey=True)
     for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
         for label, runs in curves.items():
             rewards = torch.tensor(runs)  # (runs, steps)
@@ -144,9 +145,7 @@ def heatmap(run):
     """runs/NAME/magnitudes.safetensors -> magnitudes.png: heads x dimensions, a panel per layer, Q and K side by side."""
     tensors = load_magnitudes(run / "magnitudes.safetensors")
     layers = len(tensors) // 4
-    figure, grid = plt.subplots(
-        layers, 2, figsize=(14, 1.0 + 1.3 * layers), layout="constrained", squeeze=False
-    )
+    figure, grid = subplots(layers, 2, figsize=(14, 1.0 + 1.3 * layers), squeeze=False)
     for layer in range(layers):
         for axes, which in zip(grid[layer], "qk", strict=True):
             image = _panel(axes, tensors, layer, which, dot=5)
@@ -164,9 +163,7 @@ def heads_and_dimensions(path, title, magnitudes, which, layers):
     tensors = load_magnitudes(magnitudes)
     heads = len(tensors[f"model.layers.0.self_attn.{which}_proj"])
     height = 0.8 + 0.14 * heads  # inches of a panel
-    figure, grid = plt.subplots(
-        len(layers), 1, figsize=(11, 0.8 + height * len(layers)), layout="constrained", squeeze=False
-    )
+    figure, grid = subplots(len(layers), 1, figsize=(11, 0.8 + height * len(layers)), squeeze=False)
     for layer, axes in zip(layers, grid[:, 0], strict=True):
         image = _panel(axes, tensors, layer, which, dot=4)
     axes.set_xlabel("dimension of the head")
@@ -191,9 +188,7 @@ def _panel(axes, tensors, layer, which, dot):
 
 def score_heatmap(path, title, rows, columns, scores):
     """scores: {(row, column): per cent}; a pair without one stays empty -> the PNG `path`."""
-    figure, axes = plt.subplots(
-        figsize=(2.5 + 0.9 * len(columns), 1.3 + 0.35 * len(rows)), layout="constrained"
-    )
+    figure, axes = subplots(figsize=(2.5 + 0.9 * len(columns), 1.3 + 0.35 * len(rows)))
     grid = [[scores.get((row, column), float("nan")) for column in columns] for row in rows]
     image = axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=0, vmax=100)
     axes.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel="length, tokens")

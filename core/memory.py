@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 
 from base.cli import BadInput
+from core import schedule
 
 
 @contextmanager
@@ -28,16 +29,18 @@ def explained(config, prompt_tokens):
     return explain(what, flags)
 
 
-def rehearse(model, reference, prompt_tokens, lengths):
-    """The worst that can come, for nothing but its memory: a prompt of so many tokens and one pass of completions of the
-    `lengths`, forward and backward. Gradients of 0 are added to the model's."""
+def rehearse(config, model, reference, prompt_tokens):
+    """The worst that can come, for nothing but its memory: the longest prompt and one pass of the most completions, forward
+    and backward. Gradients of 0 are added to the model's. Raises BadInput where it does not fit."""
+    lengths = schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass)
     ids = torch.zeros(max(prompt_tokens, *lengths), dtype=torch.int64, device=next(model.parameters()).device)
     completions = [ids[:length] for length in lengths]
-    prompt = model.read(ids[:prompt_tokens])
-    leaves = prompt.detach()
-    if reference:
-        with torch.no_grad():
-            reference.completion_logprobs(reference.read(ids[:prompt_tokens]), completions)
-    logprobs, _ = model.completion_logprobs(leaves, completions)
-    (0 * logprobs.sum()).backward()
-    prompt.backward(leaves)
+    with explained(config, prompt_tokens):
+        prompt = model.read(ids[:prompt_tokens])
+        leaves = prompt.detach()
+        if reference:
+            with torch.no_grad():
+                reference.completion_logprobs(reference.read(ids[:prompt_tokens]), completions)
+        logprobs, _ = model.completion_logprobs(leaves, completions)
+        (0 * logprobs.sum()).backward()
+        prompt.backward(leaves)

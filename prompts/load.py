@@ -13,13 +13,13 @@ from prompts import sources, tasks
 def prompts(config, encode, limit, score_all, main):
     """-> (source, held_out, tokens of the longest prompt): source[i] is the i-th row drawn; held_out is {name: rows}.
 
-    encode: (row, most tokens) -> token ids; limit: tokens that the context leaves for a prompt; main: whether to print what
+    encode: row -> token ids, of at most `limit` or else BadInput, another limit by keyword; limit: tokens that the context leaves for a prompt; main: whether to print what
     there is; score_all: see scoring.py. Each row is scored once with an empty answer: one that the reward cannot use shows
     now, not in hours.
     Raises BadInput as `files` and the reward, and when a held-out prompt is too long.
     """
     if config.data:
-        measure = lambda row: len(encode(row, math.inf))  # noqa: E731
+        measure = lambda row: len(encode(row, limit=math.inf))  # noqa: E731
         how = config.data_rows, config.seed, measure, limit, config.truncate_prompts, main
         rows_of, longest, lines = files(config.data, sources.prompt_row, *how)
         source = sources.Mixture(rows_of, config.data_weights, config.seed)
@@ -38,10 +38,10 @@ def prompts(config, encode, limit, score_all, main):
         for filler in (config.eval_filler or [config.filler]) if config.eval_prompts else []:
             held_out_source = tasks.Source(config.task, "held out", config.facts, filler)
             held_out[f"filler {filler}"] = [held_out_source[i] for i in range(config.eval_prompts)]
-        rows_of, longest = [[source[0]]], len(encode(source[0], limit))
+        rows_of, longest = [[source[0]]], len(encode(source[0]))
     score_all([("", row) for rows in (*rows_of, *held_out.values()) for row in rows])
     for row in (row for rows in held_out.values() for row in rows):
-        encode(row, limit)
+        encode(row)
     return source, held_out, longest
 
 

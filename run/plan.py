@@ -18,6 +18,7 @@ from core import schedule
 from core.checkpoint import Qwen3Config
 from core.parallel import check_heads
 from model import HEAD_CHUNK_ELEMENTS
+from run.preflight import prompt_room
 
 GIB = 2**30
 CONTEXTS = (8192, 16384, 32768, 65536, 131072)
@@ -190,10 +191,7 @@ def sft_report(config, ranks):
 def report(config, ranks):
     """The text of train.py --plan. Raises BadInput as `model_and_context`, and where no room is left for a prompt."""
     c, context = model_and_context(config)
-    if config.max_completion >= context:
-        raise BadInput(
-            f"--max-completion {config.max_completion} leaves no room for a prompt in {context} tokens"
-        )
+    prompt_room(context, config.max_completion)
     check_heads(config.context_parallel, c)
     capacity = config.gpu_memory * GIB
     pass_tokens = sum(schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass))

@@ -1,5 +1,6 @@
 """What train.py and sft.py check of a checkpoint before anything takes time."""
 
+from base.cli import BadInput
 from core.checkpoint import generation_config
 from model import Qwen3, Qwen3Config
 from prompts import chat
@@ -14,3 +15,10 @@ def check_model(directory, context):
     tokenizer = chat.load_tokenizer(directory, config.vocab_size)
     Qwen3.check_weights(config, directory)
     return config, tokenizer, context, generation_config(directory)
+
+
+def prompt_room(context, max_completion):
+    """-> tokens that a prompt may have. Raises BadInput where there are none."""
+    if max_completion >= context:
+        raise BadInput(f"--max-completion {max_completion} leaves no room for a prompt in {context} tokens")
+    return context - max_completion

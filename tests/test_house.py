@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "core": "base",
     "prompts": "base",
     "saliency": "",
-    "dapo": "grpo",
+    "dapo": "base grpo",
     "losses": "grpo dapo",
     "model": "base core",
     "rollout": "base core",
