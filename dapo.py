@@ -1,4 +1,5 @@
-"""DAPO (arXiv 2503.14476): GRPO's loss with clip-higher and a token mean, dynamic sampling, soft overlong punishment."""
+"""DAPO (arXiv 2503.14476): GRPO's loss with clip-higher and a token mean, dynamic sampling, soft overlong
+punishment."""
 
 import torch
 
@@ -11,8 +12,8 @@ EPSILONS = 0.2, 0.28  # clip-higher (section 4.1)
 def loss(
     logprobs, old_logprobs, advantages, lengths, totals, importance=1.0, epsilons=EPSILONS, dual_clip=10.0
 ):
-    """grpo.loss with DAPO's constants and a token mean (eq. 8; dual_clip from the authors' recipe) -> (loss, LossStats).
-    The KL term is left out."""
+    """grpo.loss with DAPO's constants and a token mean (eq. 8; dual_clip from the authors' recipe) -> (loss,
+    LossStats). The KL term is left out."""
     terms = logprobs, old_logprobs, advantages, lengths, totals, importance
     return grpo.loss(*terms, epsilons, dual_clip, aggregation="token")
 
@@ -26,11 +27,11 @@ def keep_group(rewards):
 
 
 def fill_batch(draw, keep, wanted, max_rounds, interrupted):
-    """Dynamic sampling (section 3.2): draw rounds of groups until `wanted` of them pass `keep`; the surplus is dropped
-    -> groups to train on, all groups that were sampled, rounds.
+    """Dynamic sampling (section 3.2): draw rounds of groups until `wanted` of them pass `keep`; the surplus
+    is dropped -> groups to train on, all groups that were sampled, rounds.
 
-    draw(number) -> groups with .rewards; keep(rewards) -> bool, keep_group in DAPO; interrupted() -> whether to end early,
-    with fewer. Raises BadInput when `max_rounds` are not enough.
+    draw(number) -> groups with .rewards; keep(rewards) -> bool, keep_group in DAPO; interrupted() -> whether
+    to end early, with fewer. Raises BadInput when `max_rounds` are not enough.
     """
     batch, sampled, rounds = [], [], 0
     while len(batch) < wanted and not interrupted():
@@ -47,13 +48,15 @@ def fill_batch(draw, keep, wanted, max_rounds, interrupted):
 
 
 def shape_rewards(rewards, lengths, max_length, cache):
-    """Rewards (G,) of completions of `lengths` tokens -> what advantages are made of, (G,): 2 r - 1, so that right is +1
-    and wrong -1, which the overlong punishment's range of 1 is relative to; plus that punishment."""
+    """Rewards (G,) of completions of `lengths` tokens -> what advantages are made of, (G,): 2 r - 1, so that
+    right is +1 and wrong -1, which the overlong punishment's range of 1 is relative to; plus that
+    punishment."""
     return 2 * rewards - 1 + torch.tensor([overlong_penalty(length, max_length, cache) for length in lengths])
 
 
 def overlong_penalty(length, max_length, cache):
-    """Soft overlong punishment (eq. 13): 0 up to max_length - cache tokens, then linearly down to -1 at max_length.
+    """Soft overlong punishment (eq. 13): 0 up to max_length - cache tokens, then linearly down to -1 at
+    max_length.
 
     Added to the correctness reward. cache 0 turns it off below max_length.
     """

@@ -10,13 +10,13 @@
     chat      the question and how to end ("#### answer", our words), Qwen3's template without thinking
     thinking  the same with thinking; what follows the last </think> is scored, and nothing if thinking did not end
     base      the eight examples of Wei et al. (2022), then "Q: ... A:"; what the model says before its next "Q:" is scored
---sampling default is greedy, and 0.6, top_p 0.95, top_k 20 for thinking; paper is temperature 1, the whole distribution.
-The answer is the last number after ####, "The answer is" or \\boxed{; it must equal the file's as a number. A completion
-without one is wrong, and counted below the score; so is half a number (of 1/2, 2 + 3, 3:00, 1e3), which the official pattern
-reads.
+--sampling default is greedy, and 0.6, top_p 0.95, top_k 20 for thinking; paper is temperature 1, the whole
+distribution. The answer is the last number after ####, "The answer is" or \\boxed{; it must equal the file's
+as a number. A completion without one is wrong, and counted below the score; so is half a number (of 1/2, 2 +
+3, 3:00, 1e3), which the official pattern reads.
 
-Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json. The same command goes on where an
-interrupted one stopped, on any number of ranks.
+Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json. The same command goes
+on where an interrupted one stopped, on any number of ranks.
 """
 
 import math

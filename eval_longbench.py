@@ -1,4 +1,5 @@
-"""LongBench v2 of a checkpoint: 503 multiple-choice questions on texts of 8 thousand to 2 million words. Chance is 25.
+"""LongBench v2 of a checkpoint: 503 multiple-choice questions on texts of 8 thousand to 2 million words.
+Chance is 25.
 
     python eval_longbench.py Qwen3-8B --yarn 4 --data data.json                    # the benchmark, zero-shot
     python eval_longbench.py Qwen3-8B --yarn 4 --data data.json --cot              # reasoning first, then the answer
@@ -6,21 +7,25 @@
     python eval_longbench.py assets/tiny --data assets/longbench-sample.json --max-input 3900      # a laptop
     python eval_longbench.py --compare runs/longbench/before runs/longbench/after  # paired, with p-values
 
---data is huggingface.co/datasets/THUDM/LongBench-v2's data.json; longbench.py says what is as published: prompts, answers,
-and the middle cut out of prompts of more than --max-input tokens before the chat template comes. Control tokens that a
-document spells (<|im_end|>) stay text, where the official code lets them act. --sampling:
+--data is huggingface.co/datasets/THUDM/LongBench-v2's data.json; longbench.py says what is as published:
+prompts, answers, and the middle cut out of prompts of more than --max-input tokens before the chat template
+comes. Control tokens that a document spells (<|im_end|>) stay text, where the official code lets them act.
+--sampling:
     official  temperature 0.1, and top_p 0.95, top_k 20 as vLLM takes them from Qwen3's generation_config.json
     paper     temperature 1, the whole distribution, as LongAct's authors evaluate (their seed 0 is our first seed)
     qwen3     Qwen3's model card: 0.6, 0.95, 20 with --thinking, 0.7, 0.8, 20 without
-A completion may have 128 tokens (--cot: 1,024 of reasoning, then 128), and --thinking-budget more with --thinking.
+A completion may have 128 tokens (--cot: 1,024 of reasoning, then 128), and --thinking-budget more with
+--thinking.
 
-Thinking up to the last </think> is not read, and with --thinking nothing is if it did not end; --keep-thinking reads all
-text, as the official code does. An empty or unreadable answer is wrong, and counted below the table. The official code
-leaves samples with an empty output out (--skip-empty) and can give a quarter for an unreadable answer (--compensated). Both
-change the table only: the same command with them reports a finished evaluation again. --compare knows nothing of them.
+Thinking up to the last </think> is not read, and with --thinking nothing is if it did not end;
+--keep-thinking reads all text, as the official code does. An empty or unreadable answer is wrong, and counted
+below the table. The official code leaves samples with an empty output out (--skip-empty) and can give a
+quarter for an unreadable answer (--compensated). Both change the table only: the same command with them
+reports a finished evaluation again. --compare knows nothing of them.
 
-Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json; with --cot also reasoning/, the first
-stage. The same command goes on where an interrupted one stopped, on any number of ranks.
+Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json; with --cot also
+reasoning/, the first stage. The same command goes on where an interrupted one stopped, on any number of
+ranks.
 """
 
 import os
@@ -197,7 +202,8 @@ if processes.rank_and_world()[0]:
 
 records = results.read()
 texts = [read(r["prediction"]) for r in records]
-# Empty: nothing was written, in either stage. Thinking that did not end is unreadable, and stays in the table.
+# Empty: nothing was written, in either stage. Thinking that did not end is unreadable, and stays in the
+# table.
 silent = {(r["id"], r["seed"]) for r in [*first.read(), *records] if not r["prediction"]}
 empty = [(r["id"], r["seed"]) in silent for r in records]
 unreadable = [longbench.extract(text) is None for text in texts]

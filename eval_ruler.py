@@ -6,19 +6,19 @@
     python eval_ruler.py runs/NAME/checkpoint --lengths 2304 3584 --samples 10      # the same after train.py
     python eval_ruler.py --compare runs/ruler/tiny runs/ruler/NAME                  # paired, with p-values
 
-Samples are made by ruler.py (docs/ruler.md: what equals RULER's own, which files it takes). Each is generated once, kept in
---cache, and read by vLLM as token ids. The presets:
+Samples are made by ruler.py (docs/ruler.md: what equals RULER's own, which files it takes). Each is generated
+once, kept in --cache, and read by vLLM as token ids. The presets:
     chat      Qwen3's template without thinking, the answer prefix begins the assistant's turn; greedy, RULER's budgets
     thinking  Qwen3's template, no answer prefix; temperature 0.6, top_p 0.95, top_k 20; --thinking-budget more tokens;
               what follows the last </think> is scored, and nothing if thinking did not end
     base      no template, the answer prefix ends the prompt; greedy, RULER's budgets
-A cell of the table is RULER's score: per cent of the answers found in the text (qa: any of them), two decimals, with the
-standard error over samples. A length's average is the mean of its tasks; Avg the mean of the lengths; wAvg(inc) weighs the
-shortest 1, the next 2 and so on, wAvg(dec) the other way round. Averages without all 13 tasks or all six lengths are no
-RULER scores and say so.
+A cell of the table is RULER's score: per cent of the answers found in the text (qa: any of them), two
+decimals, with the standard error over samples. A length's average is the mean of its tasks; Avg the mean of
+the lengths; wAvg(inc) weighs the shortest 1, the next 2 and so on, wAvg(dec) the other way round. Averages
+without all 13 tasks or all six lengths are no RULER scores and say so.
 
-Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json, heatmap.png. The same command goes on
-where an interrupted one stopped, on any number of ranks.
+Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json, heatmap.png. The same
+command goes on where an interrupted one stopped, on any number of ranks.
 """
 
 import hashlib

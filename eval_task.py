@@ -1,15 +1,17 @@
-"""A task of tasks.py, of a checkpoint: questions on passages of made-up facts, which assets/tiny was made for.
+"""A task of tasks.py, of a checkpoint: questions on passages of made-up facts, which assets/tiny was made
+for.
 
     python eval_task.py assets/tiny                                            # recall, greedy
     python eval_task.py assets/tiny --sampling paper --seeds 4                 # temperature 1, mean of 4
     python eval_task.py assets/tiny --task tracking --filler 60                # another task, longer passages
     python eval_task.py --compare runs/task/before runs/task/after             # paired, with p-values
 
-The prompts are train.py's held-out ones: the same for every checkpoint, none of them trained on. An answer is right if it
-is the fact, up to case and punctuation. --sampling greedy, or paper: temperature 1, the whole distribution.
+The prompts are train.py's held-out ones: the same for every checkpoint, none of them trained on. An answer is
+right if it is the fact, up to case and punctuation. --sampling greedy, or paper: temperature 1, the whole
+distribution.
 
-Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json. The same command goes on where an
-interrupted one stopped, on any number of ranks.
+Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json. The same command goes
+on where an interrupted one stopped, on any number of ranks.
 """
 
 import sys

@@ -1,8 +1,9 @@
-"""GRPO (arXiv 2402.03300) on plain tensors: advantages of a group, and the clipped policy loss. Knows nothing of the model.
+"""GRPO (arXiv 2402.03300) on plain tensors: advantages of a group, and the clipped policy loss. Knows nothing
+of the model.
 
-A group is G completions of one prompt. Token tensors are flat: (N,), the completions one after the other, N = sum(R_i).
-The loss of a step is a sum over groups (and over ranks): every term is divided by the same global count, given by the
-caller, so any split into micro-batches or ranks gives the same gradient.
+A group is G completions of one prompt. Token tensors are flat: (N,), the completions one after the other, N =
+sum(R_i). The loss of a step is a sum over groups (and over ranks): every term is divided by the same global
+count, given by the caller, so any split into micro-batches or ranks gives the same gradient.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ EPSILONS = 0.2, 0.2  # how far a ratio may fall below 1 and rise above it before
 
 
 class Totals(NamedTuple):
-    """Of a whole optimizer step, over all ranks: completions, their tokens; and the most tokens a completion may have."""
+    """Of a whole optimizer step, over all ranks: completions, their tokens; and the most tokens a completion
+    may have."""
 
     sequences: int
     tokens: int
@@ -23,10 +25,12 @@ class Totals(NamedTuple):
 
 
 def advantages(rewards, normalize_std=True, eps=1e-6):
-    """rewards (G,) -> advantages (G,): reward minus the group's mean, over its standard deviation (eq. in section 4.1.2).
+    """rewards (G,) -> advantages (G,): reward minus the group's mean, over its standard deviation (eq. in
+    section 4.1.2).
 
-    The deviation has Bessel's correction, as in TRL and verl. normalize_std=False is Dr. GRPO (arXiv 2503.20783).
-    A group of equal rewards has advantages 0. A group of one keeps no baseline: its advantage is 0 too.
+    The deviation has Bessel's correction, as in TRL and verl. normalize_std=False is Dr. GRPO (arXiv
+    2503.20783). A group of equal rewards has advantages 0. A group of one keeps no baseline: its advantage is
+    0 too.
     """
     centered = rewards - rewards.mean()
     if not normalize_std or len(rewards) == 1:
@@ -37,8 +41,8 @@ def advantages(rewards, normalize_std=True, eps=1e-6):
 def token_weights(lengths, how, totals):
     """What each token's loss is multiplied by before the sum -> (N,) fp32, on the CPU.
 
-    "token": 1 / tokens, the mean over all tokens of the step (DAPO). "sequence": 1 / (sequences * R_i), the mean over
-    sequences of the mean over tokens (GRPO). "constant": 1 / (sequences * max_length) (Dr. GRPO).
+    "token": 1 / tokens, the mean over all tokens of the step (DAPO). "sequence": 1 / (sequences * R_i), the
+    mean over sequences of the mean over tokens (GRPO). "constant": 1 / (sequences * max_length) (Dr. GRPO).
     """
     sizes = torch.as_tensor(lengths)
     per_completion = {
@@ -51,7 +55,8 @@ def token_weights(lengths, how, totals):
 
 @dataclass
 class LossStats:
-    """Sums over the tokens of one call, detached 0-dim tensors; divide by the number of tokens of the step."""
+    """Sums over the tokens of one call, detached 0-dim tensors; divide by the number of tokens of the
+    step."""
 
     ratio: torch.Tensor  # pi / pi_old
     clipped: torch.Tensor  # tokens whose gradient the clipping removed
@@ -93,8 +98,8 @@ def loss(
 ):
     """The policy loss of some completions -> (0-dim loss, LossStats). Minimise the sum of it over the step.
 
-    logprobs (N,): differentiable; old_logprobs (N,): of the policy that the update started from; advantages (N,): each
-    token has its completion's; all fp32. lengths: R_i of each completion, N in all.
+    logprobs (N,): differentiable; old_logprobs (N,): of the policy that the update started from; advantages
+    (N,): each token has its completion's; all fp32. lengths: R_i of each completion, N in all.
     loss_t = -min(r A, clip(r, 1 - low, 1 + high) A), r = exp(logprobs - old)     (eq. 3 of the paper)
     importance (N,): factor on the policy term that corrects for the sampler, see `importance_weights`.
     dual_clip: for A < 0 the loss is at most -dual_clip * A (arXiv 1912.09729). beta > 0 adds beta * k3,

@@ -2,8 +2,8 @@
 
     model = Qwen3.from_pretrained("assets/tiny")
     logits = model(input_ids)                                # (B, T) -> (B, T, V), a plain causal language model
-    logprobs = model.group_logprobs(prompt_ids, completions) # prompt and completions in one differentiable forward
-    model.save_pretrained("runs/mine/checkpoint")
+    logprobs = model.group_logprobs(prompt_ids, completions) # prompt and completions in one differentiable
+    forward model.save_pretrained("runs/mine/checkpoint")
 
 Training takes group_logprobs apart, so that memory does not grow with the group (two-stage backward):
 
@@ -15,8 +15,8 @@ Training takes group_logprobs apart, so that memory does not grow with the group
 
 Parameter names are Hugging Face's. All dense Qwen3 sizes are supported; what is not is refused by name.
 
-Shapes: B sequences, T tokens, C hidden size, H query heads, Hk key/value heads, D head size, V vocabulary, P prompt tokens,
-G completions of R_i tokens, N = sum(R_i).
+Shapes: B sequences, T tokens, C hidden size, H query heads, Hk key/value heads, D head size, V vocabulary, P
+prompt tokens, G completions of R_i tokens, N = sum(R_i).
 """
 
 from typing import NamedTuple
@@ -35,17 +35,17 @@ HEAD_CHUNK_ELEMENTS = 2**27  # logits that exist at a time: 512 MiB in fp32, 883
 
 
 class Squares:
-    """One layer's sums of squares over the tokens of each sequence: q (B, H, D) and k (B, Hk, D), fp32; site as in
-    saliency.Tracker, from position `start` on. The layer's first forward fills it; when activation checkpointing runs the
-    layer again in backward, it is full, so nothing is counted or computed twice."""
+    """One layer's sums of squares over the tokens of each sequence: q (B, H, D) and k (B, Hk, D), fp32; site
+    as in saliency.Tracker, from position `start` on. The layer's first forward fills it; when activation
+    checkpointing runs the layer again in backward, it is full, so nothing is counted or computed twice."""
 
     def __init__(self, site, start):
         self.site, self.start, self.q, self.k = site, start, None, None
 
     @torch.no_grad()
     def fill(self, q, k, layout, share):
-        """q (B, T, H, D), k (B, T, Hk, D): a sequence a row; with a Layout, its G completions -> (G, H, D), (G, Hk, D). Of
-        tokens that are shared, each rank counts its own; saliency.Tracker adds them up."""
+        """q (B, T, H, D), k (B, T, Hk, D): a sequence a row; with a Layout, its G completions -> (G, H, D),
+        (G, Hk, D). Of tokens that are shared, each rank counts its own; saliency.Tracker adds them up."""
         if self.q is None:
             rows = (layout.pad(x, share.own) if layout else x for x in (q, k))
             self.q, self.k = (x[:, self.start :].float().square().sum(1) for x in rows)
@@ -117,11 +117,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys (B, T, Hk, D) and values (B, T, Hk * D).
+    """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys (B, T, Hk, D) and values (B, T, Hk
+    * D).
 
-    With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt; with a Layout
-    alone, documents that do not see each other. In a context group x and the tables are of the rank's Share of the tokens,
-    keys and values of all tokens and the rank's heads.
+    With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt;
+    with a Layout alone, documents that do not see each other. In a context group x and the tables are of the
+    rank's Share of the tokens, keys and values of all tokens and the rank's heads.
     """
 
     def __init__(self, config):
@@ -147,8 +148,9 @@ class Head(nn.Module):
             self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, hidden, targets=None, temperature=1.0, tied=None):
-        """hidden (..., C) -> logits (..., V); or with targets (N,), hidden (N, C) -> log-probabilities (N,) and entropies
-        (N,), see TokenLogprobs. `tied`: the embedding (V, C), used when the head has no weight of its own."""
+        """hidden (..., C) -> logits (..., V); or with targets (N,), hidden (N, C) -> log-probabilities (N,)
+        and entropies (N,), see TokenLogprobs. `tied`: the embedding (V, C), used when the head has no weight
+        of its own."""
         weight = tied if self.weight is None else self.weight
         if targets is None:
             return F.linear(hidden, weight)
@@ -156,12 +158,13 @@ class Head(nn.Module):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature) at the targets, as the sampler computes it, and the entropy of that softmax.
+    """log softmax(logits / temperature) at the targets, as the sampler computes it, and the entropy of that
+    softmax.
 
-    hidden (N, C), weight (V, C), targets (N,) int64 -> log-probabilities (N,) fp32, entropies (N,) fp32 in nats. Logits
-    exist for `chunk` tokens at a time, in forward and again in backward, which needs the last chunk first and so finds it
-    still there: d logprob / d logit_j = [j = target] - p_j and d entropy / d logit_j = -p_j (log p_j + entropy), each over
-    the temperature.
+    hidden (N, C), weight (V, C), targets (N,) int64 -> log-probabilities (N,) fp32, entropies (N,) fp32 in
+    nats. Logits exist for `chunk` tokens at a time, in forward and again in backward, which needs the last
+    chunk first and so finds it still there: d logprob / d logit_j = [j = target] - p_j and d entropy / d
+    logit_j = -p_j (log p_j + entropy), each over the temperature.
     """
 
     @staticmethod
@@ -216,9 +219,10 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 class Prompt(NamedTuple):
-    """What completions need of the prompt they follow: its last token's hidden state (1, C); of each layer the keys
-    (1, P, Hk, D), the values (1, P, Hk * D) and, if a Tracker is active, the Squares. In a context group of n ranks the last
-    one has the hidden state, others (0, C), and keys and values are of Hk / n heads."""
+    """What completions need of the prompt they follow: its last token's hidden state (1, C); of each layer
+    the keys (1, P, Hk, D), the values (1, P, Hk * D) and, if a Tracker is active, the Squares. In a context
+    group of n ranks the last one has the hidden state, others (0, C), and keys and values are of Hk / n
+    heads."""
 
     length: int
     last: torch.Tensor
@@ -234,14 +238,16 @@ class Prompt(NamedTuple):
         )
 
     def backward(self, leaves):
-        """Backpropagate the gradient that gathered in `leaves`, from `detach`, through the prompt's forward."""
+        """Backpropagate the gradient that gathered in `leaves`, from `detach`, through the prompt's
+        forward."""
         outputs, ends = [self.last, *self.keys, *self.values], [leaves.last, *leaves.keys, *leaves.values]
         torch.autograd.backward(outputs, [end.grad for end in ends])
 
 
 class Qwen3(nn.Module):
-    """`tracker`: set by saliency.Tracker, receives every layer's activation norms. `checkpointing`: recompute blocks.
-    `context`: the ProcessGroup whose ranks read a prompt and follow it together (parallel.py), or None."""
+    """`tracker`: set by saliency.Tracker, receives every layer's activation norms. `checkpointing`: recompute
+    blocks. `context`: the ProcessGroup whose ranks read a prompt and follow it together (parallel.py), or
+    None."""
 
     def __init__(self, config):
         super().__init__()
@@ -261,18 +267,20 @@ class Qwen3(nn.Module):
         return self.lm_head(hidden, tied=self.model.embed_tokens.weight)
 
     def logprobs(self, input_ids, mask, lengths=None):
-        """input_ids (B, T), mask (B, T) bool -> log-probabilities (N,) fp32 of the masked tokens, in row order.
+        """input_ids (B, T), mask (B, T) bool -> log-probabilities (N,) fp32 of the masked tokens, in row
+        order.
 
-        The dense layout: for SFT, and the oracle of group_logprobs. `lengths`: input_ids (1, T) is documents of so many
-        tokens packed into one row, each read as if it were alone. The mask must be False at the first token of every
-        sequence or document (nothing predicts it).
+        The dense layout: for SFT, and the oracle of group_logprobs. `lengths`: input_ids (1, T) is documents
+        of so many tokens packed into one row, each read as if it were alone. The mask must be False at the
+        first token of every sequence or document (nothing predicts it).
         """
         hidden = self._rows(input_ids, lengths)
         hidden = self.model.norm(hidden[:, :-1][mask[:, 1:]])  # (N, C)
         return self.lm_head(hidden, input_ids[mask], tied=self.model.embed_tokens.weight)[0]
 
     def group_logprobs(self, prompt_ids, completions, temperature=1.0, entropy=False):
-        """log pi(token | prompt, earlier tokens) of every completion token, from one forward over P + sum(R_i) tokens.
+        """log pi(token | prompt, earlier tokens) of every completion token, from one forward over P +
+        sum(R_i) tokens.
 
         prompt_ids (P,) int64, completions: list of (R_i,) int64 -> list of (R_i,) fp32, differentiable; with
         entropy=True also a list of (R_i,) fp32 entropies. temperature divides the logits, as in the sampler.
@@ -283,7 +291,8 @@ class Qwen3(nn.Module):
         return (logprobs, entropies) if entropy else logprobs
 
     def read(self, prompt_ids):
-        """The first stage: prompt_ids (P,) int64 -> Prompt, differentiable. Raises ValueError for an empty prompt."""
+        """The first stage: prompt_ids (P,) int64 -> Prompt, differentiable. Raises ValueError for an empty
+        prompt."""
         if not len(prompt_ids):
             raise ValueError("a prompt needs at least one token: nothing else predicts a completion's first")
         positions = torch.arange(len(prompt_ids), device=prompt_ids.device)
@@ -293,9 +302,9 @@ class Qwen3(nn.Module):
         return Prompt(len(prompt_ids), last.clone(), *map(list, zip(*cache)), squares)
 
     def completion_logprobs(self, prompt, completions, temperature=1.0):
-        """The second stage: Prompt, list of (R_i,) int64 -> log-probabilities (N,) and entropies (N,) fp32, one completion
-        after the other. Any of a prompt's completions may go in any call; a Tracker must see both stages. The ranks of a
-        context group give the same completions, and each gets the whole result.
+        """The second stage: Prompt, list of (R_i,) int64 -> log-probabilities (N,) and entropies (N,) fp32,
+        one completion after the other. Any of a prompt's completions may go in any call; a Tracker must see
+        both stages. The ranks of a context group give the same completions, and each gets the whole result.
 
         Raises ValueError for an empty completion, or none.
         """
@@ -315,8 +324,8 @@ class Qwen3(nn.Module):
         return tuple(share.whole(result, layout.predicted) for result in results)
 
     def _rows(self, input_ids, lengths=None):
-        """input_ids (B, T), each row a sequence of its own, or (1, T) of documents of `lengths` -> hidden states (B, T, C)
-        before the final norm."""
+        """input_ids (B, T), each row a sequence of its own, or (1, T) of documents of `lengths` -> hidden
+        states (B, T, C) before the final norm."""
         layout = Layout(0, lengths, input_ids.device, Share(input_ids.size(1))) if lengths else None
         positions = layout.positions if layout else torch.arange(input_ids.size(1), device=input_ids.device)
         x, squares = self._blocks(input_ids, positions, layout=layout)
@@ -325,8 +334,8 @@ class Qwen3(nn.Module):
         return x
 
     def _blocks(self, ids, positions, prompt=None, layout=None, cache=None, share=None):
-        """ids (B, T), positions (T,) -> hidden states (B, T, C) and each layer's Squares (or None), of `share` of the
-        tokens if given; the list `cache`, if given, receives each layer's keys and values."""
+        """ids (B, T), positions (T,) -> hidden states (B, T, C) and each layer's Squares (or None), of
+        `share` of the tokens if given; the list `cache`, if given, receives each layer's keys and values."""
         share = share or Share(ids.size(1))
         x = self.model.embed_tokens(ids[:, share.own])  # (B, T, C)
         cos, sin = rope_tables(self.config, positions[share.own], x.dtype)
@@ -349,7 +358,8 @@ class Qwen3(nn.Module):
 
     @classmethod
     def check_weights(cls, config, directory):
-        """Raises BadInput unless the tensors of `directory` have the names and shapes of this config; reads headers only."""
+        """Raises BadInput unless the tensors of `directory` have the names and shapes of this config; reads
+        headers only."""
         with torch.device("meta"):
             check_weights(cls(config), directory)
 
@@ -359,10 +369,10 @@ class Qwen3(nn.Module):
     ):
         """Build the model and fill it from safetensors, tensor by tensor (never two copies in memory).
 
-        With a DeviceMesh, parameters are sharded over it by FSDP2 before a weight is read, and each rank reads only its
-        own rows; `compute_dtype` is then what forward and backward run in, `dtype` that of the masters and gradients.
-        `context`: the ProcessGroup that shares prompts.
-        Raises BadInput for a missing directory, another architecture, missing, misshapen or unexpected tensors.
+        With a DeviceMesh, parameters are sharded over it by FSDP2 before a weight is read, and each rank
+        reads only its own rows; `compute_dtype` is then what forward and backward run in, `dtype` that of the
+        masters and gradients. `context`: the ProcessGroup that shares prompts. Raises BadInput for a missing
+        directory, another architecture, missing, misshapen or unexpected tensors.
         """
         model = cls.empty(Qwen3Config.from_pretrained(directory), dtype, device, mesh, compute_dtype)
         model.context = context
@@ -371,7 +381,8 @@ class Qwen3(nn.Module):
 
     @classmethod
     def from_config(cls, config, dtype=torch.float32, device="cpu", generator=None):
-        """Random weights: normal with config.initializer_range, norms 1, drawn on the CPU from `generator`."""
+        """Random weights: normal with config.initializer_range, norms 1, drawn on the CPU from
+        `generator`."""
         model = cls.empty(config, dtype, device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -1,8 +1,10 @@
-"""Completions from vLLM, in this process: prompts -> groups of completions with the sampler's own log-probabilities.
+"""Completions from vLLM, in this process: prompts -> groups of completions with the sampler's own
+log-probabilities.
 
-One engine per data-parallel rank; ranks of one tensor-parallel group hold one engine together and must ask it for the
-same prompts. A group is one request with n = G: the prompt's KV cache is computed once and shared. `sync` gives the engine
-the trainer's weights; it is the only function that changes them. `clamp` holds activations, for the perturbation experiment.
+One engine per data-parallel rank; ranks of one tensor-parallel group hold one engine together and must ask it
+for the same prompts. A group is one request with n = G: the prompt's KV cache is computed once and shared.
+`sync` gives the engine the trainer's weights; it is the only function that changes them. `clamp` holds
+activations, for the perturbation experiment.
 """
 
 import math
@@ -32,8 +34,9 @@ from core.checkpoint import Qwen3Config, full_tensor  # noqa: E402
 
 
 def rope_overrides(config):
-    """vLLM's hf_overrides for a Qwen3Config with YaRN; {} without. vLLM 0.32 wants rope_theta inside, and takes
-    max_position_embeddings for the length after scaling, which Qwen3's published YaRN settings leave at 40960."""
+    """vLLM's hf_overrides for a Qwen3Config with YaRN; {} without. vLLM 0.32 wants rope_theta inside, and
+    takes max_position_embeddings for the length after scaling, which Qwen3's published YaRN settings leave at
+    40960."""
     if config.rope_scaling is None:
         return {}
     rope = {**config.rope_scaling, "rope_theta": config.rope_theta}
@@ -41,20 +44,22 @@ def rope_overrides(config):
 
 
 def repack_tied_head(vllm_model):
-    """On a CPU vLLM multiplies by a packed copy of the head; reload_weights renews it only for tensors it is given, and a
-    tied head's is the embedding, so the copy would stay the old one."""
+    """On a CPU vLLM multiplies by a packed copy of the head; reload_weights renews it only for tensors it is
+    given, and a tied head's is the embedding, so the copy would stay the old one."""
     head = vllm_model.lm_head
     head.weight = vllm_model.model.embed_tokens.weight
     head.quant_method.process_weights_after_loading(head)
 
 
 def hold(output, values):
-    """output (..., rows) of a projection, values (rows,) -> the same with the held dimensions at their values."""
+    """output (..., rows) of a projection, values (rows,) -> the same with the held dimensions at their
+    values."""
     return torch.where(values.isnan(), output, values.to(output.dtype))
 
 
 def clamp_hooks(clamp, model):
-    """Clamp vLLM's Qwen3, whole on one rank -> handles of the hooks. Its fused projection gives [q | k | v], not normed."""
+    """Clamp vLLM's Qwen3, whole on one rank -> handles of the hooks. Its fused projection gives [q | k | v],
+    not normed."""
     handles = []
     for i, layer in enumerate(model.model.layers if clamp else []):
         attention = layer.self_attn
@@ -69,8 +74,8 @@ def clamp_hooks(clamp, model):
 
 @dataclass
 class Completion:
-    """ids: token ids with the stop token if there was one; logprobs: the sampler's, same length, nats, after temperature;
-    finished: True when it stopped by itself, False when it was cut at max_tokens."""
+    """ids: token ids with the stop token if there was one; logprobs: the sampler's, same length, nats, after
+    temperature; finished: True when it stopped by itself, False when it was cut at max_tokens."""
 
     ids: list
     logprobs: list
@@ -96,7 +101,8 @@ class Group:
 
     @cached_property
     def known(self):
-        """Of each completion, how many tokens the sampler gave a finite log-probability; the others are dropped."""
+        """Of each completion, how many tokens the sampler gave a finite log-probability; the others are
+        dropped."""
         return [sum(map(math.isfinite, completion.logprobs)) for completion in self.completions]
 
     def completion_ids(self, part, device):
@@ -104,8 +110,8 @@ class Group:
         return [torch.tensor(self.completions[i].ids, device=device) for i in part]
 
     def sampler_logprobs(self, part, device):
-        """The sampler's log-probabilities of the completions `part` -> those that are finite (n,), and their indices (n,)
-        among the part's tokens."""
+        """The sampler's log-probabilities of the completions `part` -> those that are finite (n,), and their
+        indices (n,) among the part's tokens."""
         logprobs = torch.cat([torch.tensor(self.completions[i].logprobs) for i in part])
         known = logprobs.isfinite().nonzero()[:, 0]
         return logprobs[known].to(device), known.to(device)
@@ -119,9 +125,10 @@ class Group:
 class Rollout:
     """A vLLM engine over a checkpoint directory.
 
-    context_length: most tokens of prompt + completion. dtype: "float32" or "bfloat16". tensor_parallel: ranks that share
-    one engine. share: of the GPU's memory that vLLM may use in all (weights, KV cache; freed by `sleep`). rope_scaling:
-    a YaRN dictionary instead of the one in the checkpoint's config.json. eager: no compiled graphs, which `clamp` needs.
+    context_length: most tokens of prompt + completion. dtype: "float32" or "bfloat16". tensor_parallel: ranks
+    that share one engine. share: of the GPU's memory that vLLM may use in all (weights, KV cache; freed by
+    `sleep`). rope_scaling: a YaRN dictionary instead of the one in the checkpoint's config.json. eager: no
+    compiled graphs, which `clamp` needs.
     """
 
     def __init__(
@@ -174,8 +181,8 @@ class Rollout:
         torch.set_rng_state(random_states[2])
 
     def generate(self, prompts, n, temperature, max_tokens, seeds, stop_ids, progress=False):
-        """prompts: lists of token ids; seeds: one int per prompt (sample j of a prompt uses seed + j); temperature 0 is
-        greedy; progress: show a bar -> for each prompt a list of n Completions."""
+        """prompts: lists of token ids; seeds: one int per prompt (sample j of a prompt uses seed + j);
+        temperature 0 is greedy; progress: show a bar -> for each prompt a list of n Completions."""
         params = [
             SamplingParams(
                 n=n,
@@ -203,8 +210,8 @@ class Rollout:
         return Completion(ids, logprobs, sample.finish_reason == "stop")
 
     def sync(self, model):
-        """Give the engine `model`'s weights, one parameter at a time (gathered from FSDP2 shards; every rank must call)
-        and forget the KV cache of the old ones."""
+        """Give the engine `model`'s weights, one parameter at a time (gathered from FSDP2 shards; every rank
+        must call) and forget the KV cache of the old ones."""
         weights = ((name, full_tensor(parameter)) for name, parameter in model.named_parameters())
         if self.cuda:
             self.engine.wake_up(tags=["weights"])
@@ -216,8 +223,9 @@ class Rollout:
         self.engine.reset_prefix_cache()
 
     def clamp(self, values):
-        """Hold dimensions of Q and K at values (a clamp of evals/clamp.py) from now on, instead of those before; {} lets go.
-        Forgets the KV cache. RuntimeError for an engine that is not eager, where hooks do not run, or over several ranks."""
+        """Hold dimensions of Q and K at values (a clamp of evals/clamp.py) from now on, instead of those
+        before; {} lets go. Forgets the KV cache. RuntimeError for an engine that is not eager, where hooks do
+        not run, or over several ranks."""
         if not self.clampable:
             raise RuntimeError(
                 "a clamp needs an eager engine on one rank: Rollout(..., tensor_parallel=1, eager=True)"
@@ -228,7 +236,8 @@ class Rollout:
         self.engine.reset_prefix_cache()
 
     def sleep(self):
-        """Free the engine's GPU memory, weights and KV cache, until the next `sync`. Nothing to free on a CPU."""
+        """Free the engine's GPU memory, weights and KV cache, until the next `sync`. Nothing to free on a
+        CPU."""
         if self.cuda:
             self.engine.sleep(level=2)
 

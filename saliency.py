@@ -1,4 +1,5 @@
-"""LongAct's mask: activations -> magnitudes -> per-head rows -> masks -> masked gradients (paper, Algorithm 1).
+"""LongAct's mask: activations -> magnitudes -> per-head rows -> masks -> masked gradients (paper, Algorithm
+1).
 
     with Tracker(model) as tracker:
         loss = ...group_logprobs...            # every forward inside is counted, once
@@ -6,7 +7,8 @@
     masks = select_rows(tracker.magnitudes(), fraction=0.3)
     mask_gradients(model, masks)               # before clipping, before optimizer.step()
 
-This file knows nothing of RL; of FSDP2 it knows that a gradient may be a DTensor. H heads (query or key), D head size.
+This file knows nothing of RL; of FSDP2 it knows that a gradient may be a DTensor. H heads (query or key), D
+head size.
 """
 
 import math
@@ -24,10 +26,10 @@ UNSELECTED = ("grad", "frozen")
 class Tracker:
     """Context manager that gathers a model's Q/K activation norms.
 
-    site "proj" measures the outputs of q_proj and k_proj, one to one with the rows of their weights (the paper's
-    reading); "norm" measures after q_norm and k_norm. Neither is mixed by RoPE. tokens "all" counts every token, "prompt"
-    those of prompts only (a sequence that is not a group's is all prompt), "not-first" leaves out the first of each
-    sequence, an attention sink.
+    site "proj" measures the outputs of q_proj and k_proj, one to one with the rows of their weights (the
+    paper's reading); "norm" measures after q_norm and k_norm. Neither is mixed by RoPE. tokens "all" counts
+    every token, "prompt" those of prompts only (a sequence that is not a group's is all prompt), "not-first"
+    leaves out the first of each sequence, an attention sink.
     """
 
     def __init__(self, model, site="proj", tokens="all"):
@@ -50,8 +52,8 @@ class Tracker:
     def add(self, squares, prompt=None):
         """Called by the model once per forward, by the ranks of a context group together.
 
-        squares: per layer .q (S, H, D) and .k (S, Hk, D) fp32, sums of squares over the tokens of S sequences; prompt: the
-        same of the one prompt (S = 1) that all of them share."""
+        squares: per layer .q (S, H, D) and .k (S, Hk, D) fp32, sums of squares over the tokens of S
+        sequences; prompt: the same of the one prompt (S = 1) that all of them share."""
         sums = [each for layer in squares for each in (layer.q, layer.k)]
         if prompt:
             own = 0 if self.tokens == "prompt" else 1
@@ -71,10 +73,12 @@ class Tracker:
         self.sequences += len(sums[0])
 
     def magnitudes(self):
-        """M[h, d] = (1/B) sum_i sqrt(sum_s x_i[s, h, d]^2) over all B sequences of all ranks (paper, section 3).
+        """M[h, d] = (1/B) sum_i sqrt(sum_s x_i[s, h, d]^2) over all B sequences of all ranks (paper, section
+        3).
 
-        -> {"model.layers.0.self_attn.q_proj": (H, D) fp32, "model.layers.0.self_attn.k_proj": (Hk, D) fp32, ...}.
-        One all-reduce when torch.distributed is initialised; every rank must call it. RuntimeError if nothing was seen.
+        -> {"model.layers.0.self_attn.q_proj": (H, D) fp32, "model.layers.0.self_attn.k_proj": (Hk, D) fp32,
+        ...}. One all-reduce when torch.distributed is initialised; every rank must call it. RuntimeError if
+        nothing was seen.
         """
         if self.sums is None:
             raise RuntimeError("no forward ran inside the Tracker")
@@ -92,9 +96,10 @@ class Tracker:
 def select_rows(magnitudes, fraction=0.3, rule="top", generator=None):
     """Choose floor(fraction * D) dimensions, at least one, in every head -> {weight name: bool (H * D,)}.
 
-    rule "top": the largest magnitudes (LongAct); "bottom": the smallest; "random": drawn from `generator` (a CPU
-    torch.Generator, equal on every rank); "all": every row, which is dense training. Equal magnitudes: the lower
-    dimension wins, so all ranks agree. Row h * D + d of W_Q is dimension d of head h (Algorithm 1, steps 2 and 3).
+    rule "top": the largest magnitudes (LongAct); "bottom": the smallest; "random": drawn from `generator` (a
+    CPU torch.Generator, equal on every rank); "all": every row, which is dense training. Equal magnitudes:
+    the lower dimension wins, so all ranks agree. Row h * D + d of W_Q is dimension d of head h (Algorithm 1,
+    steps 2 and 3).
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {RULES}, not {rule!r}")
@@ -117,10 +122,11 @@ def select_rows(magnitudes, fraction=0.3, rule="top", generator=None):
 
 @torch.no_grad()
 def mask_gradients(model, masks):
-    """Zero the gradient rows outside the masks, in place (Algorithm 1, step 4); other parameters are not touched.
+    """Zero the gradient rows outside the masks, in place (Algorithm 1, step 4); other parameters are not
+    touched.
 
-    Gradients may be plain tensors or FSDP2 DTensors with uneven or empty shards; nothing is communicated. Call it after
-    the last backward of a step and before clipping. KeyError for a mask without a parameter.
+    Gradients may be plain tensors or FSDP2 DTensors with uneven or empty shards; nothing is communicated.
+    Call it after the last backward of a step and before clipping. KeyError for a mask without a parameter.
     """
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
@@ -130,12 +136,13 @@ def mask_gradients(model, masks):
 
 @torch.no_grad()
 def masked_step(optimizer, model, masks, unselected="grad"):
-    """optimizer.step() after mask_gradients, and how far it moved W_Q and W_K -> root mean square change of a weight in
-    selected rows and in the others; two 0-dim tensors, NaN where there are no such rows.
+    """optimizer.step() after mask_gradients, and how far it moved W_Q and W_K -> root mean square change of a
+    weight in selected rows and in the others; two 0-dim tensors, NaN where there are no such rows.
 
-    unselected "grad": the optimizer moves a row without gradient as it does, AdamW by the momentum of steps that had
-    selected it and by weight decay. "frozen": the row and its moments are afterwards what they were before. Every rank must
-    call it. It holds a copy of W_Q and W_K ("frozen": and of their moments) during the step.
+    unselected "grad": the optimizer moves a row without gradient as it does, AdamW by the momentum of steps
+    that had selected it and by weight decay. "frozen": the row and its moments are afterwards what they were
+    before. Every rank must call it. It holds a copy of W_Q and W_K ("frozen": and of their moments) during
+    the step.
     """
     parameters = dict(model.named_parameters())
     kept = []
@@ -178,7 +185,8 @@ def local_rows(mask, weight):
 
 
 def selected_share(magnitudes, masks):
-    """Share of the squared magnitude that lies in the selected rows, over all layers; a 0-dim tensor in [0, 1]."""
+    """Share of the squared magnitude that lies in the selected rows, over all layers; a 0-dim tensor in [0,
+    1]."""
     squares = [
         (magnitude.flatten().square(), masks[name + ".weight"]) for name, magnitude in magnitudes.items()
     ]

@@ -1,15 +1,18 @@
-"""Supervised fine-tuning: cross entropy on what the assistant says. It is the start from which the paper's RL begins.
+"""Supervised fine-tuning: cross entropy on what the assistant says. It is the start from which the paper's RL
+begins.
 
-    torchrun --nproc-per-node 8 sft.py --model Qwen3-8B-Base --data chats.parquet --context 16384 --checkpointing
+    torchrun --nproc-per-node 8 sft.py --model Qwen3-8B-Base --data chats.parquet --context 16384
+    --checkpointing
 
-Data are chats (prompts/sources.py), each a document: prompts/chat.py says how it becomes tokens. A step takes the next --batch documents of
-the mixture; they lie one after the other in rows of --tokens-per-pass tokens, each read as if it were alone: positions
-restart, attention stays within a document (attention.py), and the loss is the mean over all trained tokens of the step. So
-neither packing nor the number of ranks changes what is computed. Documents longer than --context are dropped and counted.
+Data are chats (prompts/sources.py), each a document: prompts/chat.py says how it becomes tokens. A step takes
+the next --batch documents of the mixture; they lie one after the other in rows of --tokens-per-pass tokens,
+each read as if it were alone: positions restart, attention stays within a document (attention.py), and the
+loss is the mean over all trained tokens of the step. So neither packing nor the number of ranks changes what
+is computed. Documents longer than --context are dropped and counted.
 
-A run leaves in --out: config.json (every setting), metrics.jsonl, loss.png, checkpoint/ (a Hugging Face directory), and
-checkpoints/ that the same command with --resume auto goes on from (resume.py; to the same weights, on a CPU bit for bit). At
-SIGTERM and SIGINT it saves and exits with code 75 (interrupt.py).
+A run leaves in --out: config.json (every setting), metrics.jsonl, loss.png, checkpoint/ (a Hugging Face
+directory), and checkpoints/ that the same command with --resume auto goes on from (resume.py; to the same
+weights, on a CPU bit for bit). At SIGTERM and SIGINT it saves and exits with code 75 (interrupt.py).
 
 metrics.jsonl, one object a step
   step, epoch                  steps done; how often the rows have been drawn on average

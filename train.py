@@ -1,16 +1,18 @@
-"""LongAct training: reinforcement learning that updates, within W_Q and W_K, only the rows with the largest activations.
+"""LongAct training: reinforcement learning that updates, within W_Q and W_K, only the rows with the largest
+activations.
 
     torchrun train.py                                       # assets/tiny on the recall task: minutes on a laptop
     torchrun --nproc-per-node 2 train.py                    # the same on two processes
     torchrun --nproc-per-node 8 train.py --config recipes/rl.toml recipes/dapo-longact.toml     # the paper's setting
 
-It reads top to bottom. A step, as the loop near the end has it: prompts -> groups of completions (rollout.py) -> rewards
-(prompts/rewards.py) -> advantages (grpo.py) -> who trains what, in which passes (core/schedule.py) -> log-probabilities
-(model.py) -> loss (dapo.py, grpo.py, losses.py) -> backward -> masks from this step's activations (saliency.py) -> masked
-gradients -> clip -> AdamW -> weights to vLLM.
+It reads top to bottom. A step, as the loop near the end has it: prompts -> groups of completions (rollout.py)
+-> rewards (prompts/rewards.py) -> advantages (grpo.py) -> who trains what, in which passes (core/schedule.py)
+-> log-probabilities (model.py) -> loss (dapo.py, grpo.py, losses.py) -> backward -> masks from this step's
+activations (saliency.py) -> masked gradients -> clip -> AdamW -> weights to vLLM.
 
-Where we depart from the papers or had to choose: docs/paper.md. A run may be killed at any moment; --resume auto goes on
-with it (run/resume.py). At SIGTERM and SIGINT it saves and exits with code 75 (base/interrupt.py).
+Where we depart from the papers or had to choose: docs/paper.md. A run may be killed at any moment; --resume
+auto goes on with it (run/resume.py). At SIGTERM and SIGINT it saves and exits with code 75
+(base/interrupt.py).
 """
 
 import math
@@ -171,7 +173,8 @@ def logprobs_of(policy, group, passes):
 
 
 def remember_old_logprobs(minibatches):
-    """Log-probabilities of the policy that sampled, by the trainer, which several updates per rollout are relative to."""
+    """Log-probabilities of the policy that sampled, by the trainer, which several updates per rollout are
+    relative to."""
     with clock.stage("logprobs"):
         for group, passes in (each for minibatch in minibatches for each in work(minibatch)):
             with memory.explained(config, len(group.prompt)):
@@ -179,8 +182,9 @@ def remember_old_logprobs(minibatches):
 
 
 def train_group(group, passes, totals, tally):
-    """Forward and backward of one group: its prompt once, its completions a pass at a time, each with its own backward,
-    which leaves its gradient at the prompt's keys and values; last the prompt's backward. What it made dies with it."""
+    """Forward and backward of one group: its prompt once, its completions a pass at a time, each with its own
+    backward, which leaves its gradient at the prompt's keys and values; last the prompt's backward. What it
+    made dies with it."""
     with memory.explained(config, len(group.prompt)):
         with clock.stage("logprobs"):
             prompt = model.read(torch.tensor(group.prompt, device=device))
@@ -193,8 +197,8 @@ def train_group(group, passes, totals, tally):
 
 
 def train_pass(group, part, prompt, ref_logprobs, totals, tally):
-    """The completions `part` of a group after its prompt: log-probabilities, loss, backward. Tokens without a finite
-    log-probability of the sampler's are left out of all that follows."""
+    """The completions `part` of a group after its prompt: log-probabilities, loss, backward. Tokens without a
+    finite log-probability of the sampler's are left out of all that follows."""
     with clock.stage("logprobs"):
         completions = group.completion_ids(part, device)
         logprobs, entropies = model.completion_logprobs(prompt, completions, config.temperature)

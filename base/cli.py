@@ -1,8 +1,9 @@
 """Flags, TOML and one-line errors, for every script of this repository.
 
-A script describes itself in one dataclass whose fields are made by `option`; `parse` turns it into command-line flags
-(--learning-rate for learning_rate; its own fields first, then those that it inherits), reads --config FILE.toml ... with the same keys, and refuses what it does not know.
-Order of precedence: the flag, then the files from last to first, then the default.
+A script describes itself in one dataclass whose fields are made by `option`; `parse` turns it into
+command-line flags (--learning-rate for learning_rate; its own fields first, then those that it inherits),
+reads --config FILE.toml ... with the same keys, and refuses what it does not know. Order of precedence: the
+flag, then the files from last to first, then the default.
 """
 
 import argparse
@@ -26,9 +27,9 @@ class BadInput(ValueError):
 
 
 def option(default, help, choices=None, least=None, above=None, most=None, positional=False):
-    """A dataclass field with its line of --help; `choices` lists the allowed values. A number must be at least `least`,
-    or greater than `above`, and finite, and at most `most`. A list (its type says of what) takes its values
-    after one flag: --lengths 1 2. `positional`: given without a flag; it may be left out."""
+    """A dataclass field with its line of --help; `choices` lists the allowed values. A number must be at
+    least `least`, or greater than `above`, and finite, and at most `most`. A list (its type says of what)
+    takes its values after one flag: --lengths 1 2. `positional`: given without a flag; it may be left out."""
     limits = {"least": least, "above": above, "most": most}
     metadata = {"help": help, "choices": choices, "positional": positional, **limits}
     if isinstance(default, list):
@@ -37,8 +38,8 @@ def option(default, help, choices=None, least=None, above=None, most=None, posit
 
 
 def parse(config_class, doc, argv=None):
-    """Command line (default: sys.argv) -> an instance of `config_class`; `doc` opens --help. Raises BadInput for numbers
-    out of range and for a wrong --config file."""
+    """Command line (default: sys.argv) -> an instance of `config_class`; `doc` opens --help. Raises BadInput
+    for numbers out of range and for a wrong --config file."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -134,8 +135,9 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 
 def one_line_errors():
-    """From here on a BadInput, or a disk that takes nothing more, ends the process with one line and exit code 1; other
-    errors keep their traceback. Of the ranks of a node, which all find the same before they meet, the first says it."""
+    """From here on a BadInput, or a disk that takes nothing more, ends the process with one line and exit
+    code 1; other errors keep their traceback. Of the ranks of a node, which all find the same before they
+    meet, the first says it."""
 
     def hook(kind, error, traceback):
         line = one_line(kind, error)

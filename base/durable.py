@@ -1,4 +1,5 @@
-"""Files and directories that no crash can tear: what is at a path is the old or the new, as a whole, and it is on disk."""
+"""Files and directories that no crash can tear: what is at a path is the old or the new, as a whole, and it
+is on disk."""
 
 import contextlib
 import fcntl
@@ -22,8 +23,8 @@ def sync(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Make or replace a file: what is written to the path this gives is at `path` when the block ends. Raises BadInput when
-    the disk does not take it; then `path` is as it was."""
+    """Make or replace a file: what is written to the path this gives is at `path` when the block ends. Raises
+    BadInput when the disk does not take it; then `path` is as it was."""
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
@@ -48,7 +49,8 @@ def write_json(path, value):
 
 
 def publish(partial, directory):
-    """Give a directory, which is whole, its name. One that has the name is removed; nobody has it for the moment between."""
+    """Give a directory, which is whole, its name. One that has the name is removed; nobody has it for the
+    moment between."""
     for path in partial.iterdir():
         sync(path)
     sync(partial)
@@ -62,8 +64,9 @@ def publish(partial, directory):
 
 
 def append(file, row):
-    """One more line of a JSONL file, open for appending bytes without a buffer, which would try again at the process's end.
-    JSON has no NaN and no infinity: null instead. Raises BadInput when the disk does not take it."""
+    """One more line of a JSONL file, open for appending bytes without a buffer, which would try again at the
+    process's end. JSON has no NaN and no infinity: null instead. Raises BadInput when the disk does not take
+    it."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
@@ -78,8 +81,8 @@ def append(file, row):
 
 
 def lock(directory):
-    """-> an open file. The system drops its lock when this process ends, however it does. Raises BadInput if another
-    process has it."""
+    """-> an open file. The system drops its lock when this process ends, however it does. Raises BadInput if
+    another process has it."""
     file = open(directory / "lock", "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child process inherits it
@@ -89,8 +92,8 @@ def lock(directory):
 
 
 def json_lines(path):
-    """[("line 3", "PATH, line 3", value), ...] of a JSONL file's lines that are not empty. Raises BadInput for a file that
-    cannot be read or has no rows, a line that is not JSON and text that is not valid."""
+    """[("line 3", "PATH, line 3", value), ...] of a JSONL file's lines that are not empty. Raises BadInput
+    for a file that cannot be read or has no rows, a line that is not JSON and text that is not valid."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line ends
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT (Ctrl-C): the loop ends at the next place where it can, its script saves and exits with code 75.
+"""SIGTERM and SIGINT (Ctrl-C): the loop ends at the next place where it can, its script saves and exits with
+code 75.
 
-75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command with --resume auto goes on. The second signal of a kind
-has its usual effect: the process ends at once, with what is on disk whole (resume.py).
+75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command with --resume auto goes on. The second
+signal of a kind has its usual effect: the process ends at once, with what is on disk whole (resume.py).
 """
 
 import os
@@ -16,8 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupt:
-    """From its making until `close` the two signals are only noted. torchrun hands one on to every rank, but not at the same
-    moment: `asked`, which every rank must call, is what they agree on."""
+    """From its making until `close` the two signals are only noted. torchrun hands one on to every rank, but
+    not at the same moment: `asked`, which every rank must call, is what they agree on."""
 
     def __init__(self):
         self.pending, self.agreed = False, False

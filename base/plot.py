@@ -15,11 +15,13 @@ from base import durable
 from base.cli import BadInput, one_line_errors
 from base.durable import json_lines
 
-# What is read here was written by train.py and sft.py, and may have been damaged since: each reader raises BadInput.
+# What is read here was written by train.py and sft.py, and may have been damaged since: each reader raises
+# BadInput.
 
 
 def subplots(rows=1, columns=1, *, figsize, **how):
-    """A figure for a file and its axes. matplotlib is imported here: 0.5 s that who draws nothing does not wait for."""
+    """A figure for a file and its axes. matplotlib is imported here: 0.5 s that who draws nothing does not
+    wait for."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=figsize, layout="constrained")
@@ -42,7 +44,8 @@ def _number(value):
 
 
 def held_out_accuracy(path):
-    """results.json -> {"before": ..., "after": ...}, each the accuracy on the first set of held-out prompts or None."""
+    """results.json -> {"before": ..., "after": ...}, each the accuracy on the first set of held-out prompts
+    or None."""
     try:
         results = json.loads(path.read_bytes())
         first = {
@@ -84,7 +87,8 @@ def _save(figure, path):
 
 
 def reward_curve(run):
-    """runs/NAME/metrics.jsonl (and results.json) -> reward.png: training reward and held-out accuracy before and after."""
+    """runs/NAME/metrics.jsonl (and results.json) -> reward.png: training reward and held-out accuracy before
+    and after."""
     steps, rewards = read_metrics(run / "metrics.jsonl", "reward")
     accuracy = held_out_accuracy(run / "results.json") if (run / "results.json").exists() else {}
     figure, axes = subplots(figsize=(7, 4))
@@ -110,7 +114,8 @@ def loss_curve(run):
 
 
 def reward_bands(path, panels):
-    """{panel title: {label: runs x steps of rewards}} -> path: mean over runs, shaded by its standard error."""
+    """{panel title: {label: runs x steps of rewards}} -> path: mean over runs, shaded by its standard
+    error."""
     figure, grid = subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, sharey=True)
     for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
         for label, runs in curves.items():
@@ -129,8 +134,8 @@ def reward_bands(path, panels):
 
 
 def save_magnitudes(path, magnitudes, masks):
-    """Magnitudes {name: (H, D)} and masks {name.weight: (H * D,)} of one step -> a safetensors file. Raises BadInput when
-    the disk does not take it."""
+    """Magnitudes {name: (H, D)} and masks {name.weight: (H * D,)} of one step -> a safetensors file. Raises
+    BadInput when the disk does not take it."""
     rows = {
         f"{name}.selected": masks[f"{name}.weight"].view_as(m).contiguous() for name, m in magnitudes.items()
     }
@@ -142,7 +147,8 @@ def save_magnitudes(path, magnitudes, masks):
 
 
 def heatmap(run):
-    """runs/NAME/magnitudes.safetensors -> magnitudes.png: heads x dimensions, a panel per layer, Q and K side by side."""
+    """runs/NAME/magnitudes.safetensors -> magnitudes.png: heads x dimensions, a panel per layer, Q and K side
+    by side."""
     tensors = load_magnitudes(run / "magnitudes.safetensors")
     layers = len(tensors) // 4
     figure, grid = subplots(layers, 2, figsize=(14, 1.0 + 1.3 * layers), squeeze=False)
@@ -158,8 +164,8 @@ def heatmap(run):
 
 
 def heads_and_dimensions(path, title, magnitudes, which, layers):
-    """The safetensors file `magnitudes` (save_magnitudes) -> the PNG `path`: heads x dimensions of Q or K (`which`: "q" or
-    "k"), a panel for each of `layers`, one below the other."""
+    """The safetensors file `magnitudes` (save_magnitudes) -> the PNG `path`: heads x dimensions of Q or K
+    (`which`: "q" or "k"), a panel for each of `layers`, one below the other."""
     tensors = load_magnitudes(magnitudes)
     heads = len(tensors[f"model.layers.0.self_attn.{which}_proj"])
     height = 0.8 + 0.14 * heads  # inches of a panel
@@ -173,8 +179,8 @@ def heads_and_dimensions(path, title, magnitudes, which, layers):
 
 
 def _panel(axes, tensors, layer, which, dot):
-    """One layer's heads x dimensions. Colour: magnitude over the largest of its head (so every head is readable); a red dot
-    of `dot` square points marks a selected row."""
+    """One layer's heads x dimensions. Colour: magnitude over the largest of its head (so every head is
+    readable); a red dot of `dot` square points marks a selected row."""
     name = f"model.layers.{layer}.self_attn.{which}_proj"
     magnitude, selected = tensors[name], tensors[name + ".selected"]
     image = axes.imshow(

@@ -46,26 +46,27 @@ def nodes():
 
 
 def check_restarts(resume, flags):
-    """Raises BadInput if torchrun is to start failed ranks again (--max-restarts) and --resume does not let them go on, as
-    they would with `flags`."""
+    """Raises BadInput if torchrun is to start failed ranks again (--max-restarts) and --resume does not let
+    them go on, as they would with `flags`."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not resume:
         raise BadInput(f"torchrun's --max-restarts needs {flags}: ranks it starts again would begin anew")
 
 
 def deterministic(cuda):
-    """Have every operation that has a way to give the same bits twice take it, and name those that have none in a warning.
-    To be called before vLLM is imported."""
+    """Have every operation that has a way to give the same bits twice take it, and name those that have none
+    in a warning. To be called before vLLM is imported."""
     if cuda:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "VLLM_BATCH_INVARIANT": "1"}
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def connect(device, timeout=timedelta(minutes=30)):
-    """init_process_group on every rank. From here on the first error of any rank is the last thing on the screen: what the
-    others then run into, since it is gone, is one line each. timeout: how long a rank waits for the others.
+    """init_process_group on every rank. From here on the first error of any rank is the last thing on the
+    screen: what the others then run into, since it is gone, is one line each. timeout: how long a rank waits
+    for the others.
 
-    torchrun may start all ranks again; torch 2.13 keeps one store over all starts, in which they would find the addresses
-    of those that died. Hence a name of its own for each start.
+    torchrun may start all ranks again; torch 2.13 keeps one store over all starts, in which they would find
+    the addresses of those that died. Hence a name of its own for each start.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -91,8 +92,8 @@ def connect(device, timeout=timedelta(minutes=30)):
 
 
 def gather_or_fail(function, *arguments):
-    """Call on every rank -> what it returned, of each rank. A BadInput, or what a disk says, on any rank is a BadInput on
-    all of them, so that none waits for one that is gone."""
+    """Call on every rank -> what it returned, of each rank. A BadInput, or what a disk says, on any rank is a
+    BadInput on all of them, so that none waits for one that is gone."""
     result = problem = None
     try:
         result = function(*arguments)
@@ -110,8 +111,8 @@ def gather_or_fail(function, *arguments):
 
 
 def on_rank_0(function):
-    """function() of rank 0, given to every rank; a BadInput on rank 0 is one on all. The first call connects the ranks, after
-    rank 0 has done its work, which may start processes, and take hours."""
+    """function() of rank 0, given to every rank; a BadInput on rank 0 is one on all. The first call connects
+    the ranks, after rank 0 has done its work, which may start processes, and take hours."""
     rank, world = rank_and_world()
     if world == 1:
         return function()

@@ -2,8 +2,8 @@
 
 python bench/dense.py            # the laptop's shape on a CPU, Qwen3-0.6B's on a GPU; fp32 and bf16
 
-transformers runs its "sdpa" attention. A line per shape and dtype: seconds of each and ours / theirs (below 1: ours is
-faster). On a GPU it also says which attention kernel ran and fails if it is not flash.
+transformers runs its "sdpa" attention. A line per shape and dtype: seconds of each and ours / theirs (below
+1: ours is faster). On a GPU it also says which attention kernel ran and fails if it is not flash.
 """
 
 import sys

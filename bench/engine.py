@@ -3,8 +3,8 @@
     python bench/engine.py                        # assets/tiny, 16 prompts x 16 completions of the recall task
     python bench/engine.py --model path/to/Qwen3  # needs vLLM
 
-Saliency is the time inside its own functions (sums of squares, magnitudes, rows, masks). The sync's memory is the peak of
-what is allocated during it. Prefill is what vLLM's own counters say.
+Saliency is the time inside its own functions (sums of squares, magnitudes, rows, masks). The sync's memory is
+the peak of what is allocated during it. Prefill is what vLLM's own counters say.
 """
 
 import os
@@ -99,7 +99,8 @@ spent = 0.0
 
 
 def timed(function):
-    """function, whose time is added to `spent`; on a GPU with the wait for it, which is more than it costs there."""
+    """function, whose time is added to `spent`; on a GPU with the wait for it, which is more than it costs
+    there."""
 
     def run(*args):
         global spent

@@ -1,16 +1,17 @@
-"""Is nothing lost by kill -9? A run of train.py is killed at random moments, again and again, and goes on by --resume auto;
-in the end its metrics and weights must be, bit for bit, those of a run that was left alone.
+"""Is nothing lost by kill -9? A run of train.py is killed at random moments, again and again, and goes on by
+--resume auto; in the end its metrics and weights must be, bit for bit, those of a run that was left alone.
 
     python bench/kill.py --kills 20
 
-The killed process does it itself: as the module of train.py's --reward this file makes the n-th call of a function start a
-timer of up to 50 ms that ends in SIGKILL, so that it strikes amid generating, backward, the optimizer's step, saving, or in
-what follows. KILL="save 3 0.02": 20 ms after the third os.replace begins; without a time, at once; with
-a signal's name after it that signal. Under torchrun it is the last rank, and only until torchrun starts the ranks again.
+The killed process does it itself: as the module of train.py's --reward this file makes the n-th call of a
+function start a timer of up to 50 ms that ends in SIGKILL, so that it strikes amid generating, backward, the
+optimizer's step, saving, or in what follows. KILL="save 3 0.02": 20 ms after the third os.replace begins;
+without a time, at once; with a signal's name after it that signal. Under torchrun it is the last rank, and
+only until torchrun starts the ranks again.
 
-Whenever it gets to its end all the same, it is compared and begun again. Prints a line for each life, with the steps in
-metrics.jsonl, and at last one JSON object: kills, places (how many of each), ends (how often it got there), equal_metrics,
-equal_weights (how many of these were equal). Exit code 1 if anything differs.
+Whenever it gets to its end all the same, it is compared and begun again. Prints a line for each life, with
+the steps in metrics.jsonl, and at last one JSON object: kills, places (how many of each), ends (how often it
+got there), equal_metrics, equal_weights (how many of these were equal). Exit code 1 if anything differs.
 """
 
 import json
@@ -44,7 +45,8 @@ class Config:
 
 
 def arm(place, count, delay="0", name="SIGKILL"):
-    """Have this process send itself a signal `delay` seconds after call number `count` of the place's function begins."""
+    """Have this process send itself a signal `delay` seconds after call number `count` of the place's
+    function begins."""
     import torch
 
     import rollout

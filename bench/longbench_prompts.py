@@ -1,9 +1,11 @@
-"""How fast eval_longbench.py prepares prompts, without a model: index a synthetic file, then read, fill, cut and encode.
+"""How fast eval_longbench.py prepares prompts, without a model: index a synthetic file, then read, fill, cut
+and encode.
 
 python bench/longbench_prompts.py --tokenizer CHECKPOINT/tokenizer.json    # keeps 0.3 GB in runs/
 
-Documents have about `tokens` tokens, two questions each; a prompt of more than --max-input is cut and encoded again, so the
-default measures the slowest case. The file is made by longbench_sample.py. Peak memory is that of the whole process.
+Documents have about `tokens` tokens, two questions each; a prompt of more than --max-input is cut and encoded
+again, so the default measures the slowest case. The file is made by longbench_sample.py. Peak memory is that
+of the whole process.
 """
 
 import resource

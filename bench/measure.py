@@ -12,8 +12,9 @@ def synchronize():
 
 
 def seconds(*functions, rounds=5, least=4.0):
-    """Fastest time of each function, after a warm-up; `rounds` of them, more until `least` seconds have gone by. They run in
-    turn, every second round backwards, so that all see the machine in the same moods and none always comes first."""
+    """Fastest time of each function, after a warm-up; `rounds` of them, more until `least` seconds have gone
+    by. They run in turn, every second round backwards, so that all see the machine in the same moods and none
+    always comes first."""
     for function in functions:
         function()
     times = {function: [] for function in functions}
@@ -32,9 +33,9 @@ def seconds(*functions, rounds=5, least=4.0):
 def peak_bytes(function):
     """The most memory that was allocated at once during function(), beyond what was before.
 
-    On a GPU from the allocator's own counter. On a CPU from the profiler's record of every allocation of a tensor, so
-    without what libraries allocate for themselves. It does not see what gloo's threads free: that counts as freed when its
-    address is given out again.
+    On a GPU from the allocator's own counter. On a CPU from the profiler's record of every allocation of a
+    tensor, so without what libraries allocate for themselves. It does not see what gloo's threads free: that
+    counts as freed when its address is given out again.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,11 +1,12 @@
-"""A group forward and backward at real size: seconds, tokens/s, model FLOPs utilisation, peak memory. Needs no vLLM.
+"""A group forward and backward at real size: seconds, tokens/s, model FLOPs utilisation, peak memory. Needs
+no vLLM.
 
     python bench/scale.py --shape 0.6B --prompts 8192 16384 32768        # random weights, bf16, one GPU
     python bench/scale.py --shape laptop --prompts 512 1024 --completion 64
 
-Weights and gradients are in bf16 and there is no optimizer: one GPU cannot hold a 4B model's masters and moments, which
-FSDP2 shards. FLOPs are the model's: 6 per weight and token (head: completion tokens only) and 12 per head size, head and
-pair of tokens that attend; what --checkpointing computes again is not counted.
+Weights and gradients are in bf16 and there is no optimizer: one GPU cannot hold a 4B model's masters and
+moments, which FSDP2 shards. FLOPs are the model's: 6 per weight and token (head: completion tokens only) and
+12 per head size, head and pair of tokens that attend; what --checkpointing computes again is not counted.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""What the measurements run: shapes with random weights, and one group forward and backward as train.py does it."""
+"""What the measurements run: shapes with random weights, and one group forward and backward as train.py does
+it."""
 
 import platform
 
@@ -7,7 +8,8 @@ import torch
 from core import schedule
 from core.checkpoint import Qwen3Config
 
-# 4 layers, 256 wide, 8 query and 2 key heads of 32: small enough that one row per completion still fits two cores.
+# 4 layers, 256 wide, 8 query and 2 key heads of 32: small enough that one row per completion still fits two
+# cores.
 LAPTOP = Qwen3Config(256, 4, 8, 768, True, vocab_size=8192, num_key_value_heads=2, head_dim=32)
 
 
@@ -50,7 +52,8 @@ def draw_group(config, prompt, lengths, device):
 
 
 def train_on(model, prompt, completions, weights, tokens_per_pass):
-    """Forward and backward of sum(weights * log-probabilities), weights [(R_i,)]: gradients are left in the model."""
+    """Forward and backward of sum(weights * log-probabilities), weights [(R_i,)]: gradients are left in the
+    model."""
     read = model.read(prompt)
     leaves = read.detach()
     for part in schedule.passes([len(c) for c in completions], tokens_per_pass):

@@ -1,11 +1,11 @@
-"""Does a long run stay as it began? 2,000 steps of train.py, small, that ends and goes on by --resume auto after each 100:
-memory, open files, processes and speed over all of them.
+"""Does a long run stay as it began? 2,000 steps of train.py, small, that ends and goes on by --resume auto
+after each 100: memory, open files, processes and speed over all of them.
 
     python bench/soak.py --steps 2000 --life 100
     python bench/soak.py --steps 700 --life 700 --warm 200      # one life, for its slope once caches have filled
 
-Trainer and engine are one process; a worker of --reward-workers is beside it. After every step's line in metrics.jsonl the
-process is looked at in /proc. Prints a line for each life, and at last one JSON object:
+Trainer and engine are one process; a worker of --reward-workers is beside it. After every step's line in
+metrics.jsonl the process is looked at in /proc. Prints a line for each life, and at last one JSON object:
 
     steps, lives                  made
     rss_mib                       resident memory at step --warm of a life, mean of the first and of the last three

@@ -1,13 +1,15 @@
-"""One group forward and backward: our shared prompt beside one row per completion, which is what TRL's trainer does.
+"""One group forward and backward: our shared prompt beside one row per completion, which is what TRL's
+trainer does.
 
     python bench/step.py                      # tables, results.json and a figure, 10 minutes on 2 CPU cores
     python bench/step.py --shape 0.6B         # on a GPU, in bf16
 
-The other side is transformers' Qwen3 ("sdpa" attention) on rows [prompt | completion], with logits for the completion only.
-Same weights, same tokens, same loss, run in turn; both keep their activations, or where it says so both recompute blocks.
-Activation memory is the peak of what is allocated during forward and backward less the gradients, which both need.
-At P = 0 there is nothing to share: ours is then model.logprobs, a row per completion too, without its first token, which
-nothing predicts. P = 1 is the least that goes the shared way.
+The other side is transformers' Qwen3 ("sdpa" attention) on rows [prompt | completion], with logits for the
+completion only. Same weights, same tokens, same loss, run in turn; both keep their activations, or where it
+says so both recompute blocks. Activation memory is the peak of what is allocated during forward and backward
+less the gradients, which both need. At P = 0 there is nothing to share: ours is then model.logprobs, a row
+per completion too, without its first token, which nothing predicts. P = 1 is the least that goes the shared
+way.
 """
 
 import json
@@ -62,7 +64,8 @@ def rows_of(prompt, completions):
 
 
 def dense_logprobs(prompt, completions):
-    """log-probabilities of the completions' tokens [(R_i,)] by transformers; without their first if there is no prompt."""
+    """log-probabilities of the completions' tokens [(R_i,)] by transformers; without their first if there is
+    no prompt."""
     ids, mask = rows_of(prompt, completions)
     first = max(1, len(prompt))
     logits = theirs(ids, attention_mask=mask, logits_to_keep=ids.size(1) - first + 1, use_cache=False).logits[

@@ -1,10 +1,11 @@
 """Where tokens meet: rotary positions, causal attention, and a group's attention to the prompt it shares.
 
-The keys and values of a prompt exist once. A completion's queries attend to them and, causally, to its own: two attention
-calls whose results are merged by their log-sum-exp, so that nothing is ever repeated per completion or masked away.
+The keys and values of a prompt exist once. A completion's queries attend to them and, causally, to its own:
+two attention calls whose results are merged by their log-sum-exp, so that nothing is ever repeated per
+completion or masked away.
 
-Shapes: B sequences, T tokens, H query heads, Hk key/value heads, D head size, P prompt tokens, G completions of R_i tokens,
-N = sum(R_i), R = max(R_i). Tokens come before heads: (B, T, H, D).
+Shapes: B sequences, T tokens, H query heads, Hk key/value heads, D head size, P prompt tokens, G completions
+of R_i tokens, N = sum(R_i), R = max(R_i). Tokens come before heads: (B, T, H, D).
 """
 
 import math
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 
 
 def rope_frequencies(config):
-    """Inverse frequencies (D/2,) fp32 and the factor on cos and sin (1.0 without YaRN; YaRN is arXiv 2309.00071)."""
+    """Inverse frequencies (D/2,) fp32 and the factor on cos and sin (1.0 without YaRN; YaRN is arXiv
+    2309.00071)."""
     dim, base, yarn = config.head_dim, config.rope_theta, config.rope_scaling
     wavelengths = base ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
     if yarn is None:
@@ -44,7 +46,8 @@ def rope_frequencies(config):
 
 
 def rope_tables(config, positions, dtype):
-    """positions (T,) -> cos and sin (T, 1, D) in `dtype`, computed in fp32. Dimension d turns together with d + D/2."""
+    """positions (T,) -> cos and sin (T, 1, D) in `dtype`, computed in fp32. Dimension d turns together with d
+    + D/2."""
     frequencies, factor = rope_frequencies(config)
     angles = positions[:, None].float() * frequencies.to(positions.device, non_blocking=True)  # (T, D/2)
     angles = torch.cat((angles, angles), dim=-1)[:, None]
@@ -61,10 +64,12 @@ def rotate(x, cos, sin):
 
 
 def causal_attention(q, k, v, lengths=None):
-    """q (B, T, H, D), k and v (B, T, Hk, D) -> (B, T, H, D), each sequence on its own. Flash kernels on CPU and GPU.
+    """q (B, T, H, D), k and v (B, T, Hk, D) -> (B, T, H, D), each sequence on its own. Flash kernels on CPU
+    and GPU.
 
-    `lengths`: a row is documents of so many tokens one after the other, and each attends to itself only. One call per
-    document: no mask of T x T, no work between documents, and it runs everywhere (PyTorch's varlen_attn is CUDA's alone).
+    `lengths`: a row is documents of so many tokens one after the other, and each attends to itself only. One
+    call per document: no mask of T x T, no work between documents, and it runs everywhere (PyTorch's
+    varlen_attn is CUDA's alone).
     """
     if lengths:
         documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
@@ -75,12 +80,12 @@ def causal_attention(q, k, v, lengths=None):
 
 
 class Layout:
-    """Where the tokens of a group's completions are, as they lie one after the other in a row of N. Documents that follow
-    each other in a row, and nothing before them, are completions of a prompt of length 0.
+    """Where the tokens of a group's completions are, as they lie one after the other in a row of N. Documents
+    that follow each other in a row, and nothing before them, are completions of a prompt of length 0.
 
-    lengths: R_i. positions (N,): every completion continues at P. slots (N,): place in a right-padded (G, R) batch.
-    predicted: the tokens that this rank's Share of the N predicts (all of them, if it is not shared), predictors: by which
-    of [last prompt token | its tokens].
+    lengths: R_i. positions (N,): every completion continues at P. slots (N,): place in a right-padded (G, R)
+    batch. predicted: the tokens that this rank's Share of the N predicts (all of them, if it is not shared),
+    predictors: by which of [last prompt token | its tokens].
     """
 
     def __init__(self, prompt_length, lengths, device, share):
@@ -98,7 +103,8 @@ class Layout:
         )
 
     def pad(self, x, own=slice(None)):
-        """(1, N, ...) -> (G, R, ...), zeros behind every completion; if x is only the tokens `own`, zeros for the others."""
+        """(1, N, ...) -> (G, R, ...), zeros behind every completion; if x is only the tokens `own`, zeros for
+        the others."""
         (G, R), slots = self.shape, self.slots[own]
         if len(slots) == G * R:  # equal lengths: nothing to pad, nothing to copy
             return x.view(G, R, *x.shape[2:])
@@ -116,9 +122,9 @@ class GroupAttention(torch.autograd.Function):
     """q (1, N, H, D), k and v (1, N, Hk, D), prompt_k and prompt_v (1, P, Hk, D), Layout -> (1, N, H, D).
 
     softmax over [prompt | own] from the softmax over each: with l the log-sum-exp of the scores, out = sum of
-    exp(l_part - l) * out_part, l = logaddexp of both. A flash kernel's backward recomputes probabilities as exp(score - l)
-    and needs of the forward only out and l: given the merged ones, it returns for each part its share of the whole
-    gradient, exactly. On a GPU the flash kernel takes bf16 and fp16 only.
+    exp(l_part - l) * out_part, l = logaddexp of both. A flash kernel's backward recomputes probabilities as
+    exp(score - l) and needs of the forward only out and l: given the merged ones, it returns for each part
+    its share of the whole gradient, exactly. On a GPU the flash kernel takes bf16 and fp16 only.
     """
 
     @staticmethod
@@ -149,9 +155,9 @@ class GroupAttention(torch.autograd.Function):
 
 
 def flash(q, k, v, causal):
-    """One flash kernel: q (B, T, H, D), k and v (B, S, Hk, D) -> out (B, T, H, D), log-sum-exp of the scaled scores
-    (B, T, H) fp32, and what else the kernel's backward wants. PyTorch's public attention call keeps the log-sum-exp to
-    itself, hence the operators behind it; both know grouped queries."""
+    """One flash kernel: q (B, T, H, D), k and v (B, S, Hk, D) -> out (B, T, H, D), log-sum-exp of the scaled
+    scores (B, T, H) fp32, and what else the kernel's backward wants. PyTorch's public attention call keeps
+    the log-sum-exp to itself, hence the operators behind it; both know grouped queries."""
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     if q.is_cuda:
         out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, 0.0, causal)
@@ -163,7 +169,8 @@ def flash(q, k, v, causal):
 
 
 def flash_backward(grad, q, k, v, out, lse, rest, causal):
-    """Gradients of q, k and v, shaped like them. `out` and `lse` may be of a softmax over more keys than k."""
+    """Gradients of q, k and v, shaped like them. `out` and `lse` may be of a softmax over more keys than
+    k."""
     heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out, lse)]
     heads_first[5] = heads_first[5].contiguous()  # (B, H, T), the kernel's layout
     if q.is_cuda:

@@ -1,7 +1,7 @@
 """Hugging Face checkpoint directories: config.json and safetensors, in and out.
 
-A model here is any module with a Qwen3Config as `.config` whose parameters have Hugging Face's names; they may be sharded by
-FSDP2. transformers and vLLM load what is written as it is.
+A model here is any module with a Qwen3Config as `.config` whose parameters have Hugging Face's names; they
+may be sharded by FSDP2. transformers and vLLM load what is written as it is.
 """
 
 import json
@@ -22,7 +22,8 @@ from base.cli import BadInput
 
 DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names of what weights may be stored in
 SHARD_BYTES = 5 * 10**9  # size of one safetensors file, Hugging Face's default
-# Files beside the weights that make a directory usable by transformers and vLLM; they go with the model unchanged.
+# Files beside the weights that make a directory usable by transformers and vLLM; they go with the model
+# unchanged.
 COMPANIONS = (
     "tokenizer.json tokenizer_config.json generation_config.json chat_template.jinja vocab.json merges.txt "
     "added_tokens.json special_tokens_map.json"
@@ -41,7 +42,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """The keys of Hugging Face's config.json that Qwen3 depends on; `rope_scaling` is None or a YaRN dictionary."""
+    """The keys of Hugging Face's config.json that Qwen3 depends on; `rope_scaling` is None or a YaRN
+    dictionary."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -70,7 +72,8 @@ class Qwen3Config:
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Read `directory`/config.json. Raises BadInput when it is missing, unreadable or not a dense Qwen3."""
+        """Read `directory`/config.json. Raises BadInput when it is missing, unreadable or not a dense
+        Qwen3."""
         path = Path(directory) / "config.json"
         if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
             raise BadInput(
@@ -141,7 +144,8 @@ class Qwen3Config:
         return config
 
     def to_dict(self, dtype=torch.float32):
-        """The config.json that transformers and vLLM read (rope in the old form, which both old and new ones take)."""
+        """The config.json that transformers and vLLM read (rope in the old form, which both old and new ones
+        take)."""
         name = str(dtype).removeprefix("torch.")
         fixed = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"}
         return {
@@ -153,7 +157,8 @@ class Qwen3Config:
         }
 
     def context(self, asked, directory):
-        """--context: `asked` tokens, or 0 for all the model has -> tokens. Raises BadInput for more than it has."""
+        """--context: `asked` tokens, or 0 for all the model has -> tokens. Raises BadInput for more than it
+        has."""
         if asked > self.context_length:
             raise BadInput(
                 f"--context {asked} is more than the {self.context_length} tokens of {directory}; it needs YaRN"
@@ -189,7 +194,8 @@ OPTIONAL_NUMBERS = (
 
 
 def check_numbers(values, path):
-    """Raises BadInput for the first of config.json's values that has another type than Qwen3's, or a size none has."""
+    """Raises BadInput for the first of config.json's values that has another type than Qwen3's, or a size
+    none has."""
     for key, value in values.items():
         number = type(value) in (int, float) and math.isfinite(value)
         if key in NUMBERS:
@@ -229,9 +235,9 @@ def generation_config(directory):
 
 
 def check_weights(model, directory):
-    """That the tensors of `directory` are the parameters of `model` (which may be on the meta device), by reading headers
-    only -> {tensor name: file}. Raises BadInput for unreadable files and for tensors that are missing, misshapen, unexpected
-    or not of floating point."""
+    """That the tensors of `directory` are the parameters of `model` (which may be on the meta device), by
+    reading headers only -> {tensor name: file}. Raises BadInput for unreadable files and for tensors that are
+    missing, misshapen, unexpected or not of floating point."""
     files = weight_files(Path(directory))
     parameters = dict(model.named_parameters())
     if model.config.tie_word_embeddings:
@@ -256,7 +262,8 @@ def check_weights(model, directory):
 
 @torch.no_grad()
 def load_weights(model, directory):
-    """Fill `model` from safetensors, one tensor at a time; of a sharded parameter each rank reads only its own rows."""
+    """Fill `model` from safetensors, one tensor at a time; of a sharded parameter each rank reads only its
+    own rows."""
     parameters = dict(model.named_parameters())
     for name, stored in stored_tensors(check_weights(model, directory)):
         local, first = local_rows(parameters[name])
@@ -278,10 +285,12 @@ def stored_tensors(files):
 
 
 def save_checkpoint(model, directory, dtype=None, companions_from=None):
-    """Write a Hugging Face directory: config.json, safetensors in shards of at most 5 GB with an index if several.
+    """Write a Hugging Face directory: config.json, safetensors in shards of at most 5 GB with an index if
+    several.
 
     Every rank must call it (sharded parameters are gathered one at a time); rank 0 writes to a temporary name
-    beside `directory`, has it on disk and renames. `companions_from`: directory whose tokenizer files are copied along.
+    beside `directory`, has it on disk and renames. `companions_from`: directory whose tokenizer files are
+    copied along.
     """
     directory = Path(directory)
     writer = not dist.is_initialized() or dist.get_rank() == 0
@@ -333,8 +342,8 @@ def full_tensor(parameter):
 
 
 def local_rows(parameter):
-    """This rank's rows of a parameter and the index of the first: FSDP2 splits dimension 0 like torch.chunk, over the
-    last dimension of its mesh."""
+    """This rank's rows of a parameter and the index of the first: FSDP2 splits dimension 0 like torch.chunk,
+    over the last dimension of its mesh."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
     rank, world = parameter.device_mesh.get_local_rank(-1), parameter.device_mesh.size(-1)

@@ -10,8 +10,8 @@ from core import schedule
 
 @contextmanager
 def explain(what, fix):
-    """An out-of-memory error in here, CUDA's or a CPU's, becomes a BadInput that says in training on what, and what to
-    lower."""
+    """An out-of-memory error in here, CUDA's or a CPU's, becomes a BadInput that says in training on what,
+    and what to lower."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -30,8 +30,9 @@ def explained(config, prompt_tokens):
 
 
 def rehearse(config, model, reference, prompt_tokens):
-    """The worst that can come, for nothing but its memory: the longest prompt and one pass of the most completions, forward
-    and backward. Gradients of 0 are added to the model's. Raises BadInput where it does not fit."""
+    """The worst that can come, for nothing but its memory: the longest prompt and one pass of the most
+    completions, forward and backward. Gradients of 0 are added to the model's. Raises BadInput where it does
+    not fit."""
     lengths = schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass)
     ids = torch.zeros(max(prompt_tokens, *lengths), dtype=torch.int64, device=next(model.parameters()).device)
     completions = [ids[:length] for length in lengths]

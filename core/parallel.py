@@ -4,14 +4,16 @@
     group = context_group("cuda", 8)                # eight neighbours train on the same prompt
     model = Qwen3.from_pretrained(directory, mesh=mesh, context=group)
 
-Context parallelism is DeepSpeed-Ulysses (arXiv 2309.14509) for a group that shares its prompt. The n ranks of a context
-group are given the same prompt and completions. Outside attention a rank holds its share of the tokens with all heads; in
-attention all tokens with its share of the heads; an all-to-all before attention and one after it exchange the two. The
-prompt's keys and values stay as attention had them, so completions find those of their heads on their own rank. What grows
-with tokens is thus 1/n on each rank: activations, keys and values, and their gradients.
+Context parallelism is DeepSpeed-Ulysses (arXiv 2309.14509) for a group that shares its prompt. The n ranks of
+a context group are given the same prompt and completions. Outside attention a rank holds its share of the
+tokens with all heads; in attention all tokens with its share of the heads; an all-to-all before attention and
+one after it exchange the two. The prompt's keys and values stay as attention had them, so completions find
+those of their heads on their own rank. What grows with tokens is thus 1/n on each rank: activations, keys and
+values, and their gradients.
 
-Log-probabilities are made whole on every rank. So each computes the same loss, and the gradient that enters through its own
-tokens is its part of the whole. Gradients of weights add up over all ranks, whether they trained on one prompt or on two.
+Log-probabilities are made whole on every rank. So each computes the same loss, and the gradient that enters
+through its own tokens is its part of the whole. Gradients of weights add up over all ranks, whether they
+trained on one prompt or on two.
 """
 
 from itertools import pairwise
@@ -23,8 +25,9 @@ from base.cli import BadInput
 
 
 def weight_mesh(device_type, replicate=1):
-    """DeviceMesh of all ranks for fully_shard: (ranks,), or (replicate, ranks / replicate), of which FSDP2 shards over the
-    second dimension and averages over both. None for one process on a CPU, where nothing is sharded."""
+    """DeviceMesh of all ranks for fully_shard: (ranks,), or (replicate, ranks / replicate), of which FSDP2
+    shards over the second dimension and averages over both. None for one process on a CPU, where nothing is
+    sharded."""
     world = dist.get_world_size()
     if device_type == "cpu" and world == 1:
         return None
@@ -36,7 +39,8 @@ def weight_mesh(device_type, replicate=1):
 
 
 def context_group(device_type, ranks):
-    """ProcessGroup of the `ranks` neighbours, of which this is one, that train on the same prompts; None if ranks is 1."""
+    """ProcessGroup of the `ranks` neighbours, of which this is one, that train on the same prompts; None if
+    ranks is 1."""
     if ranks == 1:
         return None
     shape = dist.get_world_size() // ranks, ranks
@@ -44,7 +48,8 @@ def context_group(device_type, ranks):
 
 
 def check_heads(ranks, model_config):
-    """Raises BadInput when the heads cannot be dealt to `ranks` of a context group, each with its queries' keys."""
+    """Raises BadInput when the heads cannot be dealt to `ranks` of a context group, each with its queries'
+    keys."""
     heads = model_config.num_key_value_heads
     if heads % ranks:
         raise BadInput(
@@ -53,7 +58,8 @@ def check_heads(ranks, model_config):
 
 
 class Share:
-    """The tokens of T, from `start` to before `end`, that this rank of a context group holds; without a group, all."""
+    """The tokens of T, from `start` to before `end`, that this rank of a context group holds; without a
+    group, all."""
 
     def __init__(self, tokens, group=None):
         ranks, rank = (group.size(), group.rank()) if group else (1, 0)
@@ -74,8 +80,9 @@ class Share:
         return Exchange.apply(x, self, False) if self.group else x
 
     def predictions(self, predictors):
-        """predictors (T,): which of [the prompt's last token | the T tokens] predicts each token -> indices (n,) of the
-        tokens that this rank predicts, and by which (n,) of [the prompt's last token, on the last rank | its own tokens]."""
+        """predictors (T,): which of [the prompt's last token | the T tokens] predicts each token -> indices
+        (n,) of the tokens that this rank predicts, and by which (n,) of [the prompt's last token, on the last
+        rank | its own tokens]."""
         own = (predictors > self.start) & (predictors <= self.end)
         first = (predictors == 0) & self.is_last
         predicted = (own | first).nonzero()[:, 0]
@@ -83,14 +90,16 @@ class Share:
         return predicted, rows[predicted]
 
     def whole(self, x, predicted):
-        """What each rank knows of its predicted tokens, x (n,) -> of all, (T,), on every rank; differentiable."""
+        """What each rank knows of its predicted tokens, x (n,) -> of all, (T,), on every rank;
+        differentiable."""
         return (
             Whole.apply(x.new_zeros(self.tokens).index_copy(0, predicted, x), self.group) if self.group else x
         )
 
 
 class Exchange(torch.autograd.Function):
-    """Share.to_heads and Share.to_tokens: each is the gradient of the other. gloo and NCCL both take shares of any size."""
+    """Share.to_heads and Share.to_tokens: each is the gradient of the other. gloo and NCCL both take shares
+    of any size."""
 
     @staticmethod
     def forward(ctx, x, share, to_heads):
@@ -113,7 +122,8 @@ class Exchange(torch.autograd.Function):
 
 
 class Whole(torch.autograd.Function):
-    """Sum over the ranks of a group. All go on to compute the same of it, so that the gradient is everyone's already."""
+    """Sum over the ranks of a group. All go on to compute the same of it, so that the gradient is everyone's
+    already."""
 
     @staticmethod
     def forward(ctx, x, group):

@@ -1,19 +1,20 @@
-"""Which rank trains which group, which completions, or documents of sft.py, go through the network together, and how the
-learning rate moves.
+"""Which rank trains which group, which completions, or documents of sft.py, go through the network together,
+and how the learning rate moves.
 
-Everything here is arithmetic on lengths that every rank knows, so ranks agree without a word. FSDP2 gathers weights by
-collectives, hence all ranks must call the model equally often: they hold equally many groups, and train the k-th of each in
-equally many passes.
+Everything here is arithmetic on lengths that every rank knows, so ranks agree without a word. FSDP2 gathers
+weights by collectives, hence all ranks must call the model equally often: they hold equally many groups, and
+train the k-th of each in equally many passes.
 """
 
 import math
 
 
 def assign(tokens, ranks):
-    """Assign groups of `tokens[i]` tokens to ranks, equally many to each -> for each rank its indices, the longest first.
+    """Assign groups of `tokens[i]` tokens to ranks, equally many to each -> for each rank its indices, the
+    longest first.
 
-    The next longest group goes to the rank with the fewest tokens that still has room. len(tokens) must be a multiple of
-    ranks.
+    The next longest group goes to the rank with the fewest tokens that still has room. len(tokens) must be a
+    multiple of ranks.
     """
     room = len(tokens) // ranks
     assignments = [[] for _ in range(ranks)]
@@ -26,11 +27,12 @@ def assign(tokens, ranks):
 
 
 def passes(lengths, budget, at_least=1):
-    """Cut completions into passes of at most `budget` tokens -> lists of indices, the longest completions first.
+    """Cut completions into passes of at most `budget` tokens -> lists of indices, the longest completions
+    first.
 
-    A pass counts as if all were as long as its longest, since it is padded for attention to itself: a long completion does
-    not make memory of short ones beside it. A completion longer than the budget gets a pass of its own. at_least: how many
-    passes there must be; the largest are halved until there are.
+    A pass counts as if all were as long as its longest, since it is padded for attention to itself: a long
+    completion does not make memory of short ones beside it. A completion longer than the budget gets a pass
+    of its own. at_least: how many passes there must be; the largest are halved until there are.
     """
     parts = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -45,15 +47,17 @@ def passes(lengths, budget, at_least=1):
 
 
 def fullest(length, completions, budget):
-    """Lengths of the pass that takes the most memory of all that `passes` makes of completions up to `length` tokens."""
+    """Lengths of the pass that takes the most memory of all that `passes` makes of completions up to `length`
+    tokens."""
     tokens = min(completions * length, max(length, budget))
     count = -(-tokens // length)
     return [tokens // count] * count
 
 
 def packs(lengths, budget, multiple):
-    """Documents of `lengths[i]` tokens -> packs (lists of indices) of at most `budget` tokens, as many as a multiple of
-    `multiple`, of which len(lengths) must be one. First fit, the longest first; a longer document has a pack of its own."""
+    """Documents of `lengths[i]` tokens -> packs (lists of indices) of at most `budget` tokens, as many as a
+    multiple of `multiple`, of which len(lengths) must be one. First fit, the longest first; a longer document
+    has a pack of its own."""
     parts, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         k = next((k for k, free in enumerate(room) if lengths[i] <= free), len(parts))
@@ -88,5 +92,6 @@ def warmup_factor(step, warmup):
 
 
 def cosine_factor(done, steps):
-    """What the learning rate is multiplied by after `done` of `steps` steps: a cosine from 1 down to a tenth."""
+    """What the learning rate is multiplied by after `done` of `steps` steps: a cosine from 1 down to a
+    tenth."""
     return 0.55 + 0.45 * math.cos(math.pi * (done / steps))

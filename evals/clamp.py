@@ -4,8 +4,9 @@
     save("top.safetensors", clamp, {"rule": "top"})              # what the evaluations' --clamp reads
     rollout.clamp(clamp)                                         # from now on; rollout.clamp({}) lets go
 
-A clamp is {"model.layers.0.self_attn.q_proj": (H * D,) fp32, "...k_proj": (Hk * D,) fp32, ...} for every layer: the value
-that a dimension of the projection's output is held at, NaN where it is left alone. H query heads, Hk key heads, D head size.
+A clamp is {"model.layers.0.self_attn.q_proj": (H * D,) fp32, "...k_proj": (Hk * D,) fp32, ...} for every
+layer: the value that a dimension of the projection's output is held at, NaN where it is left alone. H query
+heads, Hk key heads, D head size.
 """
 
 import hashlib
@@ -21,8 +22,9 @@ from base.cli import BadInput
 
 
 class Means:
-    """Context manager: the global mean of each projection's output, over all tokens, heads and dimensions of what our model
-    reads inside it. After it .values is {"model.layers.0.self_attn.q_proj": float, ...k_proj..., ...}."""
+    """Context manager: the global mean of each projection's output, over all tokens, heads and dimensions of
+    what our model reads inside it. After it .values is {"model.layers.0.self_attn.q_proj": float,
+    ...k_proj..., ...}."""
 
     def __init__(self, model):
         self.model, self.sums, self.counts = model, {}, {}
@@ -47,8 +49,9 @@ class Means:
 
 
 def choose(magnitudes, means, fraction, rule, generator=None):
-    """saliency's magnitudes {name: (H, D)} and Means.values -> the clamp that holds the rows which saliency.select_rows
-    chooses by `rule` at their projection's mean; rule "untouched": one that holds none."""
+    """saliency's magnitudes {name: (H, D)} and Means.values -> the clamp that holds the rows which
+    saliency.select_rows chooses by `rule` at their projection's mean; rule "untouched": one that holds
+    none."""
     free = {name: torch.full((magnitude.numel(),), torch.nan) for name, magnitude in magnitudes.items()}
     if rule == "untouched":
         return free
@@ -60,8 +63,8 @@ def choose(magnitudes, means, fraction, rule, generator=None):
 
 
 def save(path, clamp, about):
-    """A safetensors file with the dictionary `about`, how the clamp was chosen, in its metadata. Raises BadInput when the
-    disk does not take it."""
+    """A safetensors file with the dictionary `about`, how the clamp was chosen, in its metadata. Raises
+    BadInput when the disk does not take it."""
     try:
         with durable.replacing(path) as partial:
             save_file(clamp, partial, {"about": json.dumps(about)})
@@ -70,7 +73,8 @@ def save(path, clamp, about):
 
 
 def load(path, config):
-    """-> clamp, about; about has a hash of the clamp too. Raises BadInput for what is no clamp of this Qwen3Config."""
+    """-> clamp, about; about has a hash of the clamp too. Raises BadInput for what is no clamp of this
+    Qwen3Config."""
     try:
         with safe_open(path, "pt") as file:
             clamp, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

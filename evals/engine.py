@@ -27,15 +27,17 @@ THINKING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
 NON_THINKING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
 PAPER = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # LongAct's: the whole distribution
 
-# Requests in the engine at once: more than a GPU runs together, few enough that their prompts fit in memory. A CPU reads all
-# prompts it is given before it answers the first, so there fewer means results sooner, at the same speed.
+# Requests in the engine at once: more than a GPU runs together, few enough that their prompts fit in memory.
+# A CPU reads all prompts it is given before it answers the first, so there fewer means results sooner, at the
+# same speed.
 IN_FLIGHT = 512 if torch.cuda.is_available() else 32
 
 
 class Engine:
-    """vLLM over a checkpoint, one per `tensor_parallel` ranks. context_length: most tokens of prompt and completion;
-    rope_scaling: YaRN instead of the checkpoint's own; share: of the GPU's memory; clamp: values that dimensions of Q and K
-    are held at (clamp.py), None for a plain engine; in_flight: most requests at once. Raises BadInput if it cannot start."""
+    """vLLM over a checkpoint, one per `tensor_parallel` ranks. context_length: most tokens of prompt and
+    completion; rope_scaling: YaRN instead of the checkpoint's own; share: of the GPU's memory; clamp: values
+    that dimensions of Q and K are held at (clamp.py), None for a plain engine; in_flight: most requests at
+    once. Raises BadInput if it cannot start."""
 
     def __init__(
         self,
@@ -71,8 +73,8 @@ class Engine:
         )
 
     def stream(self, requests):
-        """requests: iterable of (key, prompt ids, keywords of SamplingParams) -> yields (key, token ids, whether it
-        stopped by itself), each when it is done."""
+        """requests: iterable of (key, prompt ids, keywords of SamplingParams) -> yields (key, token ids,
+        whether it stopped by itself), each when it is done."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -106,10 +108,11 @@ def dtype():
 
 
 def evaluate(engine, results, items, total, seeds, sampling, stop_ids, tokenizer, score):
-    """Every item of `items` (an iterable of `total`) once per seed, except what `results` has; each is written when done.
+    """Every item of `items` (an iterable of `total`) once per seed, except what `results` has; each is
+    written when done.
 
-    score(item, prediction) -> float. A sample's random numbers depend on its id and seed only. Results are complete on
-    rank 0 when it returns.
+    score(item, prediction) -> float. A sample's random numbers depend on its id and seed only. Results are
+    complete on rank 0 when it returns.
     """
     whole = Counter(item for item, _ in results.done)
     left = total - sum(n >= seeds for n in whole.values())

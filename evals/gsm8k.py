@@ -46,8 +46,9 @@ INSTRUCTION = (
     'Think step by step. End with a line of the form "#### answer", the answer as a plain number.'  # ours
 )
 
-# What follows the marker must be a whole number: no part of a fraction (1/2, 1 1/2), a time (3:00), a power (2^10, 1e3), a
-# sum (2 + 3) or a range (2-3). Possessive quantifiers (*+): a model may write thousands of spaces.
+# What follows the marker must be a whole number: no part of a fraction (1/2, 1 1/2), a time (3:00), a power
+# (2^10, 1e3), a sum (2 + 3) or a range (2-3). Possessive quantifiers (*+): a model may write thousands of
+# spaces.
 ANSWER = re.compile(
     r"(?:####(?:[\s*]*+[Aa]nswer:?)?|[Tt]he (?:final )?answer is:?|\\boxed\{)"
     r"[\s*]*+(-?)[\s*]*+\\?[$€£]?\s*+(-?[\d.,]*\d)"
@@ -76,8 +77,9 @@ def number(text):
 
 
 def extract(text):
-    """The last number that follows ####, "The answer is" or \\boxed{; None if there is none. Signs of currency, asterisks,
-    commas, LaTeX's spaces and what follows the number (a unit, %, a sentence) do not matter."""
+    """The last number that follows ####, "The answer is" or \\boxed{; None if there is none. Signs of
+    currency, asterisks, commas, LaTeX's spaces and what follows the number (a unit, %, a sentence) do not
+    matter."""
     for written, plain in (
         ("{,}", ","),
         ("\\,", ""),
@@ -90,8 +92,8 @@ def extract(text):
 
 
 def read(path):
-    """The official JSONL: {"question", "answer": "reasoning #### 18"} a line -> list of (id, question, Decimal). Raises
-    BadInput with the line's number."""
+    """The official JSONL: {"question", "answer": "reasoning #### 18"} a line -> list of (id, question,
+    Decimal). Raises BadInput with the line's number."""
     rows = []
     for name, where, row in json_lines(path):
         if not isinstance(row, dict) or not all(

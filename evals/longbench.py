@@ -4,8 +4,9 @@
     item = longbench.read_item("data.json", entries[0])     # one item, with its document of up to 8 MB
     longbench.fill(longbench.ZERO_SHOT, item)               # the user's message
 
-Behaviour of github.com/THUDM/LongBench (pred.py, result.py, prompts/) at 2e00731, in our own code. The file (465 MB, a JSON
-list) is never held as a whole: `index` reads it once, checks every item and remembers its place.
+Behaviour of github.com/THUDM/LongBench (pred.py, result.py, prompts/) at 2e00731, in our own code. The file
+(465 MB, a JSON list) is never held as a whole: `index` reads it once, checks every item and remembers its
+place.
 """
 
 import codecs
@@ -50,8 +51,9 @@ CHUNK = 1 << 20  # bytes read at a time
 
 
 def fill(template, item, reasoning=""):
-    """A template with an item's texts, stripped, in the official order: each replaces all its placeholders, those inside
-    texts that were filled in before too, as the official code does. reasoning: the first stage's, for COT_ANSWER."""
+    """A template with an item's texts, stripped, in the official order: each replaces all its placeholders,
+    those inside texts that were filled in before too, as the official code does. reasoning: the first
+    stage's, for COT_ANSWER."""
     texts = {"$DOC$": item["context"], "$Q$": item["question"]}
     texts |= {f"$C_{choice[-1]}$": item[choice] for choice in CHOICES} | {"$COT$": reasoning}
     for placeholder, text in texts.items():
@@ -60,13 +62,15 @@ def fill(template, item, reasoning=""):
 
 
 def encoder(tokenizer, thinking):
-    """-> a function: the user's message (text), max_input -> token ids (list) with the chat template around it.
+    """-> a function: the user's message (text), max_input -> token ids (list) with the chat template around
+    it.
 
-    Of a message of more than `max_input` tokens the middle is left out, before the template comes: the first max_input // 2
-    and the last (max_input + 1) // 2 stay and become text again. That text may have a few tokens more than it was made of,
-    where the halves meet. The message is encoded without its template, once: it begins with a letter after a line end and
-    ends before a special token, and no token of Qwen's crosses either (see the tests). A special token that a document
-    spells, such as <|im_end|>, stays text; in the official code it ends the user's turn, or is lost if the prompt is cut.
+    Of a message of more than `max_input` tokens the middle is left out, before the template comes: the first
+    max_input // 2 and the last (max_input + 1) // 2 stay and become text again. That text may have a few
+    tokens more than it was made of, where the halves meet. The message is encoded without its template, once:
+    it begins with a letter after a line end and ends before a special token, and no token of Qwen's crosses
+    either (see the tests). A special token that a document spells, such as <|im_end|>, stays text; in the
+    official code it ends the user's turn, or is lost if the prompt is cut.
     """
     before, after = (
         _ids(tokenizer, part)
@@ -85,12 +89,14 @@ def encoder(tokenizer, thinking):
 
 
 def _ids(tokenizer, text):
-    # A batch of one, since only batches let other threads run; the fast kind, which does not say where in the text they are.
+    # A batch of one, since only batches let other threads run; the fast kind, which does not say where in the
+    # text they are.
     return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def ahead(function, keys, workers, depth):
-    """Yields function(key), a list of int, for each key in order; `workers` threads keep up to `depth` keys ahead."""
+    """Yields function(key), a list of int, for each key in order; `workers` threads keep up to `depth` keys
+    ahead."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         for key in keys:
@@ -119,8 +125,9 @@ class Entry(NamedTuple):
 
 
 def index(path):
-    """All items of a LongBench v2 file -> (list of Entry, hash of the file). Raises BadInput for a file that is no JSON
-    list, for a malformed item (by its _id), and for 503 items that are not the official ones by their length classes."""
+    """All items of a LongBench v2 file -> (list of Entry, hash of the file). Raises BadInput for a file that
+    is no JSON list, for a malformed item (by its _id), and for 503 items that are not the official ones by
+    their length classes."""
     entries, ids, digest = [], set(), hashlib.sha256()
     for number, (item, start, size) in enumerate(stream(path, digest), 1):
         label = f" (_id {reprlib.repr(item['_id'])})" if "_id" in item else ""
@@ -145,8 +152,9 @@ def index(path):
 
 
 def dealt(entries, engines):
-    """The entries in an order in which those of one document follow each other, for vLLM's prefix cache, when the order is
-    dealt to `engines` engines in turn. Documents come by their hash, so that each engine has long ones and short ones."""
+    """The entries in an order in which those of one document follow each other, for vLLM's prefix cache, when
+    the order is dealt to `engines` engines in turn. Documents come by their hash, so that each engine has
+    long ones and short ones."""
     entries, order, first = (
         sorted(entries, key=lambda entry: (entry.document, entry.id)),
         [None] * len(entries),
@@ -195,9 +203,9 @@ SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 
 
 def stream(path, digest=None, chunk=CHUNK):
-    """Yields (object, start, size) for each object of the JSON list in the file: where it is, in bytes. Of the file no more
-    is in memory than a chunk and twice an object. digest: a hash that takes in the file's bytes. Raises BadInput for a file
-    that is not a list of objects."""
+    """Yields (object, start, size) for each object of the JSON list in the file: where it is, in bytes. Of
+    the file no more is in memory than a chunk and twice an object. digest: a hash that takes in the file's
+    bytes. Raises BadInput for a file that is not a list of objects."""
     decoder, decode, number = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")().decode, 0
     text, at, place, ended = (
         "",
@@ -215,7 +223,8 @@ def stream(path, digest=None, chunk=CHUNK):
         text, at, ended = text[at:] + decode(block, not block), 0, not block
 
     def following(*wanted):
-        """Skips space and returns the next character, or "the end" of the file; it must be one of `wanted`."""
+        """Skips space and returns the next character, or "the end" of the file; it must be one of
+        `wanted`."""
         nonlocal at, place
         while (stop := SPACE.match(text, at).end()) == len(text) and not ended:
             more()
@@ -240,7 +249,8 @@ def stream(path, digest=None, chunk=CHUNK):
                 try:
                     value, stop = decoder.raw_decode(text, at)
                 except json.JSONDecodeError as error:
-                    # The chunk's end cut it off if the error is there, or is a string's, which is placed at its start.
+                    # The chunk's end cut it off if the error is there, or is a string's, which is placed at
+                    # its start.
                     if ended or not (error.msg.startswith("Unterminated") or error.pos > len(text) - 16):
                         raise
                     more()

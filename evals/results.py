@@ -1,8 +1,9 @@
 """What an evaluation leaves: results that outlive the process, in a directory that holds
 settings.json      everything that the scores depend on; a directory with other settings is refused
 results.jsonl      one finished sample a line: id, task, length, seed, expected, prediction, score, prompt_tokens,
-                   completion_tokens, finished (it stopped by itself). Ranks above 0 write results.<rank>.jsonl,
-                   which rank 0 takes in at the end, or when an interrupted run is started again
+                   completion_tokens, finished (it stopped by itself). Ranks above 0 write
+                   results.<rank>.jsonl, which rank 0 takes in at the end, or when an interrupted run is
+                   started again
 results.json       settings, versions, machine, scores with standard errors (the script's)
 lock               held by the operating system for the evaluation that writes here; the empty file stays
 """
@@ -24,11 +25,12 @@ from base.cli import BadInput
 
 
 class Results:
-    """The finished samples of an evaluation in the directory `out`; done: set of (id, seed), some of `expected`.
+    """The finished samples of an evaluation in the directory `out`; done: set of (id, seed), some of
+    `expected`.
 
-    expected: {(id, seed): (task, length)} of all its samples. Raises BadInput if the directory holds something else, results
-    of other settings or samples, or if another evaluation is writing there: rank 0 holds the directory's lock as long as it
-    lives.
+    expected: {(id, seed): (task, length)} of all its samples. Raises BadInput if the directory holds
+    something else, results of other settings or samples, or if another evaluation is writing there: rank 0
+    holds the directory's lock as long as it lives.
     """
 
     def __init__(self, out, settings, expected):
@@ -99,9 +101,9 @@ class Results:
 
 
 def lock_results(out, mark, what):
-    """Make the directory `out`, or enter it if it is empty, has a file `mark` or was claimed before -> its lock, see
-    durable.lock. Raises BadInput if it is something else, as `what` (evaluation) has no place in it, cannot be written, or
-    is claimed by another process."""
+    """Make the directory `out`, or enter it if it is empty, has a file `mark` or was claimed before -> its
+    lock, see durable.lock. Raises BadInput if it is something else, as `what` (evaluation) has no place in
+    it, cannot be written, or is claimed by another process."""
     try:
         if out.exists():
             names = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"}
@@ -137,8 +139,8 @@ def results_file(path):
 
 
 def read_results(path):
-    """The objects of a results file, which are in it once each. Raises BadInput as read_lines, and for a sample's second
-    line."""
+    """The objects of a results file, which are in it once each. Raises BadInput as read_lines, and for a
+    sample's second line."""
     seen = set()
     for number, record in enumerate(records := read_lines(path, wrong_in), 1):
         key = record["id"], record["seed"]
@@ -151,8 +153,9 @@ def read_results(path):
 
 
 def read_lines(path, wrong_in):
-    """The objects of a JSONL file. A last line that a killed process left unfinished is left out, with a warning. Raises
-    BadInput for a file that cannot be read, or a line of which wrong_in(object) says what is wrong."""
+    """The objects of a JSONL file. A last line that a killed process left unfinished is left out, with a
+    warning. Raises BadInput for a file that cannot be read, or a line of which wrong_in(object) says what is
+    wrong."""
     try:
         *lines, rest = path.read_bytes().split(b"\n")
     except OSError as error:

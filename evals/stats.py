@@ -1,4 +1,5 @@
-"""What finished samples say: means with standard errors, tables, and two evaluations compared item by item."""
+"""What finished samples say: means with standard errors, tables, and two evaluations compared item by
+item."""
 
 import math
 from collections import defaultdict
@@ -20,7 +21,8 @@ def by_item(records):
 
 
 def summarize(records):
-    """-> {"score", "stderr", "n"}: mean over items in [0, 1], its standard error (None for one item), items."""
+    """-> {"score", "stderr", "n"}: mean over items in [0, 1], its standard error (None for one item),
+    items."""
     scores = list(by_item(records).values())
     stderr = float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
     return {"score": float(np.mean(scores)), "stderr": stderr, "n": len(scores)}
@@ -50,12 +52,13 @@ def table(rows):
 
 
 def paired(a, b):
-    """Two equally long sequences of scores of the same items -> {"n", "a", "b", "difference" (b - a), "low", "high" (95%
-    bootstrap interval of the difference), "p" (two-sided), "test"}. Scores 0 and 1 only: McNemar's exact test;
-    otherwise random sign flips. The same input gives the same output."""
+    """Two equally long sequences of scores of the same items -> {"n", "a", "b", "difference" (b - a), "low",
+    "high" (95% bootstrap interval of the difference), "p" (two-sided), "test"}. Scores 0 and 1 only:
+    McNemar's exact test; otherwise random sign flips. The same input gives the same output."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     d, rng = b - a, np.random.default_rng(0)
-    # Few differences are distinct: how often each is drawn is multinomial, how many of a size keep their sign binomial.
+    # Few differences are distinct: how often each is drawn is multinomial, how many of a size keep their sign
+    # binomial.
     values, often = np.unique(d.round(12), return_counts=True)
     sizes, alike = np.unique(np.abs(values), return_inverse=True)
     alike = np.bincount(alike, often)
@@ -86,10 +89,10 @@ def mcnemar(losses, wins):
 
 
 def compare(paths, may_differ, order=()):
-    """The report of --compare A B: scores, difference, interval and p-value of all items both have, then of each task and
-    of each length where there are several. paths: two results.jsonl or their directories; order: names of classes that
-    have an order of their own. Each p-value is of one test: among 20 rows without a difference one has p < 0.05. Raises
-    BadInput if settings outside `may_differ` differ."""
+    """The report of --compare A B: scores, difference, interval and p-value of all items both have, then of
+    each task and of each length where there are several. paths: two results.jsonl or their directories;
+    order: names of classes that have an order of their own. Each p-value is of one test: among 20 rows
+    without a difference one has p < 0.05. Raises BadInput if settings outside `may_differ` differ."""
     if len(paths) != 2:
         raise BadInput(f"--compare takes two results.jsonl or their directories, not {len(paths)}")
     files = [results_file(path) for path in paths]

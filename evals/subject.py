@@ -1,5 +1,5 @@
-"""The checkpoint that an evaluation is about: its config with YaRN, its tokenizer, its name, a clamp; wrong ones refused
-early."""
+"""The checkpoint that an evaluation is about: its config with YaRN, its tokenizer, its name, a clamp; wrong
+ones refused early."""
 
 import math
 from dataclasses import replace
@@ -20,8 +20,9 @@ CLAMP_HELP = "file of studies/perturb.py: dimensions of Q and K that are held wh
 
 
 def load(checkpoint, yarn=0.0):
-    """-> (config, tokenizer, original context in tokens, of which YaRN's factor is a multiple). yarn: factor instead of what
-    config.json says, 0 for what it says. Raises BadInput for what is no checkpoint of Qwen3 with a Qwen tokenizer."""
+    """-> (config, tokenizer, original context in tokens, of which YaRN's factor is a multiple). yarn: factor
+    instead of what config.json says, 0 for what it says. Raises BadInput for what is no checkpoint of Qwen3
+    with a Qwen tokenizer."""
     config = Qwen3Config.from_pretrained(checkpoint)
     # Qwen3 was trained on 32,768; its 40,960 positions are those and room for an answer.
     trained = {40960: 32768}.get(config.max_position_embeddings, config.max_position_embeddings)
@@ -57,8 +58,8 @@ def check_ranks(tensor_parallel):
 
 
 def load_clamp(path, config, tensor_parallel):
-    """--clamp -> (the clamp, how it was chosen), (None, None) for "". Raises BadInput for a file that is no clamp of the
-    Qwen3Config, and where ranks share an engine."""
+    """--clamp -> (the clamp, how it was chosen), (None, None) for "". Raises BadInput for a file that is no
+    clamp of the Qwen3Config, and where ranks share an engine."""
     if not path:
         return None, None
     if tensor_parallel > 1:

@@ -1,5 +1,5 @@
-"""Rows -> ChatML -> token ids. Where rows come from: sources.py; how answers are judged: rewards.py; tasks made on the
-fly: tasks.py."""
+"""Rows -> ChatML -> token ids. Where rows come from: sources.py; how answers are judged: rewards.py; tasks
+made on the fly: tasks.py."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"  # how Qwen3 begins an answer without thi
 
 
 def chat_parts(messages, thinking):
-    """Messages -> the text Qwen3's chat template gives, up to and including the start of the assistant's turn, in parts:
-    [(text, whether it is a control token), ...].
+    """Messages -> the text Qwen3's chat template gives, up to and including the start of the assistant's
+    turn, in parts: [(text, whether it is a control token), ...].
 
-    With thinking the model opens <think> itself; without, an empty thinking block is already there. Earlier assistant
-    turns lose their thinking. Tools are not supported.
+    With thinking the model opens <think> itself; without, an empty thinking block is already there. Earlier
+    assistant turns lose their thinking. Tools are not supported.
     """
     parts = []
     for message in messages:
@@ -44,7 +44,8 @@ def answer_text(completion, thinking):
 
 
 def load_tokenizer(directory, vocab_size):
-    """`directory`/tokenizer.json; refuses one whose ids the model's embedding does not have. Raises BadInput."""
+    """`directory`/tokenizer.json; refuses one whose ids the model's embedding does not have. Raises
+    BadInput."""
     path = Path(directory) / "tokenizer.json"
     if not path.exists():
         raise BadInput(f"{path} is missing; a checkpoint needs its tokenizer beside it")
@@ -71,8 +72,9 @@ def stop_ids(tokenizer):
 
 
 def encode_parts(tokenizer, parts):
-    """[(text, whether it is a control token), ...] -> token ids of each part. What looks like a control token within a text,
-    such as <|im_end|> in a document about chats, becomes letters: nobody ends a turn by quoting how turns end."""
+    """[(text, whether it is a control token), ...] -> token ids of each part. What looks like a control token
+    within a text, such as <|im_end|> in a document about chats, becomes letters: nobody ends a turn by
+    quoting how turns end."""
     tokenizer.encode_special_tokens = True  # tokenizers' name for: as any other text
     ids = [
         [tokenizer.token_to_id(text)] if control else tokenizer.encode(text, add_special_tokens=False).ids
@@ -83,8 +85,8 @@ def encode_parts(tokenizer, parts):
 
 
 def encode_prompt(tokenizer, row, thinking, limit, truncate=False):
-    """Row -> prompt token ids (list of int). Raises BadInput when they are more than `limit`; with `truncate`, the middle of
-    the longest message is left out instead, as LongBench does."""
+    """Row -> prompt token ids (list of int). Raises BadInput when they are more than `limit`; with
+    `truncate`, the middle of the longest message is left out instead, as LongBench does."""
     prompt = row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     parts = encode_parts(tokenizer, chat_parts(messages, thinking))
@@ -99,11 +101,12 @@ def encode_prompt(tokenizer, row, thinking, limit, truncate=False):
 
 
 def encode_conversation(tokenizer, messages):
-    """Messages that end with the assistant's -> token ids, and which of them are trained on: what the assistant says, its
-    thinking and <|im_end|>.
+    """Messages that end with the assistant's -> token ids, and which of them are trained on: what the
+    assistant says, its thinking and <|im_end|>.
 
-    Every assistant turn stands as it is generated: it thinks if its content has </think>, else it follows an empty thinking
-    block. (Where several turns think, Qwen3's template would hide the earlier thoughts from the later turns.)
+    Every assistant turn stands as it is generated: it thinks if its content has </think>, else it follows an
+    empty thinking block. (Where several turns think, Qwen3's template would hide the earlier thoughts from
+    the later turns.)
     """
     ids, trained = [], []
     for i, message in enumerate(messages):

@@ -1,25 +1,29 @@
 """A language model as judge of what the rules give 0: --reward judge:by_source.
 
-QwenLong-L1's reward is the larger of rule and judge. Any OpenAI-compatible endpoint will do, such as a second vLLM:
+QwenLong-L1's reward is the larger of rule and judge. Any OpenAI-compatible endpoint will do, such as a second
+vLLM:
 
     vllm serve Qwen2.5-1.5B-Instruct --port 8001
     LONGACT_JUDGE_URL=http://localhost:8001/v1 LONGACT_JUDGE_MODEL=Qwen2.5-1.5B-Instruct torchrun train.py \\
         --reward judge:by_source ...
 
-Settings come from the environment: a reward is given an answer and a row, and torchrun hands the environment to all ranks.
+Settings come from the environment: a reward is given an answer and a row, and torchrun hands the environment
+to all ranks.
 
     LONGACT_JUDGE_URL      where it is, up to and with /v1
     LONGACT_JUDGE_MODEL    its name there
     LONGACT_JUDGE_AWAY     what to do when it does not answer: "stop" ends the run (default); "rule" goes on with the rule's
-                           score and asks again a minute later. Then answers of one group may be scored in two ways.
+                           score and asks again a minute later. Then answers of one group may be scored in two
+                           ways.
     LONGACT_JUDGE_TIMEOUT  seconds a request may take (60); it is tried four times, 1, 2 and 4 seconds apart
     LONGACT_JUDGE_CACHE    SQLite file that keeps every reply, on a local disk (runs/judge.sqlite); ranks and runs may share
                            it, and it survives a kill
     LONGACT_JUDGE_KEY      sent as bearer token, if set
 
-Only text and numbers are judged, and of an answer only what follows "the answer is". Published code counts a "YES" anywhere
-in the reply, so that an answer may bring its own; here the reply must end with [[YES]], and an answer that is long, or has
-"[[" or "<|" in it, is not asked about: the endpoint reads <|im_end|> as the end of what we say.
+Only text and numbers are judged, and of an answer only what follows "the answer is". Published code counts a
+"YES" anywhere in the reply, so that an answer may bring its own; here the reply must end with [[YES]], and an
+answer that is long, or has "[[" or "<|" in it, is not asked about: the endpoint reads <|im_end|> as the end
+of what we say.
 """
 
 import functools
@@ -59,7 +63,8 @@ REST = 60  # seconds to leave a judge alone that did not answer
 
 
 def by_source(answer, row):
-    """rewards.by_source, or the judge's verdict on what it gives 0 (1.0 if any of row["answer"] is judged the same)."""
+    """rewards.by_source, or the judge's verdict on what it gives 0 (1.0 if any of row["answer"] is judged the
+    same)."""
     rule = rewards.by_source(answer, row)
     if rewards.SOURCES[rewards.source(row)] not in JUDGED:
         return rule
@@ -126,7 +131,8 @@ def _is_address(url):
 
 
 def text(value):
-    """A text of the endpoint's, without half characters, which no file holds. Raises TypeError for anything else."""
+    """A text of the endpoint's, without half characters, which no file holds. Raises TypeError for anything
+    else."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.80} is no text")
     return value.encode(errors="replace").decode()
@@ -153,7 +159,8 @@ class Judge:
         self._sql("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, request TEXT, reply TEXT)")
 
     def _sql(self, statement, *values):
-        """Runs and commits a statement -> its first row, or None. Raises BadInput when the file cannot be used."""
+        """Runs and commits a statement -> its first row, or None. Raises BadInput when the file cannot be
+        used."""
         try:
             with (
                 closing(sqlite3.connect(self.cache, timeout=60)) as file,
@@ -164,7 +171,8 @@ class Judge:
             raise BadInput(f"LONGACT_JUDGE_CACHE {self.cache} cannot be used: {error}") from error
 
     def check(self):
-        """Raises BadInput when the endpoint does not serve the model; when it is away, unless that is allowed."""
+        """Raises BadInput when the endpoint does not serve the model; when it is away, unless that is
+        allowed."""
         listed = self._ask("/models", None)
         served = (
             [self.model]
@@ -175,7 +183,8 @@ class Judge:
             raise BadInput(f"LONGACT_JUDGE_MODEL {self.model}: {self.url} serves {', '.join(served)}")
 
     def same(self, problem, answer, gold):
-        """Are the two answers the same? False also when the reply has no verdict, or the judge is away and may be."""
+        """Are the two answers the same? False also when the reply has no verdict, or the judge is away and
+        may be."""
         messages = [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": USER.format(problem, answer, gold)},
@@ -202,7 +211,8 @@ class Judge:
             ) from error
 
     def _ask(self, path, body):
-        """-> the endpoint's answer, decoded; None when it is away and may be. Raises BadInput when it refuses a request."""
+        """-> the endpoint's answer, decoded; None when it is away and may be. Raises BadInput when it refuses
+        a request."""
         if time.monotonic() < self.resting_until:
             return None
         headers = {

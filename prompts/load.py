@@ -11,11 +11,12 @@ from prompts import sources, tasks
 
 
 def prompts(config, encode, limit, score_all, main):
-    """-> (source, held_out, tokens of the longest prompt): source[i] is the i-th row drawn; held_out is {name: rows}.
+    """-> (source, held_out, tokens of the longest prompt): source[i] is the i-th row drawn; held_out is
+    {name: rows}.
 
-    encode: row -> token ids, of at most `limit` or else BadInput, another limit by keyword; limit: tokens that the context leaves for a prompt; main: whether to print what
-    there is; score_all: see scoring.py. Each row is scored once with an empty answer: one that the reward cannot use shows
-    now, not in hours.
+    encode: row -> token ids, of at most `limit` or else BadInput, another limit by keyword; limit: tokens
+    that the context leaves for a prompt; main: whether to print what there is; score_all: see scoring.py.
+    Each row is scored once with an empty answer: one that the reward cannot use shows now, not in hours.
     Raises BadInput as `files` and the reward, and when a held-out prompt is too long.
     """
     if config.data:
@@ -48,9 +49,9 @@ def prompts(config, encode, limit, score_all, main):
 def files(paths, parse_row, counts, seed, measure, limit, keep_long=False, progress=True):
     """Files -> (rows of each that training draws from, tokens of the longest, lines about them for the user).
 
-    counts: how many rows of each file, chosen by the seed (0: all; none for all of all). measure(row): its tokens. Rows of
-    more than `limit` tokens are dropped, counted and replaced by others, unless keep_long. Raises BadInput when a file has
-    too few, or none is left of it.
+    counts: how many rows of each file, chosen by the seed (0: all; none for all of all). measure(row): its
+    tokens. Rows of more than `limit` tokens are dropped, counted and replaced by others, unless keep_long.
+    Raises BadInput when a file has too few, or none is left of it.
     """
     if counts and len(counts) != len(paths):
         raise BadInput(f"--data-rows has {len(counts)} numbers for {len(paths)} files")

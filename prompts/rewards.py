@@ -11,11 +11,12 @@
     rewards:published  the same as QwenLong-L1 and MemAgent score it, with the holes that a policy learns to use; to compare
     judge:by_source    by_source, and where it gives 0 to text or a number, a language model is asked (judge.py)
 
-The answer is the text after the last </think> (data.answer_text). With --thinking, which QwenLong-L1 requires of its base
-model, the answer is empty when thinking never ended, and an empty answer scores 0.
+The answer is the text after the last </think> (data.answer_text). With --thinking, which QwenLong-L1 requires
+of its base model, the answer is empty when thinking never ended, and an empty answer scores 0.
 
-row["answer"]: an accepted answer or a list of them, bare or as the sentence that the prompt asks for ("The correct answer is
-(B)"), as DocQA-RL-1.6K has it. One that cannot be read, like a number without digits, raises BadInput.
+row["answer"]: an accepted answer or a list of them, bare or as the sentence that the prompt asks for ("The
+correct answer is (B)"), as DocQA-RL-1.6K has it. One that cannot be read, like a number without digits,
+raises BadInput.
 """
 
 import copy
@@ -34,14 +35,15 @@ EXTRA_WORDS = 8  # that an answer may have beyond those wanted: room for a sente
 
 
 def exact(answer, row):
-    """1.0 if the answer is one of row["answer"] up to case, punctuation, articles and white space (SQuAD's EM), except that
-    1.5 is not 15, -5 not 5, and what consists of articles and punctuation only must be the same."""
+    """1.0 if the answer is one of row["answer"] up to case, punctuation, articles and white space (SQuAD's
+    EM), except that 1.5 is not 15, -5 not 5, and what consists of articles and punctuation only must be the
+    same."""
     return float(normalize(answer) in {normalize(gold) for gold in golds(row)} - {""})
 
 
 def contains(answer, row):
-    """1.0 if what follows the last "the answer is" has the words of one of row["answer"] in a row, and at most EXTRA_WORDS
-    others. yes and no must come first, and not both."""
+    """1.0 if what follows the last "the answer is" has the words of one of row["answer"] in a row, and at
+    most EXTRA_WORDS others. yes and no must come first, and not both."""
     said, wanted = (
         normalize(stated_answer(answer)),
         [normalize(stated_answer(gold) or gold) for gold in golds(row)],
@@ -68,13 +70,15 @@ def golds(row):
 
 
 def stated_answer(text):
-    """What follows the last "the answer is", without bold marks and a final full stop; empty if nothing does."""
+    """What follows the last "the answer is", without bold marks and a final full stop; empty if nothing
+    does."""
     parts = re.split("the answer is", text.replace("**", ""), flags=re.IGNORECASE)
     return parts[-1].strip(" \n:.") if len(parts) > 1 else ""
 
 
 def last_boxed(text):
-    """The content of the last \\boxed{...}, braces within it in pairs; empty if there is none or it does not close."""
+    """The content of the last \\boxed{...}, braces within it in pairs; empty if there is none or it does not
+    close."""
     start = text.rfind("\\boxed{") + len("\\boxed{")
     depth = 1
     for place in range(start, len(text)) if "\\boxed{" in text else ():
@@ -85,7 +89,8 @@ def last_boxed(text):
 
 
 def normalize(text):
-    """SQuAD's normalisation, with decimal points and signs kept as words, and never empty where the text is not."""
+    """SQuAD's normalisation, with decimal points and signs kept as words, and never empty where the text is
+    not."""
     numbers = re.sub(r"(?<=\d)\.(?=\d)", "point", re.sub(r"(?<!\w)[-\u2212](?=\.?\d)", "minus", text))
     return squad_normalize(numbers) or text.strip().lower()
 
@@ -110,8 +115,9 @@ LETTER = re.compile(r"the correct answer is:?\s*\(?([A-D])(?![A-Za-z])", re.IGNO
 
 
 def numeric(answer, row):
-    """1.0 if the first number after the last "the answer is" is one of row["answer"]: equal, or within 0.15% where one is
-    not whole. The sign counts; so does the size, but 12.5% is also 0.125. It is read, never evaluated."""
+    """1.0 if the first number after the last "the answer is" is one of row["answer"]: equal, or within 0.15%
+    where one is not whole. The sign counts; so does the size, but 12.5% is also 0.125. It is read, never
+    evaluated."""
     wanted = [_readings(stated_answer(gold) or gold) for gold in golds(row)]
     if not all(wanted):
         raise BadInput(f'"answer" {row["answer"]!r:.80} is no number, which rewards:numeric needs')
@@ -173,8 +179,8 @@ def source(row):
 
 
 def stated_choice(response):
-    """The letter a response gives, by LongBench v2's two patterns; None if it gives none. The second also reads
-    "The correct answer is All of them" as A: kept, since published scores have it."""
+    """The letter a response gives, by LongBench v2's two patterns; None if it gives none. The second also
+    reads "The correct answer is All of them" as A: kept, since published scores have it."""
     response = response.replace("*", "")
     for pattern in (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"):
         if match := re.search(pattern, response):
@@ -183,12 +189,14 @@ def stated_choice(response):
 
 
 def published(answer, row):
-    """QwenLong-L1's rule rewards for the sources of DocQA-RL-1.6K, MemAgent's for hotpotqa. For comparison only.
+    """QwenLong-L1's rule rewards for the sources of DocQA-RL-1.6K, MemAgent's for hotpotqa. For comparison
+    only.
 
     One thing is not theirs: QwenLong-L1 evaluates the model's number as Python; here it is read with float().
     """
     if source(row) == "hotpotqa":
-        # The last 300 characters, exact match after `_strip_math`. Golds are lowercased as the answer is (our reading).
+        # The last 300 characters, exact match after `_strip_math`. Golds are lowercased as the answer is (our
+        # reading).
         said = last_boxed(answer[-300:].lower())
         return float(bool(said) and _strip_math(said) in [_strip_math(gold.lower()) for gold in golds(row)])
     rule = {"long_toc_choices": _published_choice, "docmath": _published_number}.get(
@@ -246,8 +254,9 @@ OURS = {"rewards": "prompts.rewards", "judge": "prompts.judge"}  # what may be n
 
 
 def load_reward(spec):
-    """The function that "module:function" names. If the module has a function check_reward(), it is called now, to raise
-    BadInput for what it needs and does not find. Raises BadInput when there is no such module or function."""
+    """The function that "module:function" names. If the module has a function check_reward(), it is called
+    now, to raise BadInput for what it needs and does not find. Raises BadInput when there is no such module
+    or function."""
     module_name, _, name = spec.partition(":")
     module_name = OURS.get(module_name, module_name)
     try:
@@ -268,8 +277,8 @@ def load_reward(spec):
 
 
 def score(reward, answer, row):
-    """The reward as a finite float; anything else the user's function returns is an error that names the row. The function
-    gets a copy of the row, so that what it changes is changed for no other answer."""
+    """The reward as a finite float; anything else the user's function returns is an error that names the row.
+    The function gets a copy of the row, so that what it changes is changed for no other answer."""
     try:
         value = reward(answer, copy.deepcopy(row))
     except BadInput as error:

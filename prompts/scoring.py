@@ -3,13 +3,14 @@
     score_all = start("rewards:exact", workers=4, timeout=30)
     score_all([(answer, row), ...])                 # -> [1.0, ...], in the order given, whatever the workers
 
-The function is the user's code: it may be slow, raise, hang or kill its process. A worker is this file run as a program. It
-imports the reward itself, reads (answer, row) as a line of JSON and writes what came of it as another. So nothing is
-pickled, and what the function prints goes to standard error. The timer is the worker's own: it ends the process even where
-compiled code, as a regular expression's, lets no Python run, and where the trainer is gone. A second later the trainer does.
+The function is the user's code: it may be slow, raise, hang or kill its process. A worker is this file run as
+a program. It imports the reward itself, reads (answer, row) as a line of JSON and writes what came of it as
+another. So nothing is pickled, and what the function prints goes to standard error. The timer is the worker's
+own: it ends the process even where compiled code, as a regular expression's, lets no Python run, and where
+the trainer is gone. A second later the trainer does.
 
-A reward gives the same with any number of workers if it depends on answer and row alone. One that draws at random should
-seed itself by the row.
+A reward gives the same with any number of workers if it depends on answer and row alone. One that draws at
+random should seed itself by the row.
 """
 
 import atexit
@@ -30,8 +31,9 @@ from prompts.rewards import load_reward, score
 def start(spec, workers, timeout):
     """The reward function "module:function" -> score_all([(answer text, row), ...]) -> list of float.
 
-    workers: processes; 0 for this one. timeout: seconds for one answer, with workers only; 0 for any time. score_all raises
-    BadInput, which names the row, when the function raises, is too slow, ends its process, or gives no finite number.
+    workers: processes; 0 for this one. timeout: seconds for one answer, with workers only; 0 for any time.
+    score_all raises BadInput, which names the row, when the function raises, is too slow, ends its process,
+    or gives no finite number.
     """
     reward = load_reward(spec)  # here too: what is wrong with it is said once
     if not workers:

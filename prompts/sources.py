@@ -1,11 +1,13 @@
-"""Rows in: files of prompts or conversations, local or of the Hugging Face hub, and in which order training draws them.
+"""Rows in: files of prompts or conversations, local or of the Hugging Face hub, and in which order training
+draws them.
 
 A file is JSONL (one object a line) or Parquet (by its name: .parquet); either may hold any of these rows:
     ours       prompt: a text, or a list of {"role", "content"} messages; answer: a text or a list of accepted ones; any
                other key is passed to the reward untouched
     verl's     prompt: messages; reward_model: {"style", "ground_truth"}; data_source, ability, extra_info. The ground truth,
                a text or a list, becomes the answer. DocQA-RL-1.6K is this
-    MemAgent's verl's with context: the document, and a question alone as the prompt. We put both into the template of
+    MemAgent's verl's with context: the document, and a question alone as the prompt. We put both into the
+    template of
                MemAgent's single-pass baseline
     a chat     messages: a list of {"role", "content"} that ends with the assistant's; for sft.py
 `hf://ORG/NAME/PATH` is the file PATH of the data set ORG/NAME on the hub, downloaded once.
@@ -19,7 +21,8 @@ from pathlib import Path
 from base import durable
 from base.cli import BadInput
 
-# QwenLong-L1's prompt with MemAgent's last line (recipe of its baseline, which left the braces of a format string doubled).
+# QwenLong-L1's prompt with MemAgent's last line (recipe of its baseline, which left the braces of a format
+# string doubled).
 LONG_DOCUMENT = (
     "Please read the following text and answer the question below.\n\n<text>\n{context}\n</text>\n\n{question}\n\n"
     "Put the answer in \\boxed{{}}."
@@ -29,7 +32,8 @@ LONG_DOCUMENT = (
 
 
 def local(path):
-    """A path, or hf://ORG/NAME/PATH -> the path of a file on this machine. Raises BadInput when the hub does not give it."""
+    """A path, or hf://ORG/NAME/PATH -> the path of a file on this machine. Raises BadInput when the hub does
+    not give it."""
     if not str(path).startswith("hf://"):
         return Path(path)
     from huggingface_hub import hf_hub_download  # only for those who ask for the network
@@ -50,8 +54,8 @@ def local(path):
 
 
 def parquet_rows(path):
-    """[("row 3", "PATH, row 3", value), ...] of a Parquet file, counted from 1. Raises BadInput for one that cannot be read
-    or has no rows."""
+    """[("row 3", "PATH, row 3", value), ...] of a Parquet file, counted from 1. Raises BadInput for one that
+    cannot be read or has no rows."""
     import pyarrow
     import pyarrow.parquet  # 0.2 s that only those who have such a file wait for
 
@@ -85,8 +89,9 @@ def parquet_rows(path):
 
 
 def read(path, parse):
-    """All rows of a file: `parse`(value, where) of each, with an id ("FILE line 3" unless it has one). Raises BadInput, for
-    a malformed row with its line or number, and for an id that another row has: messages name rows by it."""
+    """All rows of a file: `parse`(value, where) of each, with an id ("FILE line 3" unless it has one). Raises
+    BadInput, for a malformed row with its line or number, and for an id that another row has: messages name
+    rows by it."""
     file = local(path)
     rows, places = [], {}
     for name, where, value in parquet_rows(file) if file.suffix == ".parquet" else durable.json_lines(file):
@@ -119,8 +124,8 @@ def digest(paths):
 
 
 def prompt_row(value, where):
-    """A row of any schema above but the chat -> the same with "prompt" and "answer". Raises BadInput that begins with
-    `where`."""
+    """A row of any schema above but the chat -> the same with "prompt" and "answer". Raises BadInput that
+    begins with `where`."""
     if isinstance(value.get("reward_model"), dict):
         value = {**value, "answer": value["reward_model"].get("ground_truth")}
     if not {"prompt", "answer"} <= value.keys():
@@ -182,12 +187,12 @@ def shared(held_out, files):
 
 
 class Mixture:
-    """The rows of several files without end: mixture[i] is the i-th draw, and depends on (files, weights, seed, i) only, so
-    a run that stops after i draws goes on at i.
+    """The rows of several files without end: mixture[i] is the i-th draw, and depends on (files, weights,
+    seed, i) only, so a run that stops after i draws goes on at i.
 
-    files: lists of rows. Without weights all rows are one pool. With weights, positive and one for each file, the next draw
-    is from the file that is furthest behind its share, so that any stretch of draws is mixed as it should be. A pool's or
-    file's rows come in a new random order each time they have all been drawn.
+    files: lists of rows. Without weights all rows are one pool. With weights, positive and one for each file,
+    the next draw is from the file that is furthest behind its share, so that any stretch of draws is mixed as
+    it should be. A pool's or file's rows come in a new random order each time they have all been drawn.
     """
 
     def __init__(self, files, weights, seed):

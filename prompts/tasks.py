@@ -30,9 +30,11 @@ PLACES = "market station church library theatre museum castle office school kitc
 
 
 def recall(rng, facts, filler, asked=1):
-    """A passage of `facts` facts hidden among `filler` sentences, and `asked` questions with three-word answers.
+    """A passage of `facts` facts hidden among `filler` sentences, and `asked` questions with three-word
+    answers.
 
-    -> (passage, [(question, answer), ...]). A fact and a filler sentence take 9 tokens each of assets/tiny's tokenizer.
+    -> (passage, [(question, answer), ...]). A fact and a filler sentence take 9 tokens each of assets/tiny's
+    tokenizer.
     """
     names = rng.sample(NAMES, facts)
     facts_told = [fact(rng, name) for name in names]
@@ -42,8 +44,8 @@ def recall(rng, facts, filler, asked=1):
 
 
 def tracking(rng, facts, filler):
-    """Recall of what is changed on the way: each name's code is told twice, and the later one holds. As `recall`, with one
-    question. The tiny model never saw this in its warm start; it answers with either."""
+    """Recall of what is changed on the way: each name's code is told twice, and the later one holds. As
+    `recall`, with one question. The tiny model never saw this in its warm start; it answers with either."""
     names = rng.sample(NAMES, facts // 2)
     passage = hide(rng, [fact(rng, name) for name in names for _ in range(2)], filler)
     asked = rng.choice(names)
@@ -76,8 +78,8 @@ MOST_FACTS = {"recall": len(NAMES), "tracking": 2 * len(NAMES)}
 
 
 class Source:
-    """A task without end: source[i] depends on (task, seed, i) only, so equal seeds give equal prompts. Raises BadInput for
-    more facts than there are names, or fewer than the task needs."""
+    """A task without end: source[i] depends on (task, seed, i) only, so equal seeds give equal prompts.
+    Raises BadInput for more facts than there are names, or fewer than the task needs."""
 
     def __init__(self, task, seed, facts, filler):
         least = 2 if task == "tracking" else 1

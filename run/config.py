@@ -1,4 +1,5 @@
-"""Every setting of a training run, with its default and its line of --help, and which of them do not go together."""
+"""Every setting of a training run, with its default and its line of --help, and which of them do not go
+together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,8 +172,8 @@ class Config(Shared):
     )
 
 
-# What may differ when a run goes on: where it lies and how long it gets; what rounding is all they can change. By contents,
-# resume.settings compares the files of model and data.
+# What may differ when a run goes on: where it lies and how long it gets; what rounding is all they can
+# change. By contents, resume.settings compares the files of model and data.
 MAY_CHANGE = (
     "name model data eval_data reward_workers reward_timeout steps save_every keep resume max_skips max_rounds eval_before "
     "mismatch_limit tensor_parallel deterministic "
@@ -233,7 +234,8 @@ def check(config, world, cuda):
 
 
 def check_shared(config, resume_flags):
-    """Raises BadInput for what train.py and sft.py alike refuse. resume_flags: those that let a failed run go on."""
+    """Raises BadInput for what train.py and sft.py alike refuse. resume_flags: those that let a failed run go
+    on."""
     if config.ranks and not config.plan:
         raise BadInput(
             f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train"

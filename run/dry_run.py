@@ -1,8 +1,9 @@
 """--dry-run of train.py and sft.py: one step in small, before a long run.
 
-It comes when the script has checked all it checks before training: settings, the checkpoint's config.json, tokenizer and
-tensors (their headers), every row of the data, its length in tokens, its reward. From there on it goes the same way as
-training, vLLM included, with another model, shorter texts and one step, and leaves nothing behind:
+It comes when the script has checked all it checks before training: settings, the checkpoint's config.json,
+tokenizer and tensors (their headers), every row of the data, its length in tokens, its reward. From there on
+it goes the same way as training, vLLM included, with another model, shorter texts and one step, and leaves
+nothing behind:
     model        LAYERS layers of random weights, HIDDEN wide, with the heads and RoPE of the model's config.json; an
                  embedding of as many rows as its tokenizer has ids
     texts        of at most TOKENS tokens: prompts without their middle, chats without their beginning
@@ -29,8 +30,8 @@ PASSED = "dry run: passed; nothing is left of it"
 
 
 def stand_in(model_config, tokenizer, checkpoint):
-    """Write the small model with the tokenizer files of `checkpoint` to a temporary directory, removed when the process
-    ends -> the directory, in which the model is `model`. Every rank must call it."""
+    """Write the small model with the tokenizer files of `checkpoint` to a temporary directory, removed when
+    the process ends -> the directory, in which the model is `model`. Every rank must call it."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     directory = [None]
     if rank == 0:

@@ -4,11 +4,12 @@ import torch
 
 
 def evaluate(held_out, sample, completions, when):
-    """Accuracy on each set of held-out prompts, {name: rows}: at temperature 1, as the paper evaluates, `completions` of a
-    prompt, and greedily, one -> {name: {"prompts", "prompt_tokens" (mean), "accuracy", "accuracy_greedy"}}.
+    """Accuracy on each set of held-out prompts, {name: rows}: at temperature 1, as the paper evaluates,
+    `completions` of a prompt, and greedily, one -> {name: {"prompts", "prompt_tokens" (mean), "accuracy",
+    "accuracy_greedy"}}.
 
-    sample(rows, indices, n, temperature, show_bar) -> groups with rewards, of which 1.0 and more is right, see train.py.
-    when: how the line that is printed of each set begins; "" for none.
+    sample(rows, indices, n, temperature, show_bar) -> groups with rewards, of which 1.0 and more is right,
+    see train.py. when: how the line that is printed of each set begins; "" for none.
     """
     results = {}
     for name, rows in held_out.items():

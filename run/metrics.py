@@ -10,8 +10,8 @@ tokens_unshared              what it would be with the prompt repeated per compl
 skipped                      updates left out since their loss, gradient or a log-probability was not finite. What follows is
                              of the others, null without any
 loss                         the policy loss. With one update per rollout every ratio is 1 and a group's advantages sum to
-                             0, so it reads near 0 (with equal lengths exactly 0) however well training goes: watch
-                             reward. Its gradient is not 0.
+                             0, so it reads near 0 (with equal lengths exactly 0) however well training goes:
+                             watch reward. Its gradient is not 0.
 ratio, clip_fraction         mean pi / pi_old (gspo: of completions, by tokens); share of tokens whose gradient clipping,
                              or clip-cov, removed
 entropy, kl                  mean entropy of the policy per token, nats; mean k3 to the reference model (0 if --beta 0)
@@ -25,9 +25,10 @@ moved_unselected             and in the others: momentum's doing with --unselect
 mask_overlap                 share of selected rows selected in the update before too, in the last one (null in the first)
 learning_rate                of the step's updates
 seconds, tokens_per_second   wall time by stage (rollout, reward, logprobs, backward, mask, step, sync, rehearsal of the
-                             largest group in the first step after a start) on rank 0, without checkpoints; prompt and
-                             completion tokens trained on per second of the whole step. The only keys that differ between
-                             two runs with the same seed on the same machine, interrupted or not.
+                             largest group in the first step after a start) on rank 0, without checkpoints;
+                             prompt and completion tokens trained on per second of the whole step. The only
+                             keys that differ between two runs with the same seed on the same machine,
+                             interrupted or not.
 """
 
 import math
@@ -105,7 +106,8 @@ class Tally:
         self.mismatch_max = torch.maximum(self.mismatch_max, d.abs().max())
 
     def reduce(self):
-        """Sums over all ranks, on all of them. They stay there: one copy to the CPU for all that is read of them."""
+        """Sums over all ranks, on all of them. They stay there: one copy to the CPU for all that is read of
+        them."""
         dist.all_reduce(self.sums)
         dist.all_reduce(self.mismatch_max, dist.ReduceOp.MAX)
         self.sums = self.sums.cpu()
@@ -124,7 +126,8 @@ class Tally:
             )
 
     def with_update(self, norm, masked_norm, moved, magnitudes, masks, previous_masks):
-        """The same, with what is known once the update was made: gradient norms, saliency.masked_step's result, the rows."""
+        """The same, with what is known once the update was made: gradient norms, saliency.masked_step's
+        result, the rows."""
         share = saliency.selected_share(magnitudes, masks).item()
         values = norm, masked_norm, share, moved[0].item(), moved[1].item()
         self.of_update = dict(zip(OF_UPDATE, values, strict=True))
@@ -152,8 +155,8 @@ def of_rollout(sampled, batch):
 
 
 def of_updates(updates, wanted):
-    """Tallies of the updates that were made, of `wanted` -> their metrics. The loss is a mean already; the other sums are
-    over tokens."""
+    """Tallies of the updates that were made, of `wanted` -> their metrics. The loss is a mean already; the
+    other sums are over tokens."""
     skipped = {"skipped": wanted - len(updates)}
     if not updates:
         return skipped | dict.fromkeys((*SUMS, "mismatch_max", *OF_UPDATE, "mask_overlap"))

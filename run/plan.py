@@ -3,12 +3,13 @@
     python train.py --plan --model Qwen3-8B --ranks 8 --gpu-memory 80 --context 32768 --max-completion 4096
     python sft.py --plan --data chats.jsonl --model Qwen3-8B-Base --ranks 8 --context 16384 --checkpointing
 
---model is a checkpoint directory, of which only config.json is read, or the name of a published size. The plan is for the
-worst that can come: a prompt of --context less --max-completion tokens, completions that fill a pass; in sft.py a full pass
-all of which the assistant says.
+--model is a checkpoint directory, of which only config.json is read, or the name of a published size. The
+plan is for the worst that can come: a prompt of --context less --max-completion tokens, completions that fill
+a pass; in sft.py a full pass all of which the assistant says.
 
-It counts the tensors that the code holds, at the moments at which memory peaks (tests/test_plan.py holds it against measured
-peaks). It leaves out what CUDA and NCCL take for themselves, about 1 to 2 GiB, and fragmentation.
+It counts the tensors that the code holds, at the moments at which memory peaks (tests/test_plan.py holds it
+against measured peaks). It leaves out what CUDA and NCCL take for themselves, about 1 to 2 GiB, and
+fragmentation.
 """
 
 from pathlib import Path
@@ -26,7 +27,8 @@ RESERVE = 2 * GIB  # for CUDA, NCCL and fragmentation, when saying whether it fi
 
 
 def parameter_counts(c):
-    """Qwen3Config -> parameters of one block, and of everything outside the blocks (embedding, head, last norm)."""
+    """Qwen3Config -> parameters of one block, and of everything outside the blocks (embedding, head, last
+    norm)."""
     attention = (
         c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) + 2 * c.head_dim
     )
@@ -37,8 +39,8 @@ def parameter_counts(c):
 def block_bytes(c, size, exchanged=False):
     """What one block keeps of a token for its backward, and the most that its backward adds to that; bytes.
 
-    size: bytes of the compute dtype. Each norm keeps what it normalised, in fp32, and its result before the weight.
-    exchanged: attention's output is there twice, by heads and by tokens.
+    size: bytes of the compute dtype. Each norm keeps what it normalised, in fp32, and its result before the
+    weight. exchanged: attention's output is there twice, by heads and by tokens.
     """
     C, q, k, F = (
         c.hidden_size,
@@ -60,7 +62,8 @@ def block_bytes(c, size, exchanged=False):
 
 
 def activations(c, prompt, pass_tokens, checkpointing, size, context_parallel=1):
-    """{moment: {line: bytes}}: what there is while a pass's head, a block of a pass, or the prompt goes back."""
+    """{moment: {line: bytes}}: what there is while a pass's head, a block of a pass, or the prompt goes
+    back."""
     prompt, pass_tokens = (
         -(-prompt // context_parallel),
         -(-pass_tokens // context_parallel),
@@ -106,9 +109,10 @@ def training_memory(
 ):
     """{line: bytes} of one rank at the worst moment of an update, and that moment's name.
 
-    prompt: 0 for sft.py; pass_tokens: of the fullest pass; reference: a second model for the KL term; size: bytes of the
-    compute dtype; sharded: by FSDP2 over `ranks` (masters, gradients and moments in fp32), else everything is on one
-    device and computes with the masters themselves; context_parallel: ranks that share prompt and pass.
+    prompt: 0 for sft.py; pass_tokens: of the fullest pass; reference: a second model for the KL term; size:
+    bytes of the compute dtype; sharded: by FSDP2 over `ranks` (masters, gradients and moments in fp32), else
+    everything is on one device and computes with the masters themselves; context_parallel: ranks that share
+    prompt and pass.
     """
     block, rest = parameter_counts(c)
     total = block * c.num_hidden_layers + rest
@@ -134,7 +138,8 @@ def training_memory(
 
 
 def rollout_memory(c, prompt, completion, completions, tensor_parallel):
-    """Bytes on a rank: vLLM's bf16 weights, the KV cache of one completion with its prompt, and that of a whole group."""
+    """Bytes on a rank: vLLM's bf16 weights, the KV cache of one completion with its prompt, and that of a
+    whole group."""
     block, rest = parameter_counts(c)
     weights = 2 * (block * c.num_hidden_layers + rest) / tensor_parallel
     token = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim / tensor_parallel
@@ -142,8 +147,8 @@ def rollout_memory(c, prompt, completion, completions, tensor_parallel):
 
 
 def model_and_context(config):
-    """-> Qwen3Config of config.model, and the longest sequence. Raises BadInput for a model that is neither a directory nor
-    a published size, and for a context beyond it."""
+    """-> Qwen3Config of config.model, and the longest sequence. Raises BadInput for a model that is neither a
+    directory nor a published size, and for a context beyond it."""
     if Path(config.model).exists():
         c = Qwen3Config.from_pretrained(config.model)
     else:
@@ -189,7 +194,8 @@ def sft_report(config, ranks):
 
 
 def report(config, ranks):
-    """The text of train.py --plan. Raises BadInput as `model_and_context`, and where no room is left for a prompt."""
+    """The text of train.py --plan. Raises BadInput as `model_and_context`, and where no room is left for a
+    prompt."""
     c, context = model_and_context(config)
     prompt_room(context, config.max_completion)
     check_heads(config.context_parallel, c)

@@ -7,9 +7,9 @@ from prompts import chat
 
 
 def check_model(directory, context):
-    """-> Qwen3Config, tokenizer, context in tokens (--context, or for 0 all the model has), generation_config.json as a
-    dict. Of the weights only headers are read. Raises BadInput for what is no checkpoint of Qwen3 with a Qwen tokenizer, and
-    for a context beyond the model's."""
+    """-> Qwen3Config, tokenizer, context in tokens (--context, or for 0 all the model has),
+    generation_config.json as a dict. Of the weights only headers are read. Raises BadInput for what is no
+    checkpoint of Qwen3 with a Qwen tokenizer, and for a context beyond the model's."""
     config = Qwen3Config.from_pretrained(directory)
     context = config.context(context, directory)
     tokenizer = chat.load_tokenizer(directory, config.vocab_size)

@@ -10,8 +10,9 @@ from run import resume
 
 @dataclass
 class Progress:
-    """At the end of a step. Masks and magnitudes are of the last update that was made; before: held-out accuracy at the
-    start; random: states of the global generators; saved: the step of the newest checkpoint."""
+    """At the end of a step. Masks and magnitudes are of the last update that was made; before: held-out
+    accuracy at the start; random: states of the global generators; saved: the step of the newest
+    checkpoint."""
 
     random_rows: torch.Generator  # what --rule random draws from
     step: int = 0
@@ -27,7 +28,8 @@ class Progress:
         self.magnitudes, self.masks, self.skips_in_a_row = magnitudes, masks, 0
 
     def skip_update(self, step, most):
-        """An update was left out since its numbers were not finite. Raises BadInput after more than `most` in a row."""
+        """An update was left out since its numbers were not finite. Raises BadInput after more than `most` in
+        a row."""
         self.skips_in_a_row += 1
         if self.skips_in_a_row > most:
             raise BadInput(
@@ -54,7 +56,8 @@ class Progress:
         resume.save(directory, self.step, model, optimizer, state, tensors, keep)
 
     def find(self, directory, which, settings):
-        """The checkpoint of a run that --resume `which` goes on from, or None; its counters are taken over at once."""
+        """The checkpoint of a run that --resume `which` goes on from, or None; its counters are taken over at
+        once."""
         path, state = resume.find(directory / "checkpoints", which, settings) if which else (None, None)
         if path:
             for name in ("step", "prompts_drawn", "skips_in_a_row", "before"):

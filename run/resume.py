@@ -1,17 +1,19 @@
-"""What a run needs to go on after it was interrupted: there is always a whole one on disk, and only a whole one is read.
+"""What a run needs to go on after it was interrupted: there is always a whole one on disk, and only a whole
+one is read.
 
     DIR/LATEST                              the newest checkpoint's name; those after it, of an earlier life, do not count
     DIR/step-000100/shard-*.safetensors     of each rank: weights (masters), AdamW's moments and steps, the script's tensors
                     state.json              what else the script must know: counters, settings, random states
                     manifest.json           bytes and SHA-256 of each of these files
 
-torch.distributed.checkpoint writes and reads the tensors, so what 2 ranks saved 1 or 8 go on with. Its default format is
-made of pickles (.metadata and the shards), which can run code when they are read; its Hugging Face storage is not: it is
-safetensors, whose headers say where a shard belongs. Everything else is JSON. All ranks must see the same DIR.
+torch.distributed.checkpoint writes and reads the tensors, so what 2 ranks saved 1 or 8 go on with. Its
+default format is made of pickles (.metadata and the shards), which can run code when they are read; its
+Hugging Face storage is not: it is safetensors, whose headers say where a shard belongs. Everything else is
+JSON. All ranks must see the same DIR.
 
-A checkpoint is written under another name, every file synced to disk, renamed when it is whole, and named in LATEST; only
-then are old ones removed. Training waits meanwhile: writing beside it would need a second copy of all shards, and save a
-minute of what some twenty steps take.
+A checkpoint is written under another name, every file synced to disk, renamed when it is whole, and named in
+LATEST; only then are old ones removed. Training waits meanwhile: writing beside it would need a second copy
+of all shards, and save a minute of what some twenty steps take.
 """
 
 import hashlib
@@ -44,8 +46,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 
 
 def lock_run(run, which):
-    """Make or enter the directory of a run -> its lock, which holds as long as this process lives.
-    which: "" for a new run, "auto" or a checkpoint's path to go on. Raises BadInput if the run exists and should not,
+    """Make or enter the directory of a run -> its lock, which holds as long as this process lives. which: ""
+    for a new run, "auto" or a checkpoint's path to go on. Raises BadInput if the run exists and should not,
     if the path is not one of its checkpoints, and if another process is in it."""
     inside = run / "checkpoints"
     if which not in ("", "auto") and not (
@@ -68,8 +70,8 @@ def lock_run(run, which):
 
 
 def random_states():
-    """States of the global generators of Python, numpy and torch, in what JSON can hold. Nothing of ours draws from them; a
-    reward function may."""
+    """States of the global generators of Python, numpy and torch, in what JSON can hold. Nothing of ours
+    draws from them; a reward function may."""
     state = numpy.random.get_state(legacy=False)
     state["state"]["key"] = state["state"]["key"].tolist()
     device = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
@@ -94,8 +96,8 @@ def set_random_states(states):
 
 
 def settings(config, may_change):
-    """What must be the same when a run goes on: all settings but those that may change, and what is in the model's and the
-    data's files, wherever they lie now. Only rank 0 reads them; elsewhere {}."""
+    """What must be the same when a run goes on: all settings but those that may change, and what is in the
+    model's and the data's files, wherever they lie now. Only rank 0 reads them; elsewhere {}."""
     if rank_and_world()[0] != 0:
         return {}
     fixed = {key: value for key, value in asdict(config).items() if key not in may_change}
@@ -132,8 +134,9 @@ FILE_BYTES = (
 def save(directory, step, model, optimizer, state, extra, keep):
     """Write directory/step-<step>, the newest of at most `keep`. Every rank must call it.
 
-    state: what JSON can hold, of which rank 0's is written, but state["random"] of every rank; extra: {name: tensor}, equal
-    on all ranks. Raises BadInput, with the checkpoints before it as they were, when the disk does not take it.
+    state: what JSON can hold, of which rank 0's is written, but state["random"] of every rank; extra: {name:
+    tensor}, equal on all ranks. Raises BadInput, with the checkpoints before it as they were, when the disk
+    does not take it.
     """
     rank = rank_and_world()[0]
     final = directory / f"step-{step:06d}"
@@ -194,11 +197,13 @@ def number(path):
 
 
 def find(directory, which, fixed):
-    """The checkpoint to go on from, verified and named in LATEST -> (its directory, its state), or (None, None) without one.
+    """The checkpoint to go on from, verified and named in LATEST -> (its directory, its state), or (None,
+    None) without one.
 
-    which: "auto", the newest in `directory` that is whole, with a warning for each that is not; or the path of one in there.
-    fixed: `settings` of the run that wants to go on. Every rank must call it; they share the reading. Raises BadInput for a
-    path that is not whole, if none is whole, and if settings or files are not those of the run.
+    which: "auto", the newest in `directory` that is whole, with a warning for each that is not; or the path
+    of one in there. fixed: `settings` of the run that wants to go on. Every rank must call it; they share the
+    reading. Raises BadInput for a path that is not whole, if none is whole, and if settings or files are not
+    those of the run.
     """
     candidates = gather_or_fail(candidates_for, directory, which)[0]
     for path in candidates:
@@ -281,8 +286,8 @@ def compare(path, state, fixed):
 
 
 def load(path, model, optimizer):
-    """Put weights and optimizer states back, bit for bit -> extra {name: tensor} as saved, on the CPU. Every rank must call
-    it, in any number. Raises BadInput for tensors that are not this model's, or not finite."""
+    """Put weights and optimizer states back, bit for bit -> extra {name: tensor} as saved, on the CPU. Every
+    rank must call it, in any number. Raises BadInput for tensors that are not this model's, or not finite."""
     reader = dcp.HuggingFaceStorageReader(path)
     stored = reader.read_metadata().state_dict_metadata
     extra = {
@@ -310,8 +315,8 @@ def load(path, model, optimizer):
 
 
 def open_metrics(path, step):
-    """Cut metrics.jsonl to the lines of steps 1 to `step` -> the file, for durable.append. Raises BadInput if some are
-    missing."""
+    """Cut metrics.jsonl to the lines of steps 1 to `step` -> the file, for durable.append. Raises BadInput if
+    some are missing."""
     lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
     try:
         whole = [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))

@@ -1,24 +1,28 @@
-"""Do high-magnitude rows matter? Runs of train.py that differ in one thing, from the same checkpoint, paired by seed.
+"""Do high-magnitude rows matter? Runs of train.py that differ in one thing, from the same checkpoint, paired
+by seed.
 
     python -m studies.ablation sweep         # learning rates for dense training and for LongAct alike, on seeds of their own
     python -m studies.ablation compare       # rules and fractions, each at the learning rate that won, over --seeds seeds
     python -m studies.ablation report        # the table and the figure again, from what was run
-    python -m studies.ablation sweep --train "--model Qwen3-8B --data train.jsonl --eval-data held-out.jsonl" --ranks 8 --jobs 1 \\
+    python -m studies.ablation sweep --train "--model Qwen3-8B --data train.jsonl --eval-data held-out.jsonl"
+    --ranks 8 --jobs 1 \\
         --out runs/ablation-8b      # on your own data, which --train may also name by a --config; then compare, likewise
 
-What is run is at the top of the file: TRAIN, the arms, and one task "data" in place of ours where --train names your own. A
-seed fixes the prompts, their order, and the random numbers of sampling; arms of one seed differ in nothing but their flags.
-GRPO trains on every prompt it draws, so its arms see equal prompts; DAPO draws until enough groups differ, so its arms see
-prompts of the same sequence, more or fewer of them. Each rollout feeds two updates: with one, all ratios are 1 and clipping
-does nothing (rl.md A.1). A learning rate wins by the mean reward of the last quarter of the sweep's steps, on prompts that
-it meets for the first time; held-out prompts do not take part. bottom and random run at top's rate, and so does dense
-training a second time where its own is another: that comparison differs in nothing but the rows, the other is of each at its
+What is run is at the top of the file: TRAIN, the arms, and one task "data" in place of ours where --train
+names your own. A seed fixes the prompts, their order, and the random numbers of sampling; arms of one seed
+differ in nothing but their flags. GRPO trains on every prompt it draws, so its arms see equal prompts; DAPO
+draws until enough groups differ, so its arms see prompts of the same sequence, more or fewer of them. Each
+rollout feeds two updates: with one, all ratios are 1 and clipping does nothing (rl.md A.1). A learning rate
+wins by the mean reward of the last quarter of the sweep's steps, on prompts that it meets for the first time;
+held-out prompts do not take part. bottom and random run at top's rate, and so does dense training a second
+time where its own is another: that comparison differs in nothing but the rows, the other is of each at its
 best.
 
 A run that is in results.jsonl is not run again; one that was interrupted starts anew. --out holds
     results.jsonl   a run a line: task, algorithm, rule, fraction, learning_rate, seed; flags; rewards (mean reward of all
-                    sampled completions in each step), held_out (train.py's results.json, after), prompts_drawn,
-                    tokens_trained, moved_selected and moved_unselected (means over the steps), seconds
+                    sampled completions in each step), held_out (train.py's results.json, after),
+                    prompts_drawn, tokens_trained, moved_selected and moved_unselected (means over the steps),
+                    seconds
     report.md       the tables; ablation.png the reward curves and their bands
 Runs themselves are in runs/ablation/.
 """
@@ -232,7 +236,8 @@ flips.
 
 
 def interval(values):
-    """Mean of independent values and half the width of its 95% interval by Student's t, whose quantile is simulated."""
+    """Mean of independent values and half the width of its 95% interval by Student's t, whose quantile is
+    simulated."""
     values, n = np.asarray(values, dtype=float), len(values)
     if n < 2:
         return float(values.mean()), float("nan")
@@ -265,8 +270,8 @@ def label(arm, rate, own):
 
 
 def differences(baseline, by_seed):
-    """Cells of by_seed minus baseline, {seed: record} both: seeds in both, then for accuracy and reward area the mean with
-    its 95% interval and the p-value."""
+    """Cells of by_seed minus baseline, {seed: record} both: seeds in both, then for accuracy and reward area
+    the mean with its 95% interval and the p-value."""
     both = [seed for seed in by_seed if seed in baseline]
     cells = [str(len(both))]
     for column in ("accuracy", "reward area"):
@@ -314,7 +319,8 @@ def tables(runs, rates, winning):
 
 
 def compared(winning):
-    """(arm, learning rate) of every run that `compare` makes for each seed, dense training also at top's rate."""
+    """(arm, learning rate) of every run that `compare` makes for each seed, dense training also at top's
+    rate."""
     rates = lambda arm: {
         winning[arm[:2], dense] for dense in ((True, False) if arm.rule == "all" else (False,))
     }  # noqa: E731
@@ -349,7 +355,8 @@ def report(records, families, out):
 
 
 def names_data(flags):
-    """Whether the flags for train.py name the user's own data. Raises BadInput for wrong ones, before anything is run."""
+    """Whether the flags for train.py name the user's own data. Raises BadInput for wrong ones, before
+    anything is run."""
     try:
         words = shlex.split(flags)
     except ValueError as error:

@@ -1,10 +1,11 @@
-"""A file in LongBench v2's schema, made by us: invented facts among invented sentences. Chance is 25, as in the benchmark.
+"""A file in LongBench v2's schema, made by us: invented facts among invented sentences. Chance is 25, as in
+the benchmark.
 
     python -m studies.longbench_sample assets/longbench-sample.json     # the same file, byte for byte
 
-Every class and six domains are there, each document has two questions. Its short, medium and long documents have about 400,
-800 and 1,500 words, not the benchmark's 8 thousand to 2 million: assets/tiny reads 4,096 tokens. An easy question's wrong
-choices are nowhere in the document; a hard one's are other people's codes.
+Every class and six domains are there, each document has two questions. Its short, medium and long documents
+have about 400, 800 and 1,500 words, not the benchmark's 8 thousand to 2 million: assets/tiny reads 4,096
+tokens. An easy question's wrong choices are nowhere in the document; a hard one's are other people's codes.
 """
 
 import json

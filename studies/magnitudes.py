@@ -1,11 +1,13 @@
-"""What a checkpoint's Q and K look like: magnitudes of every head's dimensions, and how sharp, how stable they are.
+"""What a checkpoint's Q and K look like: magnitudes of every head's dimensions, and how sharp, how stable
+they are.
 
     python -m studies.magnitudes assets/tiny                                 # prompts of the recall task, see tasks.py
     python -m studies.magnitudes Qwen3-8B --data train.jsonl --layers 0 17 35
 
-The model reads --prompts prompts one by one, without gradients and without logits; a prompt may fill its context. Magnitudes
-are saliency.py's (M[h, d], the L2 norm over a prompt's tokens, averaged over prompts), at both sites: "proj", the outputs of
-q_proj and k_proj, and "norm", after q_norm and k_norm. Selected are the largest --fraction of each head's dimensions.
+The model reads --prompts prompts one by one, without gradients and without logits; a prompt may fill its
+context. Magnitudes are saliency.py's (M[h, d], the L2 norm over a prompt's tokens, averaged over prompts), at
+both sites: "proj", the outputs of q_proj and k_proj, and "norm", after q_norm and k_norm. Selected are the
+largest --fraction of each head's dimensions.
 
 Left in --out:
     proj.safetensors    model.layers.N.self_attn.q_proj (H, D) and .k_proj (Hk, D) fp32, magnitudes; with ".selected" after
@@ -17,8 +19,9 @@ Left in --out:
         fraction        what was asked for; kept: dimensions selected in each head, of head_dim
         chance          kept / head_dim: what every number below would be if magnitudes were equal, or rows drawn at random
         proj, norm      of each site: concentration, the share of the squared magnitude that lies in the selected rows, and
-                        stability, the share of a prompt's selection that another prompt selects too, mean over all pairs of
-                        prompts (null for one prompt). Each has q and k, and in them mean (over layers) and layers (a list)
+                        stability, the share of a prompt's selection that another prompt selects too, mean
+                        over all pairs of prompts (null for one prompt). Each has q and k, and in them mean
+                        (over layers) and layers (a list)
         overlap         the share of proj's selected rows that norm selects too: q and k likewise
 """
 
@@ -72,8 +75,8 @@ class Config(Measured):
 
 
 def read_prompts(config):
-    """Measured -> (Qwen3Config, prompts as lists of token ids, settings: all that magnitudes depend on). Raises BadInput for
-    what is no checkpoint, and for prompts that are wrong or longer than its context."""
+    """Measured -> (Qwen3Config, prompts as lists of token ids, settings: all that magnitudes depend on).
+    Raises BadInput for what is no checkpoint, and for prompts that are wrong or longer than its context."""
     if not config.checkpoint:
         raise BadInput("no checkpoint is given; its directory comes before lists like --layers")
     if config.fraction > 1:
@@ -102,7 +105,8 @@ def read_prompts(config):
 
 
 def load_model(checkpoint, model_config):
-    """The model for measuring: bf16 on a GPU, fp32 on a CPU. model_config may have other RoPE scaling than the directory."""
+    """The model for measuring: bf16 on a GPU, fp32 on a CPU. model_config may have other RoPE scaling than
+    the directory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Qwen3.empty(model_config, getattr(torch, dtype()), device).requires_grad_(False)
     load_weights(model, checkpoint)
@@ -111,7 +115,8 @@ def load_model(checkpoint, model_config):
 
 @torch.no_grad()
 def measure(model, prompts, site, tokens="all"):
-    """Lists of token ids -> for each prompt alone, Tracker.magnitudes() on the CPU. Memory is that of one prompt."""
+    """Lists of token ids -> for each prompt alone, Tracker.magnitudes() on the CPU. Memory is that of one
+    prompt."""
     device, measured = next(model.parameters()).device, []
     for prompt in tqdm(prompts, desc=f"magnitudes, {site}", unit="prompt"):
         ids = torch.tensor([prompt], device=device)
@@ -150,7 +155,8 @@ def concentration(magnitudes, fraction):
 
 
 def stability(measured, fraction):
-    """Each prompt's magnitudes -> {name: mean overlap of the selections of two prompts, over all pairs}; two at least."""
+    """Each prompt's magnitudes -> {name: mean overlap of the selections of two prompts, over all pairs}; two
+    at least."""
     selections, n = [saliency.select_rows(magnitudes, fraction) for magnitudes in measured], len(measured)
     result = {}
     for name in measured[0]:
@@ -161,7 +167,8 @@ def stability(measured, fraction):
 
 
 def overlap(magnitudes, others, fraction):
-    """Two dictionaries of magnitudes -> {name: share of the first's selected rows that the second selects too}"""
+    """Two dictionaries of magnitudes -> {name: share of the first's selected rows that the second selects
+    too}"""
     masks, theirs = saliency.select_rows(magnitudes, fraction), saliency.select_rows(others, fraction)
     return {
         name: saliency.overlap({f"{name}.weight": masks[f"{name}.weight"]}, theirs).item()

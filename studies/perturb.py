@@ -1,26 +1,32 @@
-"""The paper's perturbation: which dimensions of Q and K does a model need? Hold some at their mean, and evaluate.
+"""The paper's perturbation: which dimensions of Q and K does a model need? Hold some at their mean, and
+evaluate.
 
     python -m studies.perturb assets/tiny                         # the recall task, greedy and at temperature 1
-    python -m studies.perturb Qwen3-8B --data train.jsonl --yarn 4 -- eval_longbench.py --yarn 4 --data data.json --sampling paper \\
+    python -m studies.perturb Qwen3-8B --data train.jsonl --yarn 4 -- eval_longbench.py --yarn 4 --data
+    data.json --sampling paper \\
         -- eval_gsm8k.py --data test.jsonl                # a long and a short context, each on its own
-    python -m studies.perturb Qwen3-8B --data train.jsonl -- .venv/bin/torchrun --nproc-per-node 8 eval_ruler.py
+    python -m studies.perturb Qwen3-8B --data train.jsonl -- .venv/bin/torchrun --nproc-per-node 8
+    eval_ruler.py
 
-After each -- stands an evaluation of this repository without its checkpoint, --clamp and --out, which are added. Each runs
+After each -- stands an evaluation of this repository without its checkpoint, --clamp and --out, which are
+added. Each runs
     untouched     with the same hooks in the same eager engine, which hold nothing
     bottom        the --fraction smallest dimensions of each head's Q and K held at the global mean
     random        as many random ones, --draws times
     top           the largest
-The paper says "clamped to the global mean" and no more. Here a held dimension of the output of q_proj (k_proj), before
-q_norm and RoPE, has in every token of prompt and completion the mean of that layer's q_proj (k_proj) output over all tokens,
-heads and dimensions of --prompts prompts, on which the magnitudes are measured too; they are not those that are scored.
-q_norm scales a head to unit size after the clamp, so what is not held grows where much was taken away.
+The paper says "clamped to the global mean" and no more. Here a held dimension of the output of q_proj
+(k_proj), before q_norm and RoPE, has in every token of prompt and completion the mean of that layer's q_proj
+(k_proj) output over all tokens, heads and dimensions of --prompts prompts, on which the magnitudes are
+measured too; they are not those that are scored. q_norm scales a head to unit size after the clamp, so what
+is not held grows where much was taken away.
 
 Left in --out:
     NAME.safetensors      what is held (clamp.py), for an evaluation's --clamp. NAME: untouched, bottom, random-0, ..., top
     N-EVALUATION/NAME/    an evaluation's own results; N-EVALUATION/NAME.txt, what it printed
     perturbation.json     a list, one entry an evaluation: command, and rows, one a NAME: name, score and stderr in [0, 1],
-                          n (items), kept (score / untouched's) and, against untouched, item by item, stats.paired's
-                          difference, low, high, p, test; output, the commonest completion, which is output_share of all
+                          n (items), kept (score / untouched's) and, against untouched, item by item,
+                          stats.paired's difference, low, high, p, test; output, the commonest completion,
+                          which is output_share of all
 The same command goes on where an interrupted one stopped.
 """
 

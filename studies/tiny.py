@@ -2,10 +2,11 @@
 
     python -m studies.tiny --out runs/tiny
 
-First a small network has to learn to look things up at all: it reads groups of tokens and then the same groups in another
-order, and is trained on the tokens that follow a group's first, until it copies them (attention heads that do this are
-called induction heads). Then it sees conversations: a passage of the recall task and questions about it, trained on every
-answer. Passages are short here and longer in train.py: what is learned here is the skill, RL carries it to length.
+First a small network has to learn to look things up at all: it reads groups of tokens and then the same
+groups in another order, and is trained on the tokens that follow a group's first, until it copies them
+(attention heads that do this are called induction heads). Then it sees conversations: a passage of the recall
+task and questions about it, trained on every answer. Passages are short here and longer in train.py: what is
+learned here is the skill, RL carries it to length.
 """
 
 import itertools
@@ -119,9 +120,10 @@ def save_tokenizer(tokenizer, out, context):
 
 
 def token_groups(rng, vocabulary, size=5, count=6):
-    """Random groups of tokens, then twice the same groups in other orders -> ids, and which tokens are trained on: all
-    but a group's first. Tokens are drawn from the whole vocabulary: rows of the tied embedding that never occur would be
-    pushed out of the softmax by a direction common to all others, and matching tokens by content gets much harder."""
+    """Random groups of tokens, then twice the same groups in other orders -> ids, and which tokens are
+    trained on: all but a group's first. Tokens are drawn from the whole vocabulary: rows of the tied
+    embedding that never occur would be pushed out of the softmax by a direction common to all others, and
+    matching tokens by content gets much harder."""
     groups = [rng.choices(range(vocabulary), k=size) for _ in range(count)]
     again = rng.sample(groups, count) + rng.sample(groups, count)
     ids = list(itertools.chain(*groups, *again))
@@ -129,8 +131,8 @@ def token_groups(rng, vocabulary, size=5, count=6):
 
 
 def conversation(tokenizer, rng, config, progress):
-    """A passage and questions about it -> ids, and which tokens are trained on. `progress` (0 to 1) sets how long passages
-    may be."""
+    """A passage and questions about it -> ids, and which tokens are trained on. `progress` (0 to 1) sets how
+    long passages may be."""
     longest = config.min_facts + (config.max_facts - config.min_facts) * min(1.0, 2 * progress)
     facts = rng.randint(config.min_facts, round(longest))
     passage, questions = tasks.recall(rng, facts, facts, asked=min(facts, config.questions))
@@ -142,7 +144,8 @@ def conversation(tokenizer, rng, config, progress):
 
 
 def pad(rows):
-    """[(ids, trained), ...] -> ids (B, T) int64, mask (B, T) bool. Padding on the right: causal attention never sees it."""
+    """[(ids, trained), ...] -> ids (B, T) int64, mask (B, T) bool. Padding on the right: causal attention
+    never sees it."""
     ids, mask = ([torch.tensor(row[k]) for row in rows] for k in (0, 1))
     return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, mask))
 
@@ -156,8 +159,8 @@ def check(config):
 
 
 def make(config, out):
-    """Train a new model in both stages. Writes out/metrics.jsonl (step, stage, loss, grad_norm, learning_rate) and
-    out/checkpoint."""
+    """Train a new model in both stages. Writes out/metrics.jsonl (step, stage, loss, grad_norm,
+    learning_rate) and out/checkpoint."""
     tokenizer = train_tokenizer(config.vocab_size, config.seed)
     model_config = Qwen3Config(
         hidden_size=config.hidden_size,

@@ -61,14 +61,15 @@ def make_small(tied=True, seed=0, **changes):
 
 
 def module(script):
-    """The module that a path below ROOT with a folder in it, such as studies/perturb.py, is; None for others."""
+    """The module that a path below ROOT with a folder in it, such as studies/perturb.py, is; None for
+    others."""
     path = Path(script)
     return ".".join(path.with_suffix("").parts) if path.parent.name and not path.is_absolute() else None
 
 
 def run_script(*arguments, timeout=600, env=None):
-    """Run a script of the repository as a user would -> CompletedProcess with text output. A script in a room, such as
-    studies/perturb.py, runs as a module."""
+    """Run a script of the repository as a user would -> CompletedProcess with text output. A script in a
+    room, such as studies/perturb.py, runs as a module."""
     script, *arguments = map(str, arguments)
     command = [sys.executable, *(["-m", module(script)] if module(script) else [script]), *arguments]
     environment = {**os.environ, **(env or {})}
@@ -76,8 +77,9 @@ def run_script(*arguments, timeout=600, env=None):
 
 
 def run_here(script, *arguments, code=0):
-    """Run a script of the repository in this process, which has imported what it imports -> what it printed. It must end
-    with exit code `code`. A BadInput comes through; run_script shows what the user sees of one."""
+    """Run a script of the repository in this process, which has imported what it imports -> what it printed.
+    It must end with exit code `code`. A BadInput comes through; run_script shows what the user sees of
+    one."""
     argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
     start = partial(runpy.run_module, module(script)) if module(script) else partial(runpy.run_path, argv[0])
     try:
@@ -112,7 +114,8 @@ def frozen():
 
 
 def files_in(directory, but=()):
-    """All files but locks, which a start that failed may leave, and those with a suffix in `but` -> {path: bytes}."""
+    """All files but locks, which a start that failed may leave, and those with a suffix in `but` -> {path:
+    bytes}."""
     kept = (
         path
         for path in directory.rglob("*")
@@ -122,8 +125,9 @@ def files_in(directory, but=()):
 
 
 def check_refusal(arguments, pattern, directory, longest, but=()):
-    """A script run here ends with a BadInput of one line of at most `longest` characters that has the pattern. Neither what
-    `files_in` sees of `directory` nor runs/ is another then, and vLLM was not imported for it."""
+    """A script run here ends with a BadInput of one line of at most `longest` characters that has the
+    pattern. Neither what `files_in` sees of `directory` nor runs/ is another then, and vLLM was not imported
+    for it."""
     runs, before, vllm = ROOT / "runs", files_in(directory, but), "vllm" in sys.modules
     names = set(runs.iterdir()) if runs.exists() else None
     message = refusal(*arguments)
@@ -156,7 +160,8 @@ def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None, where=
 
 
 def run_nodes(nodes, code, *arguments):
-    """The same on `nodes` nodes of one process each, which this machine plays -> the last node's CompletedProcess."""
+    """The same on `nodes` nodes of one process each, which this machine plays -> the last node's
+    CompletedProcess."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,9 +1,10 @@
-"""Run by torchrun from test_distributed.py: the same step on one process and over ranks must agree, sharded and replicated,
-a group of completions on each rank or shared by several.
+"""Run by torchrun from test_distributed.py: the same step on one process and over ranks must agree, sharded
+and replicated, a group of completions on each rank or shared by several.
 
 torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT EXPORT SAVED REPLICATE CONTEXT_PARALLEL
 
-SAVED/one is of one process (resume.py), SAVED/trained the export of the same model; SAVED/many is made of what came back.
+SAVED/one is of one process (resume.py), SAVED/trained the export of the same model; SAVED/many is made of
+what came back.
 """
 
 import sys
@@ -42,8 +43,8 @@ def loss(i, part, logprobs, scale):
 
 
 def step(model, indices, scale, checkpointing, two_stage):
-    """Leaves masked gradients of `indices` of the groups -> their log-probabilities and entropies {group: (N, 2)},
-    magnitudes, masks, the norm that clipping saw."""
+    """Leaves masked gradients of `indices` of the groups -> their log-probabilities and entropies {group: (N,
+    2)}, magnitudes, masks, the norm that clipping saw."""
     model.checkpointing, values = checkpointing, {}
     with Tracker(model, tokens="not-first") as tracker:
         for i in indices:

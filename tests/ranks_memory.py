@@ -1,5 +1,5 @@
-"""Run by torchrun from test_plan.py: every rank's measured peak of an FSDP2 update beside what plan.py predicts, each rank
-with a group of its own and all with one.
+"""Run by torchrun from test_plan.py: every rank's measured peak of an FSDP2 update beside what plan.py
+predicts, each rank with a group of its own and all with one.
 
 torchrun --nproc-per-node 2 tests/ranks_memory.py CHECKPOINT
 """

@@ -1,7 +1,8 @@
 """What training reads and what may be wrong with it: one clear line for each, before anything is written.
 
-A case is a script's arguments, made in a directory of its own, and what its line must say. It runs in this process up to the
-BadInput; vLLM is not imported before it. What scripts of evaluation refuse is beside the tests of what they do.
+A case is a script's arguments, made in a directory of its own, and what its line must say. It runs in this
+process up to the BadInput; vLLM is not imported before it. What scripts of evaluation refuse is beside the
+tests of what they do.
 """
 
 import re

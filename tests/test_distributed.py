@@ -21,8 +21,8 @@ EMPTY = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=2, num_hidde
 def test_values_gradients_masks_steps_exports_and_checkpoints_equal_one_process(
     run, ranks, tied, replicate, context_parallel, shape, tmp_path
 ):
-    """Prompts and passes of 1 token to 46, most not a multiple of the ranks, with and without recomputing. What ranks.py
-    saved on those ranks is bit for bit what one process had saved."""
+    """Prompts and passes of 1 token to 46, most not a multiple of the ranks, with and without recomputing.
+    What ranks.py saved on those ranks is bit for bit what one process had saved."""
     model = make_small(tied, **shape)
     model.save_pretrained(tmp_path / "checkpoint")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -56,7 +56,8 @@ def random_batch(lengths, seed, groups=1):
 
 
 def by_hand(logprobs, old, advantages, lengths, how, low, high, dual, beta, ref, importance, max_length):
-    """Equation 3 of the GRPO paper and equation 8 of DAPO, token by token in Python floats and scalar tensors."""
+    """Equation 3 of the GRPO paper and equation 8 of DAPO, token by token in Python floats and scalar
+    tensors."""
     total, t = 0.0 * logprobs.sum(), 0
     for i, n in enumerate(lengths):
         for _ in range(n):
@@ -139,7 +140,8 @@ def terms_of(name, ref, chosen):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradient_at_ratio_one_is_the_policy_gradient(name):
-    """Where the policy has not moved since the rollout, all algorithms are one, up to the mean that they take."""
+    """Where the policy has not moved since the rollout, all algorithms are one, up to the mean that they
+    take."""
     lengths, logprobs = [2, 1, 4], torch.randn(7, requires_grad=True)
     advantages = torch.tensor([1.0, -0.5, 2.0]).repeat_interleave(torch.tensor(lengths))
     terms = terms_of(name, logprobs.detach(), torch.zeros(7, dtype=torch.bool))

@@ -1,4 +1,5 @@
-"""rollout.py: a real vLLM engine against our model, across weight syncs, seeds, prefix caching, and under a clamp."""
+"""rollout.py: a real vLLM engine against our model, across weight syncs, seeds, prefix caching, and under a
+clamp."""
 
 import os
 

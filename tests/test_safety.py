@@ -1,5 +1,5 @@
-"""The repository's sources hold nothing that runs what it reads, or opens the network unasked. Each is read as a syntax
-tree.
+"""The repository's sources hold nothing that runs what it reads, or opens the network unasked. Each is read
+as a syntax tree.
 
 What is not on a load path, and so not looked for: torch.distributed's *_object functions (all_gather_object,
 broadcast_object_list) pickle between the ranks of one run, which trust each other; no file is read that way.
@@ -59,7 +59,8 @@ def dotted(node):
 
 
 def aliases(tree):
-    """What a name stands for: import os as o -> {"o": "os"}; from os import system as s -> {"s": "os.system"}."""
+    """What a name stands for: import os as o -> {"o": "os"}; from os import system as s -> {"s":
+    "os.system"}."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,5 @@
-"""saliency.py against hand-written magnitudes, the dense layout, and what an optimizer step really does to rows."""
+"""saliency.py against hand-written magnitudes, the dense layout, and what an optimizer step really does to
+rows."""
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from saliency import Tracker, mask_gradients, masked_step, overlap, select_rows,
 
 
 def magnitudes_by_hand(model, sequences, site, counted=slice(None)):
-    """The paper's M from hooks on the projections, one sequence at a time, in float64; `counted`: of these tokens."""
+    """The paper's M from hooks on the projections, one sequence at a time, in float64; `counted`: of these
+    tokens."""
     totals, captured = {}, {}
     modules = {"proj": ("q_proj", "k_proj"), "norm": ("q_norm", "k_norm")}[site]
     hooks = []
@@ -187,8 +189,8 @@ def test_after_an_adamw_step_only_selected_rows_have_moved(small):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("unselected", ["grad", "frozen"])
 def test_unselected_rows_after_several_steps_are_what_is_promised(small, unselected, decay):
-    """Against AdamW written out by hand in float64, row by row: under "grad" a row selected before goes on moving, under
-    "frozen" neither it nor its moments change, weight decay included."""
+    """Against AdamW written out by hand in float64, row by row: under "grad" a row selected before goes on
+    moving, under "frozen" neither it nor its moments change, weight decay included."""
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2, weight_decay=decay)
     parameters = dict(small.named_parameters())
     generator = torch.Generator().manual_seed(3)

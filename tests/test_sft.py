@@ -1,4 +1,5 @@
-"""sft.py run as a script, on real chats: a golden loss, ranks, a kill and what resumes after it, and what it refuses."""
+"""sft.py run as a script, on real chats: a golden loss, ranks, a kill and what resumes after it, and what it
+refuses."""
 
 import ast
 import json
@@ -24,7 +25,8 @@ FLAGS = "--steps 3 --batch 6 --tokens-per-pass 400 --learning-rate 1e-3 --warmup
 
 
 def chats():
-    """Twenty chats, some of two turns, some that think; their text is fixed here, as the golden loss depends on it."""
+    """Twenty chats, some of two turns, some that think; their text is fixed here, as the golden loss depends
+    on it."""
     names, words = "Maria Peter Anna Victor Clara Simon Laura".split(), "lamp river stone cloud apple".split()
     rng, rows = random.Random("chats"), []
     for i in range(20):

@@ -1,4 +1,5 @@
-"""train.py run as a script, with real vLLM and real FSDP2: what it leaves behind, what it repeats, what it refuses."""
+"""train.py run as a script, with real vLLM and real FSDP2: what it leaves behind, what it repeats, what it
+refuses."""
 
 import json
 import math
@@ -82,8 +83,8 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     start = Qwen3.from_pretrained(TINY)
     assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), start.parameters(), strict=True))
 
-    # Killed between a checkpoint's own name and LATEST, then sent SIGTERM amid generating, then left alone; bench/kill.py is
-    # the module of its reward, and has more of it.
+    # Killed between a checkpoint's own name and LATEST, then sent SIGTERM amid generating, then left alone;
+    # bench/kill.py is the module of its reward, and has more of it.
     name = runs("second")
     killed, flags = (
         ROOT / "runs" / name,
@@ -120,9 +121,10 @@ def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
 
 
 def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
-    """Several updates per rollout, dynamic sampling, a choice among all tokens, KL to a reference: everything that crosses
-    ranks. Passes so small that each rank would need another number of them. The two are nodes with a replica each; then a
-    context group, of which rank 1 is killed in step 2, and torchrun starts both again."""
+    """Several updates per rollout, dynamic sampling, a choice among all tokens, KL to a reference: everything
+    that crosses ranks. Passes so small that each rank would need another number of them. The two are nodes
+    with a replica each; then a context group, of which rank 1 is killed in step 2, and torchrun starts both
+    again."""
     cov = ["--algorithm", "clip-cov", "--updates", 2, "--unselected", "frozen", "--tokens", "not-first"]
     grpo = ["--algorithm", "grpo", "--beta", 0.04]
     killed = "--save-every 1 --resume auto --reward kill:exact --context-parallel 2".split()
@@ -176,8 +178,8 @@ def length(answer, row):
 
 
 def test_own_data_and_reward_through_a_toml_file_and_numbers_that_are_not_finite(runs, tmp_path):
-    """The reward module spoils the sampler's log-probability of a token and of a whole completion in step 1, the loss of the
-    first update of step 2, and of both of step 3."""
+    """The reward module spoils the sampler's log-probability of a token and of a whole completion in step 1,
+    the loss of the first update of step 2, and of both of step 3."""
     rows = [
         {"prompt": f"What is the code for {name}?", "answer": "x", "wanted": "The"}
         for name in ("Leo", "Eva") * 4
@@ -213,8 +215,8 @@ def score(answer, row):
 
 
 def test_a_reward_that_fails_costs_no_step(runs, tmp_path):
-    """One worker scores 9 rows with an empty answer, 10 answers to held-out prompts, 16 of step 1, then fails; its trainer
-    saves that step."""
+    """One worker scores 9 rows with an empty answer, 10 answers to held-out prompts, 16 of step 1, then
+    fails; its trainer saves that step."""
     (tmp_path / "fails.py").write_text(FAILS)
     name, prompts = runs("fails"), [{"prompt": f"p{i}", "answer": "a"} for i in range(9)]
     data, held_out = rows(tmp_path / "rows.jsonl", *prompts[:8]), rows(tmp_path / "held.jsonl", prompts[8])

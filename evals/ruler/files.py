@@ -1,7 +1,7 @@
 """RULER's data files: what they are called, where people get them, and what must be in them.
 
-They are read from --data-dir, under the names RULER's repository gives the files (scripts/data/synthetic/json) or the
-names their publishers give them:
+They are read from --data-dir, under the names RULER's repository gives the files
+(scripts/data/synthetic/json) or the names their publishers give them:
     PaulGrahamEssays.json   {"text": ...}; essay haystacks. Without it a generated substitute is used and said
     squad.json              SQuAD 2.0's dev-v2.0.json; qa_1, no substitute
     hotpotqa.json           HotpotQA's hotpot_dev_distractor_v1.json; qa_2, no substitute
@@ -43,8 +43,8 @@ FILES = {
 
 
 def _of(kind, record, key, place, empty=False):
-    """record[key], which must be of the type `kind`, and no list without items unless `empty`; place: of `record` in the
-    file, for the message."""
+    """record[key], which must be of the type `kind`, and no list without items unless `empty`; place: of
+    `record` in the file, for the message."""
     if not isinstance(record, (list if isinstance(key, int) else dict)):
         raise ValueError(
             f"{place} is {_brief(record)}, not {'a list' if isinstance(key, int) else 'an object'}"
@@ -93,8 +93,8 @@ def english_words(content):
 
 
 def squad(content):
-    """The JSON of squad.json -> (questions, documents): sorted different texts, and for each answerable question (query,
-    answers, its own documents, documents preferred as distractors), documents by index."""
+    """The JSON of squad.json -> (questions, documents): sorted different texts, and for each answerable
+    question (query, answers, its own documents, documents preferred as distractors), documents by index."""
     paragraphs, questions, asked = [], [], []  # asked: (query, answers, paragraph)
     for a, article in enumerate(_of(list, content, "data", "the file")):
         first = len(paragraphs)

@@ -1,4 +1,5 @@
-"""RULER (arXiv 2404.06654), generated to the token: sets of samples, their cache, and scores. The tasks: ruler_tasks.py.
+"""RULER (arXiv 2404.06654), generated to the token: sets of samples, their cache, and scores. The tasks:
+ruler_tasks.py.
 
     import ruler
     from tokenizers import Tokenizer
@@ -7,10 +8,11 @@
     ruler.score("vt", "ABCDE, FGHIJ", rows[0]["outputs"])
 
 Our own code, after the behaviour of github.com/NVIDIA/RULER since July 2025 (scripts/data/synthetic: niah.py,
-variable_tracking.py, common_words_extraction.py, freq_words_extraction.py, qa.py): the same random numbers are drawn in
-the same order, by the probes that size the haystack and by the samples that come out too long as well. docs/ruler.md says
-which tasks are byte-equal to RULER's files, and how much of the window each fills. Where RULER would loop for ever (no
-haystack fits) this module raises BadInput, after drawing the smallest haystack `TRIES` times as RULER would.
+variable_tracking.py, common_words_extraction.py, freq_words_extraction.py, qa.py): the same random numbers
+are drawn in the same order, by the probes that size the haystack and by the samples that come out too long as
+well. docs/ruler.md says which tasks are byte-equal to RULER's files, and how much of the window each fills.
+Where RULER would loop for ever (no haystack fits) this module raises BadInput, after drawing the smallest
+haystack `TRIES` times as RULER would.
 """
 
 import fcntl
@@ -43,10 +45,11 @@ VERSION = (
 def generate(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix=True):
     """`samples` samples of a task whose tokens and tokens_to_generate together are at most `length`.
 
-    template: the model's, with a {task_template} slot (TEMPLATES). Without `answer_prefix` the prompt ends with the
-    template; examples inside the prompt keep theirs. -> list of {"index", "input", "answer_prefix", "outputs", "length"}:
-    the prompt is input + answer_prefix, "outputs" the strings to be found, "length" its tokens + tokens_to_generate.
-    Raises BadInput for a window too small, a missing or malformed file, or more samples than a QA file has questions.
+    template: the model's, with a {task_template} slot (TEMPLATES). Without `answer_prefix` the prompt ends
+    with the template; examples inside the prompt keep theirs. -> list of {"index", "input", "answer_prefix",
+    "outputs", "length"}: the prompt is input + answer_prefix, "outputs" the strings to be found, "length" its
+    tokens + tokens_to_generate. Raises BadInput for a window too small, a missing or malformed file, or more
+    samples than a QA file has questions.
     """
     for records in _attempts(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix):
         try:
@@ -56,17 +59,18 @@ def generate(task_name, length, samples, seed, tokenizer, template, corpora, ans
 
 
 def encode(task_name, text, tokenizer, template):
-    """A sample's input + answer_prefix -> token ids (list of int), as `generate` counted them: a control token that a
-    document spells is text."""
+    """A sample's input + answer_prefix -> token ids (list of int), as `generate` counted them: a control
+    token that a document spells is text."""
     return _counter(TASKS[task_name], tokenizer, False, template).encode(text)
 
 
 def enough(task_name, tokenizer, template, corpora, answer_prefix=True, samples=500):
-    """The lengths in tokens that are enough for a task -> list of (from, to), both included, `to` may be infinite.
+    """The lengths in tokens that are enough for a task -> list of (from, to), both included, `to` may be
+    infinite.
 
-    Enough is what the smallest haystack takes in the longest of 100 draws (qa: for the longest of the first `samples`
-    questions); `generate` draws again what comes out longer, so a few tokens less may do as well. There can be two ranges,
-    because RULER's steps and lists are other ones below 4096."""
+    Enough is what the smallest haystack takes in the longest of 100 draws (qa: for the longest of the first
+    `samples` questions); `generate` draws again what comes out longer, so a few tokens less may do as well.
+    There can be two ranges, because RULER's steps and lists are other ones below 4096."""
     task, ranges = _checked(task_name, 1, 1, template, corpora), []
     for lowest, highest in ((1, 4095), (4096, math.inf)):
         probe = max(
@@ -128,13 +132,14 @@ def _job(task, length, seed, count, template, corpora, answer_prefix):
 
 
 def _counter(task, tokenizer, fast, template):
-    """cwe has no documents, and its example repeats the template: there all control tokens are the template's."""
+    """cwe has no documents, and its example repeats the template: there all control tokens are the
+    template's."""
     return Counter(tokenizer, fast, None if task.kind == "cwe" else template)
 
 
 def _attempts(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix):
-    """Iterators over the same records: where the first raises _Disagreement, because the counts of this tokenizer's pieces
-    do not add up after all, the second counts whole texts."""
+    """Iterators over the same records: where the first raises _Disagreement, because the counts of this
+    tokenizer's pieces do not add up after all, the second counts whole texts."""
     task = _checked(task_name, length, samples, template, corpora)
     for fast in (True, False) if additive(tokenizer) else (False,):
         yield _records(
@@ -195,13 +200,14 @@ def build(
     workers=None,
     answer_prefix=True,
 ):
-    """Makes every (task, length) set that `cache_dir` does not have, in `workers` processes (None: one a core)
-    -> {(task, length): path}.
+    """Makes every (task, length) set that `cache_dir` does not have, in `workers` processes (None: one a
+    core) -> {(task, length): path}.
 
-    tokenizer_path: a tokenizer.json or the directory of a checkpoint. `read` reads a path. A set is made anew if it has
-    fewer samples than asked for, or is damaged (then with a warning). Call it before an engine or CUDA is started: the
-    workers are forks. Two processes with one `cache_dir` make sets one after the other. Raises BadInput as `generate` does,
-    for all sets too small at once, and for a directory that cannot be written; a set is kept whole or not at all.
+    tokenizer_path: a tokenizer.json or the directory of a checkpoint. `read` reads a path. A set is made anew
+    if it has fewer samples than asked for, or is damaged (then with a warning). Call it before an engine or
+    CUDA is started: the workers are forks. Two processes with one `cache_dir` make sets one after the other.
+    Raises BadInput as `generate` does, for all sets too small at once, and for a directory that cannot be
+    written; a set is kept whole or not at all.
     """
     if template_name not in TEMPLATES:
         raise BadInput(f"{template_name!r} is not a template; they are {', '.join(TEMPLATES)}")
@@ -320,8 +326,8 @@ def _write_number(i):
 
 
 def _write(target, arguments, made):
-    """One JSON object a line, written as it is made, and a last line with the number of samples and the hash of the lines
-    before it. made(tokens) is told of each sample."""
+    """One JSON object a line, written as it is made, and a last line with the number of samples and the hash
+    of the lines before it. made(tokens) is told of each sample."""
     length = arguments[1]
     with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".tmp", delete=False) as file:
         try:
@@ -392,6 +398,7 @@ def string_match_part(prediction, outputs):
 
 
 def score(task_name, prediction, outputs):
-    """The score in [0, 1] of one generated text, without the answer prefix; a task's is the mean x 100, two decimals."""
+    """The score in [0, 1] of one generated text, without the answer prefix; a task's is the mean x 100, two
+    decimals."""
     metric = {"all": string_match_all, "part": string_match_part}[TASKS[task_name].metric]
     return metric(clean(prediction), outputs)

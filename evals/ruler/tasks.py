@@ -1,8 +1,10 @@
-"""RULER's 13 tasks: what is drawn for one sample, and how large a haystack fits (ruler.py makes sets of them).
+"""RULER's 13 tasks: what is drawn for one sample, and how large a haystack fits (ruler.py makes sets of
+them).
 
-A kind of task is a function (Job) -> Recipe; recipe.draw(size, index) draws the index-th sample with a haystack of `size`
-units (index None: a probe of the size) and returns (pieces of the full text, outputs), or None where there are too few
-different words. Random numbers are drawn in RULER's order (ruler.py says which RULER, docs/ruler.md what is equal).
+A kind of task is a function (Job) -> Recipe; recipe.draw(size, index) draws the index-th sample with a
+haystack of `size` units (index None: a probe of the size) and returns (pieces of the full text, outputs), or
+None where there are too few different words. Random numbers are drawn in RULER's order (ruler.py says which
+RULER, docs/ruler.md what is equal).
 """
 
 import itertools
@@ -22,8 +24,8 @@ TRIES = 100  # redraws of the smallest haystack before a window is called too sm
 
 @dataclass(frozen=True)
 class Task:
-    """One of the 13: its generator (`kind`) with parameters, the answer's budget in tokens, "all" or "part" of the
-    outputs to be found, and the files it needs by RULER's names (ruler_data.FILES)."""
+    """One of the 13: its generator (`kind`) with parameters, the answer's budget in tokens, "all" or "part"
+    of the outputs to be found, and the files it needs by RULER's names (ruler_data.FILES)."""
 
     name: str
     kind: str
@@ -72,7 +74,8 @@ FWE_LEAST_BUDGET = 250  # tokens: five coded words, of which three are the answe
 
 @dataclass
 class Job:
-    """What the generators share. `template`: full text with {context}; rng stands for Python's global generator."""
+    """What the generators share. `template`: full text with {context}; rng stands for Python's global
+    generator."""
 
     task: Task
     length: int
@@ -88,7 +91,8 @@ class Job:
         return self.model_template.replace("{task_template}", PROMPTS[self.task.kind][0]) + self.prefix
 
     def shuffle(self, items):
-        """RULER's fixed permutation: the same for every list of one length, and the global generator does not move."""
+        """RULER's fixed permutation: the same for every list of one length, and the global generator does not
+        move."""
         random.Random(self.seed).shuffle(items)
 
 
@@ -102,7 +106,8 @@ class Recipe:
 
 
 def niah(job):
-    """Needles "One of the special magic numbers for KEY is: VALUE." in an essay, in noise or among other needles."""
+    """Needles "One of the special magic numbers for KEY is: VALUE." in an essay, in noise or among other
+    needles."""
     p, rng = job.task.parameters, job.rng
     kind, template = p["value"], job.template
     if p["queries"] * p["values"] == 1:  # RULER's singular, on the model's template as well
@@ -350,7 +355,8 @@ def fit_fwe(recipe, count, budget):
 
 
 def sample(recipe, size, index, count, length, tokens_to_generate):
-    """The index-th sample in the largest haystack up to `size` that fits -> (pieces, outputs). Raises TooSmall."""
+    """The index-th sample in the largest haystack up to `size` that fits -> (pieces, outputs). Raises
+    TooSmall."""
     tries = 0
     while tries < TRIES:
         drawn = recipe.draw(size, index)

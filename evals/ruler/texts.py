@@ -1,8 +1,8 @@
 """What RULER's tasks are made of: word lists, essays, question answering sets (ruler.py makes the tasks).
 
-Everything that cannot be shipped is read from --data-dir (ruler_files.py). The word lists come from the package
-wonderwords. Sentences are split by NLTK's punkt if it is installed with its data (punkt_tab), as RULER does, and by the
-rule of `_sentence_ends` if not.
+Everything that cannot be shipped is read from --data-dir (ruler_files.py). The word lists come from the
+package wonderwords. Sentences are split by NLTK's punkt if it is installed with its data (punkt_tab), as
+RULER does, and by the rule of `_sentence_ends` if not.
 """
 
 import bisect
@@ -67,14 +67,16 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 # ----------------------------------------------------------------------------------------------------- counting tokens
 
-# Qwen's pre-tokenizer. A token never crosses these cuts, so the counts of the parts add up (tests/test_ruler.py):
-# between anything but white space and a space, after a line end that no white space follows, between a letter and "-".
+# Qwen's pre-tokenizer. A token never crosses these cuts, so the counts of the parts add up
+# (tests/test_ruler.py): between anything but white space and a space, after a line end that no white space
+# follows, between a letter and "-".
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CACHED_COUNTS = 200_000  # pieces whose counts are kept: some 30 MB
 
 
 def additive(tokenizer):
-    """Whether `tokenizer` (tokenizers.Tokenizer) is a byte-level BPE cut by Qwen's rule: counts of pieces then add up."""
+    """Whether `tokenizer` (tokenizers.Tokenizer) is a byte-level BPE cut by Qwen's rule: counts of pieces
+    then add up."""
     if tokenizer.pre_tokenizer is None:
         return False
     normalizer = json.loads(tokenizer.normalizer.__getstate__())["type"] if tokenizer.normalizer else None
@@ -93,8 +95,9 @@ def additive(tokenizer):
 
 
 class Counter:
-    """Tokens of a text given in pieces; no special tokens are added. `fast`: sum up the pieces' remembered counts, in which
-    every control token acts: what is made by them must be checked with `full`. template: see `encode`."""
+    """Tokens of a text given in pieces; no special tokens are added. `fast`: sum up the pieces' remembered
+    counts, in which every control token acts: what is made by them must be checked with `full`. template: see
+    `encode`."""
 
     def __init__(self, tokenizer, fast, template=None):
         if tokenizer.truncation or tokenizer.padding:
@@ -104,8 +107,9 @@ class Counter:
         self.tokenizer, self.fast, self.template, self.counts = tokenizer, fast, template, {}
 
     def encode(self, text):
-        """A full text -> token ids. Of the control tokens that it spells only the template's act, the first ones and the
-        last; in a document <|im_end|> is letters, see data.encode_parts. Without a template all act."""
+        """A full text -> token ids. Of the control tokens that it spells only the template's act, the first
+        ones and the last; in a document <|im_end|> is letters, see data.encode_parts. Without a template all
+        act."""
         control = [
             token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special
         ]
@@ -167,7 +171,8 @@ def lines(text):
 
 @functools.cache
 def word_lists():
-    """wonderwords' (nouns, adjectives, verbs), each a list in file order. Raises BadInput for another version's lists."""
+    """wonderwords' (nouns, adjectives, verbs), each a list in file order. Raises BadInput for another
+    version's lists."""
     folder = importlib.resources.files("wonderwords") / "assets"
     texts = [
         (folder / f"{kind}list.txt").read_text(encoding="utf-8") for kind in ("noun", "adjective", "verb")
@@ -187,7 +192,8 @@ def all_words():
 
 
 class Keys:
-    """The 6,171,620 strings "adjective-noun" in sorted order, as a sequence; holds 80 thousand of them, not 800 MB."""
+    """The 6,171,620 strings "adjective-noun" in sorted order, as a sequence; holds 80 thousand of them, not
+    800 MB."""
 
     def __init__(self):
         nouns, adjectives, _ = word_lists()
@@ -272,7 +278,8 @@ _NAMES = "Anna Bruno Clara David Elena Felix Greta Henry Irene Jonas Laura Marco
 
 
 def substitute_essay(words=250_000):
-    """English-like prose of at least `words` words, always the same: templates filled from wonderwords' lists."""
+    """English-like prose of at least `words` words, always the same: templates filled from wonderwords'
+    lists."""
     rng = random.Random("RULER's essay haystack, a substitute")
     slots = dict(
         zip(
@@ -295,8 +302,9 @@ _ABBREVIATIONS = frozenset("mr mrs ms dr st prof vs etc e.g i.e cf no jr sr inc 
 
 
 def _sentence_ends(words):
-    """Indices one past each word that ends a sentence: it ends in . ? or ! (then quotes or brackets) and the next word
-    starts with a capital or a digit (after quotes or brackets); not after initials and usual abbreviations."""
+    """Indices one past each word that ends a sentence: it ends in . ? or ! (then quotes or brackets) and the
+    next word starts with a capital or a digit (after quotes or brackets); not after initials and usual
+    abbreviations."""
     ends = []
     for i, (word, following) in enumerate(zip(words, words[1:] + words[:1]), 1):
         bare = word.rstrip("\"')]}’”")
@@ -346,8 +354,8 @@ class Corpora:
         self.sentences = functools.lru_cache(maxsize=16)(self._sentences)
 
     def blocked(self, tasks, lengths):
-        """{task name: which file is missing}, for those of `tasks` (ruler.Task) that cannot run at one of `lengths`. Raises
-        BadInput for a malformed file."""
+        """{task name: which file is missing}, for those of `tasks` (ruler.Task) that cannot run at one of
+        `lengths`. Raises BadInput for a malformed file."""
         reasons = {}
         for task in tasks:
             try:
@@ -357,7 +365,8 @@ class Corpora:
         return reasons
 
     def check(self, task, length):
-        """Raises MissingFile or BadInput if a file that `task` needs at `length` tokens is missing or malformed."""
+        """Raises MissingFile or BadInput if a file that `task` needs at `length` tokens is missing or
+        malformed."""
         if "PaulGrahamEssays.json" in task.needs:
             self.essay_words  # noqa: B018 - reading it is the check
         if task.kind == "qa":
@@ -372,7 +381,8 @@ class Corpora:
             self._need("english_words.json", "cwe in this window")
 
     def fingerprint(self, task):
-        """Text that changes with whatever `task`'s samples are made from: file hashes and the sentence splitter."""
+        """Text that changes with whatever `task`'s samples are made from: file hashes and the sentence
+        splitter."""
         parts = []
         for name in task.needs:
             path = self._find(name)
@@ -420,8 +430,9 @@ class Corpora:
 
     @functools.cache  # noqa: B019 - a handful of objects a process
     def questions(self, name):
-        """`name`: squad.json or hotpotqa.json -> (questions, documents): sorted different texts, and for each question
-        (query, answers, its own documents, documents preferred as distractors), documents by index."""
+        """`name`: squad.json or hotpotqa.json -> (questions, documents): sorted different texts, and for each
+        question (query, answers, its own documents, documents preferred as distractors), documents by
+        index."""
         return self._read(name, squad if name == "squad.json" else hotpotqa)
 
     def _find(self, name):

@@ -1,4 +1,5 @@
-"""RULER's 13 tasks as the specification reads: plain strings, the global generators, everything tokenized at every step.
+"""RULER's 13 tasks as the specification reads: plain strings, the global generators, everything tokenized at
+every step.
 
 And what its tests share: small data files, a tokenizer that is awkward to count with."""
 
@@ -21,7 +22,8 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 
 def plain(name, length, samples, tokenizer, template, corpora):
-    """Part A of the specification on strings and the global generators, everything tokenized at every step."""
+    """Part A of the specification on strings and the global generators, everything tokenized at every
+    step."""
     task = ruler.TASKS[name]
     body, prefix = texts.PROMPTS[task.kind]
     full, budget = template.replace("{task_template}", body) + prefix, task.tokens_to_generate
@@ -226,7 +228,8 @@ def plain(name, length, samples, tokenizer, template, corpora):
 
 
 def small_data(folder):
-    """Small files in the official formats: 6 articles of 8 paragraphs, 60 HotpotQA questions, and words; -> folder."""
+    """Small files in the official formats: 6 articles of 8 paragraphs, 60 HotpotQA questions, and words; ->
+    folder."""
     rng = random.Random(5)
     words = _get_words_from_text_file("nounlist.txt")
 

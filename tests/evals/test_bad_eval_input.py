@@ -1,6 +1,6 @@
-"""What evaluations, figures and ablations read, and what may be wrong with it: one clear line for each, and nothing is
-written or lost. A case is a script's arguments, made in a directory of its own, and what its line must say; as in
-test_bad_input.py, which has what training reads. Engines start after all of these checks.
+"""What evaluations, figures and ablations read, and what may be wrong with it: one clear line for each, and
+nothing is written or lost. A case is a script's arguments, made in a directory of its own, and what its line
+must say; as in test_bad_input.py, which has what training reads. Engines start after all of these checks.
 """
 
 import json
@@ -109,7 +109,8 @@ def result(**changes):
 
 
 def finished(*lines, of=(), **settings):
-    """eval_gsm8k.py of one problem, whose --out holds these lines; of: what its settings lack. settings: what is other."""
+    """eval_gsm8k.py of one problem, whose --out holds these lines; of: what its settings lack. settings: what
+    is other."""
 
     def make(t):
         data, out = write(t / "data", QUESTION), t / "out"

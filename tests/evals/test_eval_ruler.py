@@ -180,7 +180,8 @@ def bigrams(path, chain):
 
 
 def test_thinking_scores_what_follows_it(cache, tmp_path):
-    """Models that say the number of the first sample after </think>, or before it only, or never end thinking."""
+    """Models that say the number of the first sample after </think>, or before it only, or never end
+    thinking."""
     tokenizer, corpora = Tokenizer.from_file(str(TINY / "tokenizer.json")), ruler.Corpora()
     for seed in range(1000):  # a number of seven different digits
         made = ruler.generate(

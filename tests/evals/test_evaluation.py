@@ -1,4 +1,5 @@
-"""evaluation.py and stats.py: results across interruptions, real vLLM with YaRN, statistics worked by hand."""
+"""evaluation.py and stats.py: results across interruptions, real vLLM with YaRN, statistics worked by
+hand."""
 
 import dataclasses
 import json
@@ -214,7 +215,8 @@ def engine():
 
 @pytest.mark.xdist_group("engine")
 def test_yarn_reaches_vllm_beyond_the_context(engine):
-    """The engine's own configuration, and a prompt of 5,000 tokens continued as our model does with the same RoPE."""
+    """The engine's own configuration, and a prompt of 5,000 tokens continued as our model does with the same
+    RoPE."""
     config = engine.rollout.engine.llm_engine.model_config
     assert (
         config.hf_config.rope_parameters == {**YARN, "rope_theta": 10000.0} and config.max_model_len == 6000
@@ -322,7 +324,8 @@ def test_paired_by_hand():
 
 
 def test_paired_fractions():
-    """Sign flips: of the 2^6 sign patterns of six equal differences two are as extreme. The interval is the normal one."""
+    """Sign flips: of the 2^6 sign patterns of six equal differences two are as extreme. The interval is the
+    normal one."""
     r = stats.paired([0.25] * 6, [0.5] * 6)
     assert (
         r["test"] == "sign flips"

@@ -1,4 +1,5 @@
-"""longbench.py against the specification written out again; eval_longbench.py as a script with real vLLM on assets/tiny."""
+"""longbench.py against the specification written out again; eval_longbench.py as a script with real vLLM on
+assets/tiny."""
 
 import hashlib
 import itertools
@@ -81,7 +82,8 @@ def test_texts_are_filled_in_in_the_official_order():
 
 
 def official(tokenizer, prompt, max_len, thinking):
-    """As pred.py and a chat endpoint do: encode, cut, decode; then the template around the text, and encode that."""
+    """As pred.py and a chat endpoint do: encode, cut, decode; then the template around the text, and encode
+    that."""
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if len(ids) > max_len:
         ids = ids[: max_len // 2] + ids[-max_len // 2 :]
@@ -448,7 +450,8 @@ def finished(tmp_path, *arguments, scores=(1, 1, 0, 0, 0), **changes):
 def test_the_table_by_hand(tmp_path):
     """Right, right, empty, unreadable, wrong; no item is long."""
     results, score, items, stdout = finished(tmp_path)
-    # 2 of 5: deviation sqrt(2 * 0.36 + 3 * 0.16) / 2, over sqrt(5); short 1 of 3: sqrt(2 / 3 / 2 / 3); medium 1 of 2: 1/2
+    # 2 of 5: deviation sqrt(2 * 0.36 + 3 * 0.16) / 2, over sqrt(5); short 1 of 3: sqrt(2 / 3 / 2 / 3); medium
+    # 1 of 2: 1/2
     assert score == ["40.0±24.5", "100.0±0.0", "0.0±0.0", "33.3±33.3", "50.0±50.0", "-"]
     assert items == ["5", "2", "3", "3", "2", "0"] and results["scores"]["Long"] is None
     assert "1 of 5 outputs are empty, 2 of 5 give no readable answer" in stdout

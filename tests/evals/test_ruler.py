@@ -1,4 +1,5 @@
-"""ruler.py: the texts against a plain reading of the specification, token windows, caches, scores, refusals."""
+"""ruler.py: the texts against a plain reading of the specification, token windows, caches, scores,
+refusals."""
 
 import base64
 import itertools
@@ -87,7 +88,8 @@ def check_plain(name, length, template, tokenizer, corpora):
 
 @pytest.mark.parametrize("name", ["qa_1", "niah_single_2"])
 def test_control_tokens_in_documents_are_text(name, tmp_path, tiny):
-    """They neither end the user's turn nor make the prompt longer than its window: as text they are many tokens."""
+    """They neither end the user's turn nor make the prompt longer than its window: as text they are many
+    tokens."""
     said = "He typed <|im_end|>\n<|im_start|>assistant\n<|endoftext|> twice. "
     qa = [{"question": "Who <|im_end|>?", "answers": [{"text": "A"}], "is_impossible": False}]
     paragraphs = [{"context": f"{i} {said}", "qas": qa} for i in range(150)]
@@ -161,7 +163,8 @@ def gpt2_split():
 
 @pytest.mark.parametrize("name", ruler.TASKS)
 def test_no_sample_is_longer_than_its_window(name, tiny, qwen, corpora):
-    """From the smallest length on, with each template, and for some tasks a tokenizer whose pieces do not add up."""
+    """From the smallest length on, with each template, and for some tasks a tokenizer whose pieces do not add
+    up."""
     cases = [(tiny, "base", 4), (qwen, "qwen3", 4)]
     if name in ("niah_single_2", "vt", "cwe", "fwe", "qa_2"):
         cases.append((gpt2_split(), "qwen3-thinking", 1))

@@ -1,4 +1,5 @@
-"""ruler.build: sets in the cache, made by one process or many, damaged, half made, in the way of each other."""
+"""ruler.build: sets in the cache, made by one process or many, damaged, half made, in the way of each
+other."""
 
 import os
 import re

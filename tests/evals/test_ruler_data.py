@@ -42,7 +42,8 @@ def test_missing_files_block_their_tasks_by_name(tmp_path):
 
 
 def squad(*path, value=None):
-    """Two paragraphs with a question each in the published format, in which the value at `path` is another."""
+    """Two paragraphs with a question each in the published format, in which the value at `path` is
+    another."""
     qa = [
         {"question": "Q?", "id": "1", "answers": [{"text": "A", "answer_start": 0}], "is_impossible": False}
     ]

@@ -29,7 +29,8 @@ def test_chat_is_qwen3s_template_for_known_prompts():
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_chat_equals_the_template_shipped_with_the_tiny_model(thinking):
-    """The jinja template that transformers and vLLM apply, and ours, which training applies, are two texts."""
+    """The jinja template that transformers and vLLM apply, and ours, which training applies, are two
+    texts."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     for messages in (
         [{"role": "user", "content": "One\n\ntwo "}],

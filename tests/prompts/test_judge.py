@@ -15,7 +15,8 @@ ROW = {"id": "r", "prompt": DOCQA, "answer": "the answer is Ann Smith", "data_so
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Answers as the server's `script` says, in order, the last for ever: a reply, a status, or what to do."""
+    """Answers as the server's `script` says, in order, the last for ever: a reply, a status, or what to
+    do."""
 
     def do_GET(self):
         self.send(200, json.dumps({"data": [{"id": "m"}]}))

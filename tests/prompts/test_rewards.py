@@ -131,8 +131,8 @@ def test_published_memagent_reads_the_last_300_characters_and_compares_up_to_spa
 
 @pytest.mark.parametrize("text", ["__import__('os').abort()", "9**9**9", "1/2", "2+2"])
 def test_no_number_is_evaluated(text):
-    """QwenLong-L1 hands the model's text to eval(). Ours reads numerals, in both forms: these are not equal to what they
-    would evaluate to, and nothing happens."""
+    """QwenLong-L1 hands the model's text to eval(). Ours reads numerals, in both forms: these are not equal
+    to what they would evaluate to, and nothing happens."""
     for gold in ("4", "0.5"):
         row = {**MATH, "answer": gold}
         assert (
@@ -181,7 +181,8 @@ def test_exact_is_symmetric_and_an_answer_that_is_there_equals_itself(a, b):
     assert rewards.exact(a, {"answer": a}) == float(bool(a.strip()))
 
 
-# Words of one half of the alphabet are golds, of the other half what has nothing to do with them. No articles, no yes or no.
+# Words of one half of the alphabet are golds, of the other half what has nothing to do with them. No
+# articles, no yes or no.
 golds = st.lists(st.text("bcdefgBCDEFG0", min_size=2, max_size=5), min_size=1, max_size=4).map(" ".join)
 others = st.lists(st.text("pqrsuvwPQRSUVW", min_size=2, max_size=5), max_size=7).map(" ".join)
 decorations = st.text(" ,;!?'\"", max_size=3)

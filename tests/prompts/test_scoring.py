@@ -1,4 +1,5 @@
-"""scoring.py: workers change how long it takes, and nothing else; what goes wrong in one is said in one line."""
+"""scoring.py: workers change how long it takes, and nothing else; what goes wrong in one is said in one
+line."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""sources.py: the published schemas as Parquet and JSONL, mixtures whose cursor resumes, and the refusals a user meets."""
+"""sources.py: the published schemas as Parquet and JSONL, mixtures whose cursor resumes, and the refusals a
+user meets."""
 
 import json
 from collections import Counter

@@ -23,7 +23,8 @@ DEEP |= dict(intermediate_size=160, vocab_size=3000, tie_word_embeddings=False)
 
 
 def measured(model, optimizer, prompt, lengths, tokens_per_pass):
-    """Bytes at the peak of an update of two equal groups, with what is held all the time (parameters and moments)."""
+    """Bytes at the peak of an update of two equal groups, with what is held all the time (parameters and
+    moments)."""
     prompt, completions = draw_group(model.config, prompt, lengths, "cpu")
     weights = [torch.ones(n) for n in lengths]
 

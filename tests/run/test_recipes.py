@@ -1,5 +1,6 @@
-"""recipes/: every row of the paper's table parses, fits its eight GPUs by the plan, and takes a step in small, on stand-ins
-in the published schemas: a checkpoint with the real shapes (and holes for weights), data of every source."""
+"""recipes/: every row of the paper's table parses, fits its eight GPUs by the plan, and takes a step in
+small, on stand-ins in the published schemas: a checkpoint with the real shapes (and holes for weights), data
+of every source."""
 
 import json
 import math
@@ -43,7 +44,8 @@ def rl(row):
 
 
 def write_checkpoint(directory, size):
-    """A directory as Hugging Face has Qwen3-8B-Base, two shards whose tensors are holes in the files; tiny's tokenizer."""
+    """A directory as Hugging Face has Qwen3-8B-Base, two shards whose tensors are holes in the files; tiny's
+    tokenizer."""
     config = Qwen3Config.preset(size)
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config.to_dict(torch.bfloat16)))

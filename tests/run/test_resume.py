@@ -1,5 +1,6 @@
-"""resume.py, durable.py, interrupt.py: what is saved comes back to the bit, what is damaged is named, what fails leaves the
-rest whole. tests/ranks.py has the part with several ranks, test_train.py and test_sft.py whole runs that are killed."""
+"""resume.py, durable.py, interrupt.py: what is saved comes back to the bit, what is damaged is named, what
+fails leaves the rest whole. tests/ranks.py has the part with several ranks, test_train.py and test_sft.py
+whole runs that are killed."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""ablation.py: which runs there are, what is not run again, which learning rate wins, and the statistics of its report."""
+"""ablation.py: which runs there are, what is not run again, which learning rate wins, and the statistics of
+its report."""
 
 import json
 
@@ -94,7 +95,8 @@ def test_what_is_compared_at_which_rate(tmp_path):
 
 
 def test_the_report_pairs_by_seed(tmp_path, capsys):
-    """top is better than all by 2 points of reward in every seed, whatever the seed does, and than all at its rate by 5."""
+    """top is better than all by 2 points of reward in every seed, whatever the seed does, and than all at its
+    rate by 5."""
     records, dense = swept(), Arm("recall", "dapo", "all", 0.3)
     for seed, level in enumerate([0.5, 0.6, 0.7, 0.8]):
         records.append(record(dense, 1e-3, seed, level))
@@ -138,7 +140,8 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
 
 
 def test_own_data_are_a_task_of_their_own(tmp_path):
-    """Named by a flag or by a file; held-out data must be named as well. No flag of ours is one that train.py refuses."""
+    """Named by a flag or by a file; held-out data must be named as well. No flag of ours is one that train.py
+    refuses."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "p", "answer": "a"}))
     (tmp_path / "c.toml").write_text(f'data = ["{rows}"]\neval_data = ["{rows}"]')

@@ -1,4 +1,5 @@
-"""magnitudes.py, clamp.py and perturb.py: statistics worked by hand, clamps and their files, scripts and refusals."""
+"""magnitudes.py, clamp.py and perturb.py: statistics worked by hand, clamps and their files, scripts and
+refusals."""
 
 import json
 
@@ -162,7 +163,8 @@ def test_clamp_files_say_how_they_were_chosen_and_others_are_refused(tmp_path):
 
 
 def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path):
-    """Its evaluations, finished beforehand by hand, report again under its clamps: no engine, but all else."""
+    """Its evaluations, finished beforehand by hand, report again under its clamps: no engine, but all
+    else."""
 
     def perturb(*arguments):
         return run_here("studies/perturb.py", TINY, "--prompts", 2, "--out", tmp_path, *arguments)

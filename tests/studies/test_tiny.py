@@ -13,7 +13,8 @@ TINY = ROOT / "assets" / "tiny"
 
 
 def test_the_curriculum_makes_a_model_without_data(tmp_path):
-    """A step of each stage; its conversations are the text of the chat template, its answers what is trained on."""
+    """A step of each stage; its conversations are the text of the chat template, its answers what is trained
+    on."""
     flags = "--copy-until 99 --steps 2 --batch 2 --vocab-size 600 --hidden-size 16".split()
     run_here("studies/tiny.py", "--out", tmp_path / "new", *flags)
     lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
