@@ -1,22 +1,23 @@
 """Qwen3 by hand: blocks, log-probabilities of a group that reads its prompt once, activation statistics.
 
     model = Qwen3.from_pretrained("assets/tiny")
-    logits = model(input_ids)                                # (B, T) -> (B, T, V), a plain causal language model
-    logprobs = model.group_logprobs(prompt_ids, completions) # prompt and completions in one differentiable
-    forward model.save_pretrained("runs/mine/checkpoint")
+    logits = model(input_ids)                                   # (B, T) -> (B, T, V), a causal language model
+    logprobs = model.group_logprobs(prompt_ids, completions)    # a prompt and its completions, differentiable
+    model.save_pretrained("runs/mine/checkpoint")
 
 Training takes group_logprobs apart, so that memory does not grow with the group (two-stage backward):
 
-    prompt = model.read(prompt_ids)                          # once: keys and values of every layer
-    cut = prompt.detach()                                    # the same, as the leaves of the passes' graphs
-    for part in parts:                                       # a few completions at a time
-        loss(model.completion_logprobs(cut, part)).backward()   # frees its activations; adds to the gradient of the leaves
-    prompt.backward(cut)                                     # and that gradient once through the prompt
+    prompt = model.read(prompt_ids)                             # once: keys and values of every layer
+    leaves = prompt.detach()                                    # the same, as leaves of the passes' graphs
+    for part in passes:                                         # a few completions at a time
+        loss(model.completion_logprobs(leaves, part)).backward()    # adds to the gradient of the leaves
+    prompt.backward(leaves)                                     # and that gradient once through the prompt
 
 Parameter names are Hugging Face's. All dense Qwen3 sizes are supported; what is not is refused by name.
+Qwen3Config, config.json and the files of weights are in core/checkpoint.py, attention in core/attention.py.
 
-Shapes: B sequences, T tokens, C hidden size, H query heads, Hk key/value heads, D head size, V vocabulary, P
-prompt tokens, G completions of R_i tokens, N = sum(R_i).
+Shapes: B sequences, T tokens, C hidden size, H query heads, Hk key/value heads, D head size, V vocabulary,
+P prompt tokens, G completions of R_i tokens, N = sum(R_i).
 """
 
 from typing import NamedTuple
@@ -34,24 +35,7 @@ from core.parallel import Share
 HEAD_CHUNK_ELEMENTS = 2**27  # logits that exist at a time: 512 MiB in fp32, 883 tokens of Qwen3's vocabulary
 
 
-class Squares:
-    """One layer's sums of squares over the tokens of each sequence: q (B, H, D) and k (B, Hk, D), fp32; site
-    as in saliency.Tracker, from position `start` on. The layer's first forward fills it; when activation
-    checkpointing runs the layer again in backward, it is full, so nothing is counted or computed twice."""
-
-    def __init__(self, site, start):
-        self.site, self.start, self.q, self.k = site, start, None, None
-
-    @torch.no_grad()
-    def fill(self, q, k, layout, share):
-        """q (B, T, H, D), k (B, T, Hk, D): a sequence a row; with a Layout, its G completions -> (G, H, D),
-        (G, Hk, D). Of tokens that are shared, each rank counts its own; saliency.Tracker adds them up."""
-        if self.q is None:
-            rows = (layout.pad(x, share.own) if layout else x for x in (q, k))
-            self.q, self.k = (x[:, self.start :].float().square().sum(1) for x in rows)
-
-
-# --------------------------------------------------------------------------------------------------------------- layers
+# ----------------------------------------------------------------------------------------------------- layers
 
 
 class RMSNorm(nn.Module):
@@ -89,8 +73,10 @@ class Attention(nn.Module):
             self.v_proj(x),
         )  # (B, T, heads, D)
         q_normed, k_normed = self.q_norm(q), self.k_norm(k)
-        if squares:
-            squares.fill(*((q, k) if squares.site == "proj" else (q_normed, k_normed)), layout, share)
+        if squares and not squares.full:
+            measured = (q, k) if squares.site == "proj" else (q_normed, k_normed)
+            measured = (x.detach() for x in measured)
+            squares.fill(*(layout.pad(x, share.own) if layout else x for x in measured))
         q, k = rotate(q_normed, cos, sin), rotate(k_normed, cos, sin)
         q, k, values = share.to_heads(q), share.to_heads(k), share.to_heads(values)
         v = values.unflatten(*heads)
@@ -117,8 +103,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys (B, T, Hk, D) and values (B, T, Hk
-    * D).
+    """x (B, T, C), RoPE tables (T, 1, D) -> x (B, T, C), this layer's keys (B, T, Hk, D) and values
+    (B, T, Hk * D). squares: this layer's saliency.Squares, or None.
 
     With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt;
     with a Layout alone, documents that do not see each other. In a context group x and the tables are of the
@@ -158,13 +144,12 @@ class Head(nn.Module):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits / temperature) at the targets, as the sampler computes it, and the entropy of that
-    softmax.
+    """log softmax(logits / temperature) at the targets, as the sampler computes it, and its entropy.
 
     hidden (N, C), weight (V, C), targets (N,) int64 -> log-probabilities (N,) fp32, entropies (N,) fp32 in
     nats. Logits exist for `chunk` tokens at a time, in forward and again in backward, which needs the last
-    chunk first and so finds it still there: d logprob / d logit_j = [j = target] - p_j and d entropy / d
-    logit_j = -p_j (log p_j + entropy), each over the temperature.
+    chunk first and so finds it still there. Over the temperature, d logprob / d logit_j = [j = target] - p_j
+    and d entropy / d logit_j = -p_j (log p_j + entropy).
     """
 
     @staticmethod
@@ -215,7 +200,7 @@ class TokenLogprobs(torch.autograd.Function):
         ]  # no tokens: a chunk of none
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------------------ model
 
 
 class Prompt(NamedTuple):
@@ -238,15 +223,14 @@ class Prompt(NamedTuple):
         )
 
     def backward(self, leaves):
-        """Backpropagate the gradient that gathered in `leaves`, from `detach`, through the prompt's
-        forward."""
+        """Backpropagate what gathered in `leaves`, which `detach` gave, through the prompt's forward."""
         outputs, ends = [self.last, *self.keys, *self.values], [leaves.last, *leaves.keys, *leaves.values]
         torch.autograd.backward(outputs, [end.grad for end in ends])
 
 
 class Qwen3(nn.Module):
-    """`tracker`: set by saliency.Tracker, receives every layer's activation norms. `checkpointing`: recompute
-    blocks. `context`: the ProcessGroup whose ranks read a prompt and follow it together (parallel.py), or
+    """`tracker`: set by saliency.Tracker, receives every layer's sums of squares. `checkpointing`: recompute
+    blocks in backward. `context`: the ProcessGroup whose ranks share a group's tokens (core/parallel.py), or
     None."""
 
     def __init__(self, config):
@@ -267,20 +251,18 @@ class Qwen3(nn.Module):
         return self.lm_head(hidden, tied=self.model.embed_tokens.weight)
 
     def logprobs(self, input_ids, mask, lengths=None):
-        """input_ids (B, T), mask (B, T) bool -> log-probabilities (N,) fp32 of the masked tokens, in row
-        order.
+        """input_ids (B, T), mask (B, T) bool -> log-probabilities (N,) fp32 of the masked tokens, row by row.
 
         The dense layout: for SFT, and the oracle of group_logprobs. `lengths`: input_ids (1, T) is documents
-        of so many tokens packed into one row, each read as if it were alone. The mask must be False at the
-        first token of every sequence or document (nothing predicts it).
+        of these numbers of tokens packed into one row, each read as if it were alone. The mask must be False
+        at the first token of every sequence or document (nothing predicts it).
         """
         hidden = self._rows(input_ids, lengths)
         hidden = self.model.norm(hidden[:, :-1][mask[:, 1:]])  # (N, C)
         return self.lm_head(hidden, input_ids[mask], tied=self.model.embed_tokens.weight)[0]
 
     def group_logprobs(self, prompt_ids, completions, temperature=1.0, entropy=False):
-        """log pi(token | prompt, earlier tokens) of every completion token, from one forward over P +
-        sum(R_i) tokens.
+        """log pi(token | prompt, earlier tokens) of every completion token, by one forward of P + N tokens.
 
         prompt_ids (P,) int64, completions: list of (R_i,) int64 -> list of (R_i,) fp32, differentiable; with
         entropy=True also a list of (R_i,) fp32 entropies. temperature divides the logits, as in the sampler.
@@ -291,8 +273,7 @@ class Qwen3(nn.Module):
         return (logprobs, entropies) if entropy else logprobs
 
     def read(self, prompt_ids):
-        """The first stage: prompt_ids (P,) int64 -> Prompt, differentiable. Raises ValueError for an empty
-        prompt."""
+        """The first stage: prompt_ids (P,) int64 -> Prompt, differentiable. ValueError for no tokens."""
         if not len(prompt_ids):
             raise ValueError("a prompt needs at least one token: nothing else predicts a completion's first")
         positions = torch.arange(len(prompt_ids), device=prompt_ids.device)
@@ -340,9 +321,8 @@ class Qwen3(nn.Module):
         x = self.model.embed_tokens(ids[:, share.own])  # (B, T, C)
         cos, sin = rope_tables(self.config, positions[share.own], x.dtype)
         squares = [None] * len(self.model.layers)
-        if self.tracker:
-            start = 1 if self.tracker.tokens == "not-first" and not prompt and not share.start else 0
-            squares = [Squares(self.tracker.site, start) for _ in squares]
+        if self.tracker:  # a completion's first token is not its sequence's, nor is that of a later share
+            squares = self.tracker.squares(len(squares), has_first=not prompt and share.start == 0)
         recompute = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
             past = (prompt.keys[i], prompt.values[i]) if prompt else None
@@ -354,12 +334,11 @@ class Qwen3(nn.Module):
                 cache.append((k, v))
         return x, squares
 
-    # ------------------------------------------------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------------------------------------- checkpoints
 
     @classmethod
     def check_weights(cls, config, directory):
-        """Raises BadInput unless the tensors of `directory` have the names and shapes of this config; reads
-        headers only."""
+        """Raises BadInput unless the tensors of `directory` are those of this config; reads headers only."""
         with torch.device("meta"):
             check_weights(cls(config), directory)
 
@@ -381,8 +360,7 @@ class Qwen3(nn.Module):
 
     @classmethod
     def from_config(cls, config, dtype=torch.float32, device="cpu", generator=None):
-        """Random weights: normal with config.initializer_range, norms 1, drawn on the CPU from
-        `generator`."""
+        """Random weights: normal with config.initializer_range, norms 1, drawn on the CPU by `generator`."""
         model = cls.empty(config, dtype, device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

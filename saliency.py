@@ -1,5 +1,4 @@
-"""LongAct's mask: activations -> magnitudes -> per-head rows -> masks -> masked gradients (paper, Algorithm
-1).
+"""LongAct: activations -> magnitudes -> rows of each head -> masks -> masked gradients (paper, Algorithm 1).
 
     with Tracker(model) as tracker:
         loss = ...group_logprobs...            # every forward inside is counted, once
@@ -7,8 +6,8 @@
     masks = select_rows(tracker.magnitudes(), fraction=0.3)
     mask_gradients(model, masks)               # before clipping, before optimizer.step()
 
-This file knows nothing of RL; of FSDP2 it knows that a gradient may be a DTensor. H heads (query or key), D
-head size.
+This file knows nothing of RL; of FSDP2 it knows that a gradient may be a DTensor.
+Shapes: S sequences of T tokens, H heads (Hk: key heads), D head size.
 """
 
 import math
@@ -23,8 +22,29 @@ TOKENS = ("all", "prompt", "not-first")
 UNSELECTED = ("grad", "frozen")
 
 
+class Squares:
+    """One layer's sums of squares over the tokens of each sequence: q (S, H, D) and k (S, Hk, D), fp32.
+
+    The layer's first forward fills it. When activation checkpointing runs the layer again in backward it is
+    full, so nothing is counted or computed twice. `site` as in Tracker; tokens before `start` do not count.
+    """
+
+    def __init__(self, site, start):
+        self.site, self.start, self.q, self.k = site, start, None, None
+
+    @property
+    def full(self):
+        return self.q is not None
+
+    @torch.no_grad()
+    def fill(self, q, k):
+        """q (S, T, H, D), k (S, T, Hk, D): sum_s x[s, h, d]^2 of each sequence. Padding must be zeros. Of
+        tokens that ranks share, each rank counts its own; Tracker.add adds them up."""
+        self.q, self.k = (x[:, self.start :].float().square().sum(1) for x in (q, k))
+
+
 class Tracker:
-    """Context manager that gathers a model's Q/K activation norms.
+    """Context manager that gathers the magnitudes of a model's queries and keys.
 
     site "proj" measures the outputs of q_proj and k_proj, one to one with the rows of their weights (the
     paper's reading); "norm" measures after q_norm and k_norm. Neither is mixed by RoPE. tokens "all" counts
@@ -49,11 +69,18 @@ class Tracker:
     def __exit__(self, *exc):
         self.model.tracker = None
 
-    def add(self, squares, prompt=None):
-        """Called by the model once per forward, by the ranks of a context group together.
+    def squares(self, layers, has_first):
+        """Called by the model at the start of a forward -> a Squares for each layer, to be filled. has_first:
+        whether the tokens that come are the first of their sequences."""
+        start = 1 if self.tokens == "not-first" and has_first else 0
+        return [Squares(self.site, start) for _ in range(layers)]
 
-        squares: per layer .q (S, H, D) and .k (S, Hk, D) fp32, sums of squares over the tokens of S
-        sequences; prompt: the same of the one prompt (S = 1) that all of them share."""
+    def add(self, squares, prompt=None):
+        """Called by the model once per forward, by the ranks of a context group together: adds
+        sqrt(sum_s x[s, h, d]^2) of each of the S sequences.
+
+        squares: of each layer, filled; prompt: those of the one prompt (S = 1) that all sequences share. A
+        sequence's sum is then the prompt's and its completion's, exactly as in the dense layout."""
         sums = [each for layer in squares for each in (layer.q, layer.k)]
         if prompt:
             own = 0 if self.tokens == "prompt" else 1
@@ -73,8 +100,7 @@ class Tracker:
         self.sequences += len(sums[0])
 
     def magnitudes(self):
-        """M[h, d] = (1/B) sum_i sqrt(sum_s x_i[s, h, d]^2) over all B sequences of all ranks (paper, section
-        3).
+        """M[h, d] = (1/B) sum_i sqrt(sum_s x_i[s, h, d]^2), B the sequences of all ranks (paper, section 3).
 
         -> {"model.layers.0.self_attn.q_proj": (H, D) fp32, "model.layers.0.self_attn.k_proj": (Hk, D) fp32,
         ...}. One all-reduce when torch.distributed is initialised; every rank must call it. RuntimeError if
@@ -122,8 +148,7 @@ def select_rows(magnitudes, fraction=0.3, rule="top", generator=None):
 
 @torch.no_grad()
 def mask_gradients(model, masks):
-    """Zero the gradient rows outside the masks, in place (Algorithm 1, step 4); other parameters are not
-    touched.
+    """Zero the gradient rows outside the masks, in place (Algorithm 1, step 4); nothing else is touched.
 
     Gradients may be plain tensors or FSDP2 DTensors with uneven or empty shards; nothing is communicated.
     Call it after the last backward of a step and before clipping. KeyError for a mask without a parameter.
@@ -131,7 +156,7 @@ def mask_gradients(model, masks):
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         gradient = parameters[name].grad
-        local(gradient).mul_(local_rows(mask, gradient))
+        local_part(gradient).mul_(mask_rows(mask, gradient))
 
 
 @torch.no_grad()
@@ -153,8 +178,8 @@ def masked_step(optimizer, model, masks, unselected="grad"):
             if weight in optimizer.state
             else []
         )
-        tensors = [local(x) for x in (weight, *(moments if unselected == "frozen" else ()))]
-        kept.append((local_rows(mask, weight), tensors, [x.clone() for x in tensors]))
+        tensors = [local_part(x) for x in (weight, *(moments if unselected == "frozen" else ()))]
+        kept.append((mask_rows(mask, weight), tensors, [x.clone() for x in tensors]))
     optimizer.step()
     sums = torch.zeros(
         4, dtype=torch.float64, device=kept[0][0].device
@@ -171,22 +196,23 @@ def masked_step(optimizer, model, masks, unselected="grad"):
     return (sums[0] / sums[1]).sqrt(), (sums[2] / sums[3]).sqrt()
 
 
-def local(tensor):
+def local_part(tensor):
     """This rank's part of a DTensor; a plain tensor is its own."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local_part() if isinstance(tensor, DTensor) else tensor
 
 
-def local_rows(mask, weight):
+def mask_rows(mask, weight):
     """mask (rows,) bool -> (rows, 1) bool, of the rows of `weight` that this rank holds."""
     rows = mask[:, None]
     if isinstance(weight, DTensor):
-        rows = distribute_tensor(rows, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+        rows = distribute_tensor(
+            rows, weight.device_mesh, weight.placements, src_data_rank=None
+        ).to_local_part()
     return rows
 
 
 def selected_share(magnitudes, masks):
-    """Share of the squared magnitude that lies in the selected rows, over all layers; a 0-dim tensor in [0,
-    1]."""
+    """Share of the squared magnitude in the selected rows, over all layers; a 0-dim tensor in [0, 1]."""
     squares = [
         (magnitude.flatten().square(), masks[name + ".weight"]) for name, magnitude in magnitudes.items()
     ]
