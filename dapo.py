@@ -1,5 +1,4 @@
-"""DAPO (arXiv 2503.14476): GRPO's loss with clip-higher and a token mean, dynamic sampling, soft overlong
-punishment."""
+"""DAPO (arXiv 2503.14476): clip-higher with a token mean, dynamic sampling, soft overlong punishment."""
 
 import torch
 
@@ -37,8 +36,8 @@ def fill_batch(draw, keep, wanted, max_rounds, interrupted):
     while len(batch) < wanted and not interrupted():
         if rounds == max_rounds:
             raise BadInput(
-                f"{rounds} rounds of {wanted} prompts gave {len(batch)} groups whose rewards differ, {wanted} are needed; "
-                "the task is too hard or too easy, or raise --max-rounds or --completions"
+                f"{rounds} rounds of {wanted} prompts gave {len(batch)} groups whose rewards differ, "
+                f"{wanted} are needed; the task is too hard or too easy, or raise --max-rounds or --completions"
             )
         groups = draw(rounds)
         batch += [group for group in groups if keep(group.rewards)]
@@ -48,9 +47,8 @@ def fill_batch(draw, keep, wanted, max_rounds, interrupted):
 
 
 def shape_rewards(rewards, lengths, max_length, cache):
-    """Rewards (G,) of completions of `lengths` tokens -> what advantages are made of, (G,): 2 r - 1, so that
-    right is +1 and wrong -1, which the overlong punishment's range of 1 is relative to; plus that
-    punishment."""
+    """Rewards (G,) of completions of `lengths` tokens -> (G,), what advantages are made of: 2 r - 1, plus the
+    overlong punishment. Right is then +1 and wrong -1, which the punishment's range of 1 is relative to."""
     return 2 * rewards - 1 + torch.tensor([overlong_penalty(length, max_length, cache) for length in lengths])
 
 

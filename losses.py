@@ -1,8 +1,8 @@
 """Which loss an --algorithm is, and the losses that are neither GRPO's nor DAPO's: GSPO, SAPO, Clip-Cov,
 KL-Cov.
 
-    loss, hold_back = losses.choose(config)
-    loss(logprobs, old_logprobs, advantages, lengths, totals, importance)      # as grpo.loss, settings included
+    loss, tokens = losses.choose(config)                     # of tokens: what Clip-Cov and KL-Cov hold back
+    loss(logprobs, old_logprobs, advantages, lengths, totals, importance)     # as grpo.loss
 
 Advantages, sampling and rewards are GRPO's; only the loss differs, and there is no KL term.
 docs/algorithms.md has the table.
@@ -53,7 +53,7 @@ def choose(config):
     return loss, {"clip-cov": clip_cov_tokens, "kl-cov": kl_cov_tokens}.get(config.algorithm)
 
 
-# ------------------------------------------------------------------------------------- GSPO (arXiv 2507.18071)
+# ---------------------------------------------------------------------------------- GSPO (arXiv 2507.18071)
 
 
 def gspo_loss(logprobs, old_logprobs, advantages, lengths, totals, importance=1.0, epsilons=EPSILONS["gspo"]):
@@ -75,7 +75,7 @@ def gspo_loss(logprobs, old_logprobs, advantages, lengths, totals, importance=1.
     return grpo.aggregate(per_token * importance, lengths, "sequence", totals, ratio, clipped)
 
 
-# ------------------------------------------------------------------------------------- SAPO (arXiv 2511.20347)
+# ---------------------------------------------------------------------------------- SAPO (arXiv 2511.20347)
 
 
 def sapo_loss(logprobs, old_logprobs, advantages, lengths, totals, importance=1.0, tau_pos=1.0, tau_neg=1.05):
@@ -91,7 +91,7 @@ def sapo_loss(logprobs, old_logprobs, advantages, lengths, totals, importance=1.
     return grpo.aggregate(per_token, lengths, "sequence", totals, ratio, torch.zeros_like(ratio))
 
 
-# ----------------------------------------------------------------------- Clip-Cov and KL-Cov (arXiv 2505.22617)
+# ------------------------------------------------------------------- Clip-Cov and KL-Cov (arXiv 2505.22617)
 #
 # They hold back the few tokens whose update lowers entropy most: those with the largest covariance of
 # advantage and log-probability, likely already and to become likelier. Clip-Cov takes their gradient away,

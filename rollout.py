@@ -1,5 +1,4 @@
-"""Completions from vLLM, in this process: prompts -> groups of completions with the sampler's own
-log-probabilities.
+"""Completions from vLLM, in this process: prompts -> groups of completions, with log-probabilities.
 
 One engine per data-parallel rank; ranks of one tensor-parallel group hold one engine together and must ask it
 for the same prompts. A group is one request with n = G: the prompt's KV cache is computed once and shared.
@@ -52,14 +51,12 @@ def repack_tied_head(vllm_model):
 
 
 def hold(output, values):
-    """output (..., rows) of a projection, values (rows,) -> the same with the held dimensions at their
-    values."""
+    """output (..., rows) of a projection, values (rows,), NaN where free -> the output, the rest held."""
     return torch.where(values.isnan(), output, values.to(output.dtype))
 
 
 def clamp_hooks(clamp, model):
-    """Clamp vLLM's Qwen3, whole on one rank -> handles of the hooks. Its fused projection gives [q | k | v],
-    not normed."""
+    """Clamp vLLM's Qwen3, whole on one rank -> the hooks' handles. Its fused projection is [q | k | v]."""
     handles = []
     for i, layer in enumerate(model.model.layers if clamp else []):
         attention = layer.self_attn
@@ -101,8 +98,7 @@ class Group:
 
     @cached_property
     def known(self):
-        """Of each completion, how many tokens the sampler gave a finite log-probability; the others are
-        dropped."""
+        """Of each completion, tokens whose log-probability by the sampler is finite; others are dropped."""
         return [sum(map(math.isfinite, completion.logprobs)) for completion in self.completions]
 
     def completion_ids(self, part, device):
@@ -126,7 +122,7 @@ class Rollout:
     """A vLLM engine over a checkpoint directory.
 
     context_length: most tokens of prompt + completion. dtype: "float32" or "bfloat16". tensor_parallel: ranks
-    that share one engine. share: of the GPU's memory that vLLM may use in all (weights, KV cache; freed by
+    that share one engine. share: of the GPU's memory that vLLM may use in total (weights, KV cache; freed by
     `sleep`). rope_scaling: a YaRN dictionary instead of the one in the checkpoint's config.json. eager: no
     compiled graphs, which `clamp` needs.
     """
@@ -157,7 +153,8 @@ class Rollout:
             device_options = {
                 "enforce_eager": True,
                 "block_size": 32,  # small blocks share more of a short prompt
-                "enable_chunked_prefill": False,  # with it, seeded requests fail on CPUs (a generator has no offset)
+                # With chunked prefill seeded requests fail on CPUs: a generator has no offset there.
+                "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, context_length),
             }
         random_states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
@@ -236,8 +233,7 @@ class Rollout:
         self.engine.reset_prefix_cache()
 
     def sleep(self):
-        """Free the engine's GPU memory, weights and KV cache, until the next `sync`. Nothing to free on a
-        CPU."""
+        """Free the engine's GPU memory, weights and KV cache, until the next `sync`. Nothing on a CPU."""
         if self.cuda:
             self.engine.sleep(level=2)
 

@@ -1,18 +1,16 @@
-"""Supervised fine-tuning: cross entropy on what the assistant says. It is the start from which the paper's RL
-begins.
+"""Supervised fine-tuning: cross entropy on what the assistant says. The paper's RL begins from such a model.
 
-    torchrun --nproc-per-node 8 sft.py --model Qwen3-8B-Base --data chats.parquet --context 16384
-    --checkpointing
+    torchrun --nproc-per-node 8 sft.py --config recipes/sft.toml --model Qwen3-8B-Base --data chats.parquet
 
 Data are chats (prompts/sources.py), each a document: prompts/chat.py says how it becomes tokens. A step takes
 the next --batch documents of the mixture; they lie one after the other in rows of --tokens-per-pass tokens,
-each read as if it were alone: positions restart, attention stays within a document (attention.py), and the
-loss is the mean over all trained tokens of the step. So neither packing nor the number of ranks changes what
-is computed. Documents longer than --context are dropped and counted.
+each read as if it were alone: positions restart, attention stays within a document (core/attention.py), and
+the loss is the mean over all trained tokens of the step. So neither packing nor the number of ranks changes
+what is computed. Documents longer than --context are dropped and counted.
 
 A run leaves in --out: config.json (every setting), metrics.jsonl, loss.png, checkpoint/ (a Hugging Face
-directory), and checkpoints/ that the same command with --resume auto goes on from (resume.py; to the same
-weights, on a CPU bit for bit). At SIGTERM and SIGINT it saves and exits with code 75 (interrupt.py).
+directory), and checkpoints/ that the same command with --resume auto goes on from (run/resume.py; to the same
+weights, on a CPU bit for bit). At SIGTERM and SIGINT it saves and exits with code 75 (base/interrupt.py).
 
 metrics.jsonl, one object a step
   step, epoch                  steps done; how often the rows have been drawn on average
@@ -20,14 +18,13 @@ metrics.jsonl, one object a step
   grad_norm, learning_rate     gradient norm before clipping; learning rate of the update
   documents, tokens            documents in the step; all their tokens
   tokens_trained, passes       the assistant's tokens; rows that went through the network, over all ranks
-  skipped                      1 if the update was left out since loss or gradient was not finite (they are null then), or 0
-  seconds, tokens_per_second   wall time of the step; tokens a second. The only keys that differ between two runs with the
-                               same seed on the same machine
+  skipped                      1 if the update was left out: loss or gradient was not finite (null then); or 0
+  seconds, tokens_per_second   wall time of the step; tokens a second. The only keys that differ between two
+                               runs with the same seed on the same machine
 """
 
 import dataclasses
 import itertools
-import json
 import math
 import sys
 import time
@@ -58,13 +55,9 @@ class Config(Shared):
     batch: int = option(32, "documents a step, over all ranks", least=1)
     steps: int = option(0, "steps; the schedule is made for this number (default: one epoch)", least=0)
     context: int = option(0, "tokens of the longest document (0: what the model's config allows)", least=0)
-    tokens_per_pass: int = option(
-        16384, "tokens of documents that train at once; sets the peak of memory", least=1
-    )
+    tokens_per_pass: int = option(16384, "tokens of documents that train at once; sets peak memory", least=1)
     learning_rate: float = option(1e-5, "AdamW's peak learning rate", above=0)
-    schedule: str = option(
-        "cosine", "after warm-up: down to a tenth of the peak, or constant", ["cosine", "constant"]
-    )
+    schedule: str = option("cosine", "after warm-up: down to a tenth, or constant", ["cosine", "constant"])
     warmup: int = option(50, "steps of linear warm-up", least=1)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", least=0)
     adam_beta2: float = option(0.99, "AdamW's second-moment decay")
@@ -74,8 +67,8 @@ class Config(Shared):
 
 # What may differ when the run goes on; the data's and the model's files are compared by what is in them.
 MAY_CHANGE = (
-    "out data model resume save_every keep max_skips deterministic tokens_per_pass checkpointing dry_run plan ranks "
-    "gpu_memory"
+    "out data model resume save_every keep max_skips deterministic tokens_per_pass checkpointing dry_run "
+    "plan ranks gpu_memory"
 ).split()
 
 one_line_errors()
@@ -88,13 +81,12 @@ check_shared(config, "--resume auto")
 if config.batch % (config.ranks or world):
     raise BadInput(f"--batch {config.batch} must be a multiple of the {config.ranks or world} ranks")
 if config.plan:
-    if main:
-        print(plan.sft_report(config, config.ranks or world), end="")
+    print(plan.sft_report(config, config.ranks or world) if main else "", end="")
     sys.exit()
 if config.deterministic:
     processes.deterministic(device.type == "cuda")
 
-# -------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------ data
 
 model_config, tokenizer, context, generation = check_model(config.model, config.context)
 
@@ -117,7 +109,7 @@ config.steps = config.steps or math.ceil(row_count / config.batch)
 if main:
     print("\n".join(lines), flush=True)
 
-# ------------------------------------------------------------------------------------------------ model and optimizer
+# --------------------------------------------------------------------------------------- model and optimizer
 
 if world > 1 or device.type == "cuda":
     processes.connect(device)
@@ -131,17 +123,13 @@ lock = resume.lock_run(out, config.resume) if main else None
 fixed = resume.settings(config, MAY_CHANGE)
 checkpoint, state = resume.find(out / "checkpoints", config.resume, fixed) if config.resume else (None, None)
 
-mesh = (
-    parallel.weight_mesh(device.type, processes.nodes()) if dist.is_initialized() else None
-)  # each node holds a replica
+mesh = None
+if dist.is_initialized():
+    mesh = parallel.weight_mesh(device.type, processes.nodes())  # each node holds a replica
 model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
 model.checkpointing = config.checkpointing
-optimizer = torch.optim.AdamW(
-    model.parameters(),
-    lr=config.learning_rate,
-    betas=(0.9, config.adam_beta2),
-    weight_decay=config.weight_decay,
-)
+adam = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
+optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, **adam)
 
 if checkpoint:
     resume.load(checkpoint, model, optimizer)
@@ -149,7 +137,7 @@ if checkpoint:
 done, skips = (state["step"], state["skips_in_a_row"]) if checkpoint else (0, 0)
 if main:
     settings = {**dataclasses.asdict(config), "ranks": world, "device": str(device)}
-    durable.write(out / "config.json", json.dumps(settings, indent=2) + "\n")
+    durable.write_json(out / "config.json", settings)
     metrics_file = resume.open_metrics(out / "metrics.jsonl", done)
 
 
@@ -158,17 +146,14 @@ def save(step):
     resume.save(out / "checkpoints", step, model, optimizer, state, {}, config.keep)
 
 
-# -------------------------------------------------------------------------------------------------------------- loop
+# ----------------------------------------------------------------------------------------------------- loop
 
-# leave: after an error the bar goes, so that the error stays last on the screen.
-bar = tqdm(total=config.steps, initial=done, desc="sft", unit="step", disable=not main, leave=False)
+bar = tqdm(total=config.steps, initial=done, desc="sft", unit="step", leave=False, disable=not main)
 interrupt = Interrupt()
 for step in range(done + 1, config.steps + 1):
     started = time.perf_counter()
-    rate = config.learning_rate * (
-        schedule.cosine_factor(step - 1, config.steps) if config.schedule == "cosine" else 1
-    )
-    rate *= schedule.warmup_factor(step, config.warmup)
+    decay = schedule.cosine_factor(step - 1, config.steps) if config.schedule == "cosine" else 1
+    rate = config.learning_rate * decay * schedule.warmup_factor(step, config.warmup)
     rows = [source[i] for i in range((step - 1) * config.batch, step * config.batch)]
     trained = sum(row["trained"] for row in rows)  # tokens, over all ranks
     packs = schedule.packs([row["tokens"] for row in rows], config.tokens_per_pass, world)
@@ -176,13 +161,12 @@ for step in range(done + 1, config.steps + 1):
     loss_sum = torch.zeros((), device=device)
     for k in assignments[rank]:
         documents = [encode(rows[i]) for i in packs[k]]
-        ids, mask = (
-            torch.tensor([list(itertools.chain(*part))], device=device) for part in zip(*documents)
-        )  # (1, T)
+        # Both (1, T): the documents' tokens, and whether each is trained on.
+        ids, mask = (torch.tensor([list(itertools.chain(*part))], device=device) for part in zip(*documents))
         lengths = [rows[i]["tokens"] for i in packs[k]]
         what = f"{ids.numel()} tokens, the longest document {max(lengths)}"
-        fix = f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context}), or use --checkpointing or more ranks"
-        with memory.explain(what, fix):
+        flags = f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context})"
+        with memory.explain(what, f"{flags}, or use --checkpointing or more ranks"):
             loss = -model.logprobs(ids, mask, lengths).sum() / trained
             (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
         loss_sum += loss.detach()
@@ -194,8 +178,8 @@ for step in range(done + 1, config.steps + 1):
     skips = 0 if math.isfinite(norm) and loss_sum.isfinite() else skips + 1  # of all ranks, so they agree
     if skips > config.max_skips:
         raise BadInput(
-            f"step {step}: loss or gradient was not finite in {skips} updates in a row (--max-skips {config.max_skips}); "
-            "start anew with a lower --learning-rate"
+            f"step {step}: loss or gradient was not finite in {skips} updates in a row (--max-skips "
+            f"{config.max_skips}); start anew with a lower --learning-rate"
         )
     if not skips:
         optimizer.step()
@@ -225,7 +209,7 @@ for step in range(done + 1, config.steps + 1):
     if stop:
         break
 
-# --------------------------------------------------------------------------------------------------------------- end
+# ------------------------------------------------------------------------------------------------------- end
 
 bar.leave = True
 bar.close()
@@ -239,8 +223,8 @@ interrupt.close()
 model.save_pretrained(out / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
     # Whatever a base model stops at, this one ends its turn.
-    path = out / "checkpoint" / "generation_config.json"
-    durable.write(path, json.dumps({**generation, "eos_token_id": chat.stop_ids(tokenizer)}, indent=2) + "\n")
+    generation["eos_token_id"] = chat.stop_ids(tokenizer)
+    durable.write_json(out / "checkpoint" / "generation_config.json", generation)
     plot.loss_curve(out)
     print(dry_run.PASSED if config.dry_run else f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
 if mesh:

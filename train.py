@@ -1,9 +1,8 @@
-"""LongAct training: reinforcement learning that updates, within W_Q and W_K, only the rows with the largest
-activations.
+"""LongAct training: RL that updates, within W_Q and W_K, only the rows with the largest activations.
 
-    torchrun train.py                                       # assets/tiny on the recall task: minutes on a laptop
-    torchrun --nproc-per-node 2 train.py                    # the same on two processes
-    torchrun --nproc-per-node 8 train.py --config recipes/rl.toml recipes/dapo-longact.toml     # the paper's setting
+    torchrun train.py                              # assets/tiny on the recall task: minutes on a laptop
+    torchrun --nproc-per-node 2 train.py           # the same on two processes
+    torchrun --nproc-per-node 8 train.py --config recipes/rl.toml recipes/dapo-longact.toml  # the paper's
 
 It reads top to bottom. A step, as the loop near the end has it: prompts -> groups of completions (rollout.py)
 -> rewards (prompts/rewards.py) -> advantages (grpo.py) -> who trains what, in which passes (core/schedule.py)
@@ -46,7 +45,7 @@ from run.progress import Progress
 one_line_errors()
 config = parse(Config, f"{__doc__}\n{metrics.__doc__}")
 
-# ------------------------------------------------------------------------------------------------ ranks and devices
+# ----------------------------------------------------------------------------------------- ranks and devices
 
 rank, world, device = processes.rank_and_device()
 compute_dtype, main = processes.compute_dtype(), rank == 0
@@ -58,7 +57,7 @@ if config.plan:
 if config.deterministic:
     processes.deterministic(device.type == "cuda")
 
-# ---------------------------------------------------------------------------------------------------------- prompts
+# --------------------------------------------------------------------------------------------------- prompts
 
 model_config, tokenizer, config.context, _ = check_model(config.model, config.context)
 parallel.check_heads(config.context_parallel, model_config)
@@ -69,7 +68,7 @@ encode = partial(chat.encode_prompt, tokenizer, **how)  # row -> token ids
 score_all = scoring.start(config.reward, config.reward_workers, config.reward_timeout)
 source, held_out, longest_prompt = load.prompts(config, encode, prompt_limit, score_all, main)
 
-# -------------------------------------------------------------------------------------- run directory, engine, model
+# ------------------------------------------------------------------------------ run directory, engine, model
 
 processes.connect(device)
 torch.manual_seed(config.seed)
@@ -112,7 +111,7 @@ if checkpoint:
     engine.sync(model)
 clock = metrics.Clock(device)
 
-# ------------------------------------------------------------------------------------------------- rollout and reward
+# ---------------------------------------------------------------------------------------- rollout and reward
 
 
 def sample(rows, indices, n, temperature, show_bar=False):
@@ -156,7 +155,7 @@ def set_advantages(group):
     group.advantages = grpo.advantages(rewards, config.normalize_std)
 
 
-# ------------------------------------------------------------------------------------------------- training one group
+# --------------------------------------------------------------------------------------- training one group
 
 
 @torch.no_grad()
@@ -224,7 +223,7 @@ def train_pass(group, part, prompt, ref_logprobs, totals, tally):
     tally.add(loss, stats, entropies, old, sampler, config.importance_cap)
 
 
-# ------------------------------------------------------------------------------------------------- around the steps
+# ----------------------------------------------------------------------------------------- around the steps
 
 
 def log(batch, sampled, rounds, updates):
@@ -260,7 +259,7 @@ if main:
 if held_out and config.eval_before and not checkpoint:
     progress.before = evaluate(held_out, sample, config.eval_completions, "before:" * main)
 
-# --------------------------------------------------------------------------------------------------------------- loop
+# ------------------------------------------------------------------------------------------------------ loop
 
 bar = tqdm(
     total=config.steps, initial=progress.step, desc="train", unit="step", leave=False, disable=not main
@@ -324,7 +323,7 @@ for step in range(first, config.steps + 1):
     if step % config.save_every == 0 or step == config.steps:
         save()
 
-# ---------------------------------------------------------------------------------------------------------------- end
+# ------------------------------------------------------------------------------------------------------- end
 
 bar.leave = True
 bar.close()

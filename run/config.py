@@ -1,5 +1,4 @@
-"""Every setting of a training run, with its default and its line of --help, and which of them do not go
-together."""
+"""Every setting of a training run, with its default and its line of --help, and which exclude each other."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,38 +16,16 @@ class Shared:
     """Settings that train.py and sft.py have in common."""
 
     data: list[str] = option([], "files of prompts (train.py) or of chats (sft.py), see prompts/sources.py")
-    data_rows: list[int] = option(
-        [],
-        "rows to use of each file, chosen by the seed among those that fit; 0: all (default: all of all)",
-        least=0,
-    )
-    data_weights: list[float] = option(
-        [], "share of each file among the rows drawn (default: one pool of all rows)", above=0
-    )
+    data_rows: list[int] = option([], "rows of each file, drawn by the seed; 0: all (default: all)", least=0)
+    data_weights: list[float] = option([], "share of each file among rows drawn (default: one pool)", above=0)
     save_every: int = option(20, "steps between checkpoints; there is one after the last step, too", least=1)
-    keep: int = option(
-        2, "newest checkpoints to keep; with 2 there is one left should the other be damaged", least=1
-    )
-    resume: str = option(
-        "",
-        "go on with the run in the same directory: auto, from its newest checkpoint that is whole (none: from the start); "
-        "or the path of one",
-    )
-    max_skips: int = option(
-        3, "updates in a row skipped for numbers that are not finite; one more ends the run", least=0
-    )
-    checkpointing: bool = option(
-        False, "recompute each block in backward instead of keeping its activations (8B: yes)"
-    )
-    deterministic: bool = option(
-        False, "the same bits in every run of the same ranks, where possible: docs/interrupted.md"
-    )
-    plan: bool = option(
-        False, "print the memory and tokens a step needs on GPUs, from this configuration alone, and stop"
-    )
-    dry_run: bool = option(
-        False, "check everything, then take one step of a small model of random weights (run/dry_run.py)"
-    )
+    keep: int = option(2, "newest checkpoints to keep; of 2 one is left should the other be damaged", least=1)
+    resume: str = option("", "go on with the run: auto, from its newest whole checkpoint, or the path of one")
+    max_skips: int = option(3, "updates skipped in a row (not finite); one more ends the run", least=0)
+    checkpointing: bool = option(False, "recompute each block in backward, do not keep activations (8B: yes)")
+    deterministic: bool = option(False, "the same bits in every run, where possible: docs/interrupted.md")
+    plan: bool = option(False, "print the memory and tokens that a step needs on GPUs, and stop")
+    dry_run: bool = option(False, "check everything, then one step of a small random model (run/dry_run.py)")
     ranks: int = option(0, "--plan: number of GPUs to plan for (0: as many as torchrun started)", least=0)
     gpu_memory: float = option(80.0, "--plan: GiB of a GPU, to say whether it fits", above=0)
 
@@ -56,128 +33,69 @@ class Shared:
 @dataclass
 class Config(Shared):
     # what
-    model: str = option(
-        "assets/tiny", "checkpoint directory to start from: config.json, safetensors, tokenizer.json"
-    )
+    model: str = option("assets/tiny", "checkpoint to start from: config.json, safetensors, tokenizer.json")
     name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
-    truncate_prompts: bool = option(
-        False, "cut the middle out of prompts that are too long, instead of dropping them"
-    )
-    eval_data: list[str] = option(
-        [], "files of held-out prompts, each evaluated before and after (default: none)"
-    )
+    truncate_prompts: bool = option(False, "cut the middle out of prompts that are too long, or drop them")
+    eval_data: list[str] = option([], "files of held-out prompts, evaluated before and after (default: none)")
     reward: str = option("rewards:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
     reward_workers: int = option(0, "processes of each rank that score answers (0: the rank itself)", least=0)
-    reward_timeout: float = option(
-        0.0,
-        "seconds in which a worker must have scored an answer, or the run saves and stops (0: any)",
-        least=0,
-    )
-    thinking: bool = option(
-        False, "let the model think first (Qwen3's thinking template); the answer follows </think>"
-    )
-    task: str = option(
-        "recall", "without --data: recall a fact of a passage, or track one that changes", list(tasks.TASKS)
-    )
+    reward_timeout: float = option(0.0, "seconds to score an answer, or save and stop (0: any)", least=0)
+    thinking: bool = option(False, "the model thinks first (Qwen3's template); the answer follows </think>")
+    task: str = option("recall", "without --data: recall or track facts", list(tasks.TASKS))
     facts: int = option(17, "task: facts in a passage")
     filler: int = option(17, "task: filler sentences in a passage", least=0)
-    seed: int = option(
-        0, "seed of prompts, sampling and random rows", least=0, most=2**31 - 1
-    )  # vLLM gets it times 2^32
+    # The seed's limit: vLLM gets it times 2^32.
+    seed: int = option(0, "seed of prompts, sampling and random rows", least=0, most=2**31 - 1)
     # how much
     steps: int = option(60, "training steps, each one rollout", least=1)
     prompts: int = option(16, "groups (prompts) a step trains on, over all ranks", least=1)
     completions: int = option(16, "G, completions per prompt", least=2)
     updates: int = option(1, "optimizer updates per rollout; each takes prompts / updates groups", least=1)
-    context: int = option(
-        0, "most tokens of prompt + completion (0: what the model's config allows)", least=0
-    )
-    max_completion: int = option(24, "most tokens of a completion", least=1)
+    context: int = option(0, "maximum length of prompt and completion, tokens (0: the model's)", least=0)
+    max_completion: int = option(24, "maximum completion length, tokens", least=1)
     eval_before: bool = option(True, "evaluate the starting model too")
     eval_completions: int = option(1, "completions of a held-out prompt at temperature 1", least=1)
     eval_prompts: int = option(256, "task: held-out prompts for the accuracy before and after", least=0)
-    eval_filler: list[int] = option(
-        [], "task: filler sentences of held-out passages, evaluated each (default: --filler)", least=0
-    )
+    eval_filler: list[int] = option([], "task: filler of held-out passages (default: --filler)", least=0)
     # the algorithm
-    algorithm: str = option("dapo", "the README lists what belongs to each", list(losses.EPSILONS))
-    temperature: float = option(
-        1.0, "sampling temperature; the trainer's log-probabilities use the same", above=0
-    )
-    epsilon_low: float = option(0.0, "ratio clipping below 1 (0: the algorithm's own, see README)", least=0)
-    epsilon_high: float = option(0.0, "ratio clipping above 1 (0: the algorithm's own, see README)", least=0)
+    algorithm: str = option("dapo", "docs/algorithms.md lists what belongs to each", list(losses.EPSILONS))
+    temperature: float = option(1.0, "of sampling, and of the trainer's log-probabilities", above=0)
+    epsilon_low: float = option(0.0, "ratio clipping below 1 (0: the algorithm's own)", least=0)
+    epsilon_high: float = option(0.0, "ratio clipping above 1 (0: the algorithm's own)", least=0)
     dual_clip: float = option(10.0, "dapo, grpo: for A < 0 the loss is at most this times |A|", above=0)
     normalize_std: bool = option(True, "divide advantages by the group's standard deviation (no: Dr. GRPO)")
     aggregation: str = option("sequence", "grpo only; the others have their own", list(grpo.AGGREGATIONS))
-    beta: float = option(
-        0.0, "grpo only: weight of the KL term to the starting model (GRPO's paper 0.04)", least=0
-    )
-    max_rounds: int = option(
-        10, "dynamic sampling: rounds after which a batch that is not full is an error", least=1
-    )
-    overlong_cache: int = option(
-        4, "dapo: the last tokens of max_completion over which the punishment grows to -1", least=0
-    )
-    importance_cap: float = option(
-        2.0, "cap of the token-level importance weights pi_old / pi_sampler; 0 turns them off", least=0
-    )
+    beta: float = option(0.0, "grpo only: weight of the KL term to the start (GRPO's paper 0.04)", least=0)
+    max_rounds: int = option(10, "dynamic sampling: rounds; a batch not full by then is an error", least=1)
+    overlong_cache: int = option(4, "dapo: last tokens, over which overlong punishment grows to -1", least=0)
+    importance_cap: float = option(2.0, "cap of the weights pi_old / pi_sampler of tokens; 0: none", least=0)
     # LongAct
-    rule: str = option(
-        "top", "rows of W_Q, W_K that are updated: top is LongAct, all is dense", list(saliency.RULES)
-    )
+    rule: str = option("top", "rows to update: top is LongAct, all is dense", list(saliency.RULES))
     fraction: float = option(0.3, "share of each head's dimensions that is selected (paper: 0.3)")
-    site: str = option(
-        "proj",
-        "magnitudes of the projections' outputs (the paper's reading), or after q_norm and k_norm: there "
-        "the scale of a head, which attention does not see, is gone",
-        list(saliency.SITES),
-    )
-    saliency_tokens: str = option(
-        "all",
-        "tokens whose magnitudes count: all; the prompt's; all but each first, an attention sink",
-        list(saliency.TOKENS),
-    )
-    unselected: str = option(
-        "grad",
-        "rows not selected: grad masks the gradient (the paper), so momentum still moves a row "
-        "selected before; frozen keeps row and moments as they were",
-        list(saliency.UNSELECTED),
-    )
+    site: str = option("proj", "magnitudes at the projections, or after their norms", list(saliency.SITES))
+    saliency_tokens: str = option("all", "tokens that count, see docs/paper.md", list(saliency.TOKENS))
+    unselected: str = option("grad", "other rows: masked by gradient, or frozen", list(saliency.UNSELECTED))
     # the optimizer
     learning_rate: float = option(3e-4, "AdamW's learning rate, constant after warm-up (8B: 1e-6)", above=0)
     warmup: int = option(10, "steps of linear warm-up", least=0)
-    weight_decay: float = option(
-        0.0, "AdamW's decoupled weight decay; it would move masked rows too", least=0
-    )
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay; moves masked rows too", least=0)
     adam_beta2: float = option(0.999, "AdamW's second-moment decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at, after masking", above=0)
     # the machine
-    mismatch_limit: float = option(
-        0.0, "stop when mismatch_mean exceeds it (0: 0.001 in fp32, 0.1 in bf16)", least=0
-    )
+    mismatch_limit: float = option(0.0, "largest mismatch_mean (0: 0.001 in fp32, 0.1 in bf16)", least=0)
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
-    vllm_share: float = option(
-        0.5, "share of GPU memory for vLLM while it generates; freed while training", above=0
-    )
-    tokens_per_pass: int = option(
-        8192, "completion tokens of a group that train at once; sets the peak of memory", least=1
-    )
-    context_parallel: int = option(
-        1, "ranks that share a group's tokens, for prompts too long for one GPU", least=1
-    )
-    replicate: int = option(
-        0,
-        "copies of the model, each sharded over ranks / copies GPUs (0: one on each of torchrun's nodes)",
-        least=0,
-    )
+    vllm_share: float = option(0.5, "share of GPU memory for vLLM; freed while training", above=0)
+    tokens_per_pass: int = option(8192, "completion tokens that train at once; sets peak memory", least=1)
+    context_parallel: int = option(1, "ranks that share a group's tokens, for very long prompts", least=1)
+    replicate: int = option(0, "copies of the model, each sharded (0: one a node)", least=0)
 
 
-# What may differ when a run goes on: where it lies and how long it gets; what rounding is all they can
-# change. By contents, resume.settings compares the files of model and data.
+# What may differ when a run goes on: its place, its length, and what changes nothing but rounding. Files of
+# model and data are compared by their contents (resume.settings).
 MAY_CHANGE = (
-    "name model data eval_data reward_workers reward_timeout steps save_every keep resume max_skips max_rounds eval_before "
-    "mismatch_limit tensor_parallel deterministic "
-    "vllm_share tokens_per_pass checkpointing context_parallel replicate plan dry_run ranks gpu_memory"
+    "name model data eval_data reward_workers reward_timeout steps save_every keep resume max_skips "
+    "max_rounds eval_before mismatch_limit tensor_parallel deterministic vllm_share tokens_per_pass "
+    "checkpointing context_parallel replicate plan dry_run ranks gpu_memory"
 ).split()
 
 
@@ -192,19 +110,15 @@ def check(config, world, cuda):
     if config.replicate and world % config.replicate:
         raise BadInput(f"--replicate {config.replicate} does not divide the {world} ranks")
     groups_per_update, uneven = divmod(config.prompts, config.updates)
-    trainers = world // config.context_parallel
-    if uneven or groups_per_update % trainers:
-        who = (
-            "ranks" if config.context_parallel == 1 else f"context groups of {config.context_parallel} ranks"
-        )
+    workers = world // config.context_parallel
+    if uneven or groups_per_update % workers:
+        who = f"context groups of {config.context_parallel} ranks" if config.context_parallel > 1 else "ranks"
         raise BadInput(
-            f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {trainers} {who} need a multiple of "
-            f"{config.updates * trainers}"
+            f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {workers} {who} need a "
+            f"multiple of {config.updates * workers}"
         )
     if config.reward_timeout and not config.reward_workers:
-        raise BadInput(
-            "--reward-timeout needs --reward-workers: this process cannot stop what it is itself in"
-        )
+        raise BadInput("--reward-timeout needs --reward-workers: a process cannot stop what it is itself in")
     if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
         raise BadInput(f"--name {config.name} is not below runs/, where all runs of train.py go")
     check_shared(config, "--name NAME --resume auto")
@@ -224,22 +138,19 @@ def check(config, world, cuda):
         raise BadInput(f"--beta needs --algorithm grpo: {config.algorithm} has no KL term")
     if config.algorithm in losses.NEED_UPDATES and config.updates == 1:
         raise BadInput(
-            f"--algorithm {config.algorithm} needs --updates 2 or more: with 1 every ratio is 1, and it is a plain policy "
-            "gradient (--algorithm grpo)"
+            f"--algorithm {config.algorithm} needs --updates 2 or more: with 1 every ratio is 1, and it is a "
+            "plain policy gradient (--algorithm grpo)"
         )
     if not losses.EPSILONS[config.algorithm] and (config.epsilon_low or config.epsilon_high):
-        raise BadInput(
-            f"--epsilon-low and --epsilon-high are not for --algorithm {config.algorithm}: it does not clip"
-        )
+        what = "--epsilon-low and --epsilon-high are not for"
+        raise BadInput(f"{what} --algorithm {config.algorithm}: it does not clip")
 
 
 def check_shared(config, resume_flags):
-    """Raises BadInput for what train.py and sft.py alike refuse. resume_flags: those that let a failed run go
-    on."""
+    """Raises BadInput for what train.py and sft.py refuse alike. resume_flags: with which a run goes on."""
     if config.ranks and not config.plan:
-        raise BadInput(
-            f"--ranks {config.ranks} is for --plan; torchrun --nproc-per-node says how many ranks train"
-        )
+        what = "torchrun --nproc-per-node says how many ranks train"
+        raise BadInput(f"--ranks {config.ranks} is for --plan; {what}")
     if not 0 <= config.adam_beta2 < 1:
         raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
     processes.check_restarts(config.resume, resume_flags)

@@ -2,15 +2,14 @@
 
 It comes when the script has checked all it checks before training: settings, the checkpoint's config.json,
 tokenizer and tensors (their headers), every row of the data, its length in tokens, its reward. From there on
-it goes the same way as training, vLLM included, with another model, shorter texts and one step, and leaves
-nothing behind:
-    model        LAYERS layers of random weights, HIDDEN wide, with the heads and RoPE of the model's config.json; an
-                 embedding of as many rows as its tokenizer has ids
-    texts        of at most TOKENS tokens: prompts without their middle, chats without their beginning
+it goes the same way as training, vLLM included, with another model, shorter texts and one step:
+    model        LAYERS layers of random weights, HIDDEN wide, with the heads and RoPE of the model's
+                 config.json; an embedding of as many rows as its tokenizer has ids
+    texts        at most TOKENS tokens: prompts without their middle, chats without their beginning
     completions  GROUP to a prompt, as many prompts as the ranks need
-    rewards      the reward is called on each answer, but counts 1 and 0 in turn: random weights answer nothing, and
-                 dynamic sampling wants groups whose rewards differ
-It does not say whether the real model fits into memory; --plan does.
+    rewards      the reward is called on each answer, but counts 1 and 0 in turn: random weights answer
+                 nothing, and dynamic sampling wants groups whose rewards differ
+Its temporary files are removed. It does not say whether the real model fits into memory; --plan does.
 """
 
 import atexit
@@ -26,7 +25,7 @@ from model import Qwen3
 
 LAYERS, HIDDEN = 2, 64
 TOKENS, COMPLETION, GROUP = 256, 16, 4
-PASSED = "dry run: passed; nothing is left of it"
+PASSED = "dry run: passed; its temporary files are removed"
 
 
 def stand_in(model_config, tokenizer, checkpoint):
@@ -48,8 +47,9 @@ def stand_in(model_config, tokenizer, checkpoint):
         dist.barrier()
     if rank == 0:
         print(
-            f"dry run: 1 step of {LAYERS} layers of random weights, {HIDDEN} wide, {small.num_attention_heads} query and "
-            f"{small.num_key_value_heads} key heads of {small.head_dim}; texts of at most {TOKENS} tokens; in {directory}"
+            f"dry run: 1 step of {LAYERS} layers of random weights, {HIDDEN} wide, "
+            f"{small.num_attention_heads} query and {small.num_key_value_heads} key heads of "
+            f"{small.head_dim}; texts of at most {TOKENS} tokens; in {directory}"
         )
     return directory
 

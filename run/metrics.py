@@ -4,28 +4,28 @@ rounds                       generation rounds dynamic sampling needed
 reward, accuracy             mean reward of all sampled completions; share of them with reward >= 1
 all_right, all_wrong         share of sampled groups whose rewards are all equal and >= 1, all equal and below
 completion_tokens, finished  mean length of a trained completion; share of them that stopped by themselves
-tokens_trained               tokens through the network in one training forward: sum over groups of P + sum(R_i)
-tokens_dropped               completion tokens that no loss has, since vLLM's log-probability of them was not finite
-tokens_unshared              what it would be with the prompt repeated per completion: sum of G * P + sum(R_i)
-skipped                      updates left out since their loss, gradient or a log-probability was not finite. What follows is
-                             of the others, null without any
-loss                         the policy loss. With one update per rollout every ratio is 1 and a group's advantages sum to
-                             0, so it reads near 0 (with equal lengths exactly 0) however well training goes:
-                             watch reward. Its gradient is not 0.
-ratio, clip_fraction         mean pi / pi_old (gspo: of completions, by tokens); share of tokens whose gradient clipping,
-                             or clip-cov, removed
-entropy, kl                  mean entropy of the policy per token, nats; mean k3 to the reference model (0 if --beta 0)
-mismatch_mean, mismatch_max  |trainer - sampler| log-probability of sampled tokens, nats: proves vLLM has our weights
+tokens_trained               tokens through the network in one training forward: over groups, P + sum(R_i)
+tokens_dropped               completion tokens without a loss: vLLM's log-probability was not finite
+tokens_unshared              tokens_trained if the prompt were repeated per completion: G * P + sum(R_i)
+skipped                      updates left out since their loss, gradient or a log-probability was not finite.
+                             What follows is of the others, null without any
+loss                         the policy loss. With one update per rollout every ratio is 1 and a group's
+                             advantages sum to 0, so it says nothing of how well training goes (0 with equal
+                             lengths or a sequence mean): watch reward. Its gradient is not 0.
+ratio, clip_fraction         mean pi / pi_old (gspo: of completions, by tokens); share of tokens whose
+                             gradient clipping, or clip-cov, removed
+entropy, kl                  mean entropy per token, nats; mean k3 to the reference model (0 if --beta 0)
+mismatch_mean, mismatch_max  |trainer - sampler| log-probability of tokens, nats: has vLLM our weights?
 mismatch_k3                  k3 estimate of KL(sampler || trainer) per token
 importance_capped            share of tokens whose importance weight reached the cap
 grad_norm, grad_norm_masked  gradient norm before and after masking (before clipping)
 selected_share               share of squared Q/K magnitude in the selected rows
 moved_selected               root mean square change of a weight of W_Q, W_K in one update, in selected rows
-moved_unselected             and in the others: momentum's doing with --unselected grad (null if all are selected)
-mask_overlap                 share of selected rows selected in the update before too, in the last one (null in the first)
+moved_unselected             in the others: by momentum with --unselected grad (null if all are selected)
+mask_overlap                 share of the last update's rows that the one before selected too (at first null)
 learning_rate                of the step's updates
-seconds, tokens_per_second   wall time by stage (rollout, reward, logprobs, backward, mask, step, sync, rehearsal of the
-                             largest group in the first step after a start) on rank 0, without checkpoints;
+seconds, tokens_per_second   wall time by stage (rollout, reward, logprobs, backward, mask, step, sync, and in
+                             the first step rehearsal of the largest group) on rank 0, without checkpoints;
                              prompt and completion tokens trained on per second of the whole step. The only
                              keys that differ between two runs with the same seed on the same machine,
                              interrupted or not.
@@ -42,17 +42,8 @@ import torch.distributed as dist
 import saliency
 from base.cli import BadInput
 
-SUMS = (
-    "loss",
-    "ratio",
-    "clip_fraction",
-    "kl",
-    "entropy",
-    "mismatch_mean",
-    "mismatch_k3",
-    "importance_capped",
-)
-OF_UPDATE = ("grad_norm", "grad_norm_masked", "selected_share", "moved_selected", "moved_unselected")
+SUMS = "loss ratio clip_fraction kl entropy mismatch_mean mismatch_k3 importance_capped".split()
+OF_UPDATE = "grad_norm grad_norm_masked selected_share moved_selected moved_unselected".split()
 
 
 class Clock:
@@ -106,8 +97,7 @@ class Tally:
         self.mismatch_max = torch.maximum(self.mismatch_max, d.abs().max())
 
     def reduce(self):
-        """Sums over all ranks, on all of them. They stay there: one copy to the CPU for all that is read of
-        them."""
+        """Sum over all ranks, on each; one copy to the CPU for all that is read of the sums."""
         dist.all_reduce(self.sums)
         dist.all_reduce(self.mismatch_max, dist.ReduceOp.MAX)
         self.sums = self.sums.cpu()
@@ -121,13 +111,14 @@ class Tally:
         mismatch = self.sums[SUMS.index("mismatch_mean")].item() / max(1, self.tokens)
         if math.isfinite(mismatch) and mismatch > limit:
             raise BadInput(
-                f"step {step}: the sampler's log-probabilities differ from the trainer's by {mismatch:.2g} nats on average "
-                f"(limit {limit:g}): vLLM does not have the trainer's weights or rounds otherwise"
+                f"step {step}: the sampler's log-probabilities differ from the trainer's by {mismatch:.2g} "
+                f"nats on average (limit {limit:g}): vLLM does not have the trainer's weights or rounds "
+                "otherwise"
             )
 
     def with_update(self, norm, masked_norm, moved, magnitudes, masks, previous_masks):
         """The same, with what is known once the update was made: gradient norms, saliency.masked_step's
-        result, the rows."""
+        result, this update's rows and those of the one before."""
         share = saliency.selected_share(magnitudes, masks).item()
         values = norm, masked_norm, share, moved[0].item(), moved[1].item()
         self.of_update = dict(zip(OF_UPDATE, values, strict=True))

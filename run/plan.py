@@ -13,6 +13,7 @@ fragmentation.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from base.cli import BadInput
 from core import schedule
@@ -27,11 +28,9 @@ RESERVE = 2 * GIB  # for CUDA, NCCL and fragmentation, when saying whether it fi
 
 
 def parameter_counts(c):
-    """Qwen3Config -> parameters of one block, and of everything outside the blocks (embedding, head, last
-    norm)."""
-    attention = (
-        c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) + 2 * c.head_dim
-    )
+    """Qwen3Config -> parameters of one block, and of all outside the blocks (embedding, head, last norm)."""
+    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
+    attention = c.hidden_size * c.head_dim * heads + 2 * c.head_dim
     block = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
     return block, c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.hidden_size
 
@@ -42,41 +41,30 @@ def block_bytes(c, size, exchanged=False):
     size: bytes of the compute dtype. Each norm keeps what it normalised, in fp32, and its result before the
     weight. exchanged: attention's output is there twice, by heads and by tokens.
     """
-    C, q, k, F = (
-        c.hidden_size,
-        c.num_attention_heads * c.head_dim,
-        c.num_key_value_heads * c.head_dim,
-        c.intermediate_size,
-    )
+    C, F = c.hidden_size, c.intermediate_size
+    q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     wide = 4 if size == 2 else 0  # fp32 copies that fp32 compute does not make
     norms = (size + wide) * (2 * C + q + k)
-    projections = (
-        2 * size * C + (size if size == 4 else 0) * (q + k) + size * (q + k + k)
-    )  # inputs of q, k, v and of the
-    # MLP; q and k before their norms (in bf16 the fp32 copy replaces them); rotated q and k, and v
-    attention = (
-        size * q * (1 + exchanged) + 4 * c.num_attention_heads + size * C
-    )  # its output, log-sum-exp; the sum after it
+    # Inputs of q, k, v and of the MLP; q and k before their norms (in bf16 the fp32 copy replaces them);
+    # rotated q and k, and v.
+    projections = 2 * size * C + (size if size == 4 else 0) * (q + k) + size * (q + k + k)
+    # Attention's output and log-sum-exp; the sum after it.
+    attention = size * q * (1 + exchanged) + 4 * c.num_attention_heads + size * C
     mlp = 4 * size * F  # gate, silu(gate), up, product
     return norms + projections + attention + mlp, size * (C + 2 * F)
 
 
 def activations(c, prompt, pass_tokens, checkpointing, size, context_parallel=1):
-    """{moment: {line: bytes}}: what there is while a pass's head, a block of a pass, or the prompt goes
-    back."""
-    prompt, pass_tokens = (
-        -(-prompt // context_parallel),
-        -(-pass_tokens // context_parallel),
-    )  # all that follows is of tokens
+    """{moment: {line: bytes}}: what there is while a pass's head, a pass's block, or the prompt goes back."""
+    prompt, pass_tokens = -(-prompt // context_parallel), -(-pass_tokens // context_parallel)  # of one rank
     L, C, kv = c.num_hidden_layers, c.hidden_size, 2 * c.num_key_value_heads * c.head_dim
     kept, transient = block_bytes(c, size, context_parallel > 1)
     per_layer = size * C if checkpointing else kept
     cache = prompt * size * kv * L
     prompt_lines = {
         "prompt, kept for its backward": prompt * (L * per_layer + 2 * size * c.head_dim),
-        "prompt's keys and values": cache
-        if checkpointing
-        else 0,  # without it they are among what blocks keep
+        # Without checkpointing they are among what blocks keep.
+        "prompt's keys and values": cache if checkpointing else 0,
         "their gradients": cache,
     }
     pass_kept = {"tokens of a pass, kept": pass_tokens * (L * per_layer + 5 * size * C)}
@@ -122,24 +110,21 @@ def training_memory(
         "gradients (fp32)": 4 * total / ranks,
         "optimizer (fp32 moments)": 8 * total / ranks,
     }
-    if (
-        sharded
-    ):  # embedding, head and two blocks gathered, one of them still in its buffer too; a block's gradient, as
-        # computed and in fp32 for its reduction, beside the one before it
+    if sharded:
+        # Embedding, head and two blocks gathered, one of them still in its buffer too; a block's gradient, as
+        # computed and in fp32 for its reduction, beside the one before it.
         lines["gathered weights and a block's gradient"] = size * (rest + 3 * block) + (size + 8) * block
     if reference:  # its shards, what of it is gathered, and the prompt's keys and values by it
         cache = prompt * 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers / context_parallel
-        lines["reference model at work"] = size * (
-            total / ranks + (rest + 2 * block if sharded else 0) + cache
-        )
+        gathered = rest + 2 * block if sharded else 0
+        lines["reference model at work"] = size * (total / ranks + gathered + cache)
     moments = activations(c, prompt, pass_tokens, checkpointing, size, context_parallel)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     return lines | moments[worst], worst
 
 
 def rollout_memory(c, prompt, completion, completions, tensor_parallel):
-    """Bytes on a rank: vLLM's bf16 weights, the KV cache of one completion with its prompt, and that of a
-    whole group."""
+    """Bytes on a rank: vLLM's bf16 weights, the KV cache of one completion with its prompt, of a group."""
     block, rest = parameter_counts(c)
     weights = 2 * (block * c.num_hidden_layers + rest) / tensor_parallel
     token = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim / tensor_parallel
@@ -183,8 +168,8 @@ def sft_report(config, ranks):
     tokens = max(context, config.tokens_per_pass)
     lines, moment = training_memory(c, 0, tokens, config.checkpointing, ranks, 2)
     text = [
-        f"SFT of {config.model} on {gpus(ranks)}: {config.batch} documents of up to {context:,} tokens a step, {tokens:,} "
-        "tokens in the fullest pass",
+        f"SFT of {config.model} on {gpus(ranks)}: {config.batch} documents of up to {context:,} tokens a "
+        f"step, {tokens:,} tokens in the fullest pass",
         "",
         f"training, one rank, at its worst moment ({moment}):",
         *memory_table(lines),
@@ -193,63 +178,69 @@ def sft_report(config, ranks):
     return "\n".join(text) + "\n"
 
 
+class Needs(NamedTuple):
+    """What a step of train.py takes of a rank at one context; bytes but for the prompt's tokens."""
+
+    prompt: int
+    training: dict  # {line: bytes} at the worst moment
+    moment: str
+    asleep: float  # parameters and optimizer, held while vLLM generates
+    vllm_weights: float
+    room: float  # what --vllm-share leaves for vLLM's KV cache
+    group: float  # KV cache of a group
+    fits: bool
+
+
+def needs(config, c, ranks, context):
+    """-> Needs of a step whose longest sequence has `context` tokens, by a Qwen3Config on `ranks` GPUs."""
+    prompt, R, G = context - config.max_completion, config.max_completion, config.completions
+    pass_tokens = sum(schedule.fullest(R, G, config.tokens_per_pass))
+    training, moment = training_memory(
+        *(c, prompt, pass_tokens, config.checkpointing, ranks // config.replicate, 2),
+        reference=bool(config.beta),
+        context_parallel=config.context_parallel,
+    )
+    weights, one, group = rollout_memory(c, prompt, R, G, config.tensor_parallel)
+    asleep = training["parameters (fp32)"] + training["optimizer (fp32 moments)"]
+    capacity = config.gpu_memory * GIB
+    share = config.vllm_share * capacity
+    fits = sum(training.values()) + RESERVE <= capacity and asleep + share + RESERVE <= capacity
+    room = share - weights
+    return Needs(prompt, training, moment, asleep, weights, room, group, fits and room >= one)
+
+
 def report(config, ranks):
-    """The text of train.py --plan. Raises BadInput as `model_and_context`, and where no room is left for a
-    prompt."""
+    """The text of train.py --plan. Raises BadInput as `model_and_context`, and for no room for a prompt."""
     c, context = model_and_context(config)
     prompt_room(context, config.max_completion)
     check_heads(config.context_parallel, c)
-    capacity = config.gpu_memory * GIB
-    pass_tokens = sum(schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass))
-
-    def at(context):
-        prompt, R, G = context - config.max_completion, config.max_completion, config.completions
-        setting = (
-            config.checkpointing,
-            ranks // config.replicate,
-            2,
-            True,
-            bool(config.beta),
-            config.context_parallel,
-        )
-        lines, moment = training_memory(c, prompt, pass_tokens, *setting)
-        weights, one, group = rollout_memory(c, prompt, R, G, config.tensor_parallel)
-        asleep = lines["parameters (fp32)"] + lines["optimizer (fp32 moments)"]  # held while vLLM generates
-        room = config.vllm_share * capacity - weights
-        fits = (
-            sum(lines.values()) + RESERVE <= capacity
-            and asleep + config.vllm_share * capacity + RESERVE <= capacity
-            and room >= one
-        )
-        return prompt, lines, moment, asleep, weights, group, room, fits
-
-    prompt, lines, moment, asleep, weights, group, room, fits = at(context)
-    G, R = config.completions, config.max_completion
-    shared, unshared = config.prompts * (prompt + G * R), config.prompts * G * (prompt + R)
+    G, R, share = config.completions, config.max_completion, config.vllm_share * config.gpu_memory * GIB
+    need = needs(config, c, ranks, context)
+    pass_tokens = sum(schedule.fullest(R, G, config.tokens_per_pass))
+    shared, unshared = config.prompts * (need.prompt + G * R), config.prompts * G * (need.prompt + R)
+    cache = f"{gib(need.room)}   a group takes {need.group / GIB:.2f} GiB"
     text = [
-        f"{config.model} on {gpus(ranks)}: {config.prompts} prompts of {prompt:,} tokens x {G} "
+        f"{config.model} on {gpus(ranks)}: {config.prompts} prompts of {need.prompt:,} tokens x {G} "
         f"completions of up to {R:,}, {pass_tokens:,} completion tokens in the fullest pass",
         "",
-        f"training, one rank, at its worst moment ({moment}):",
-        *memory_table(lines),
+        f"training, one rank, at its worst moment ({need.moment}):",
+        *memory_table(need.training),
         "rollout, one rank:",
-        f"  {'parameters and optimizer, as above':48}{gib(asleep)}",
-        f"  {'vLLM weights (bf16)':48}{gib(weights)}",
-        f"  {'vLLM KV cache (what --vllm-share leaves)':48}{gib(room)}   a group takes {group / GIB:.2f} GiB",
-        f"  {'total':48}{gib(asleep + config.vllm_share * capacity)}",
+        f"  {'parameters and optimizer, as above':48}{gib(need.asleep)}",
+        f"  {'vLLM weights (bf16)':48}{gib(need.vllm_weights)}",
+        f"  {'vLLM KV cache (what --vllm-share leaves)':48}{cache}",
+        f"  {'total':48}{gib(need.asleep + share)}",
         f"tokens through the network a step: {shared:,}; with the prompt once per completion {unshared:,} "
         f"({unshared / shared:.1f} times as many)",
-        verdict(config, fits),
+        verdict(config, need.fits),
         "",
         "   context   training   rollout   KV of a group   fewer tokens   fits",
     ]
-    for context in CONTEXTS:
-        if context > R:
-            prompt, lines, _, asleep, weights, group, room, fits = at(context)
-            training, rollout = sum(lines.values()) / GIB, (asleep + config.vllm_share * capacity) / GIB
-            times = G * (prompt + R) / (prompt + G * R)
-            text.append(
-                f"{context:10,} {training:6.1f} GiB {rollout:5.1f} GiB{group / GIB:12.2f} GiB{times:12.1f} x   "
-                f"{'yes' if fits else 'NO'}{', but needs YaRN' if context > c.context_length else ''}"
-            )
+    for context in filter(lambda context: context > R, CONTEXTS):
+        need = needs(config, c, ranks, context)
+        training, rollout = sum(need.training.values()) / GIB, (need.asleep + share) / GIB
+        times = G * (need.prompt + R) / (need.prompt + G * R)
+        says = f"{'yes' if need.fits else 'NO'}{', but needs YaRN' if context > c.context_length else ''}"
+        sizes = f"{training:6.1f} GiB {rollout:5.1f} GiB{need.group / GIB:12.2f} GiB"
+        text.append(f"{context:10,} {sizes}{times:12.1f} x   {says}")
     return "\n".join(text) + "\n"

@@ -41,7 +41,7 @@ class Progress:
         self.step, self.prompts_drawn = step, self.prompts_drawn + prompts
         self.random = resume.random_states()
 
-    # ------------------------------------------------------------------------------------------------- checkpoints
+    # ------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, directory, model, optimizer, settings, keep):
         """Write directory/step-N, see resume.save. settings: what may not change when the run goes on."""

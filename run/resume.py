@@ -1,10 +1,11 @@
 """What a run needs to go on after it was interrupted: there is always a whole one on disk, and only a whole
 one is read.
 
-    DIR/LATEST                              the newest checkpoint's name; those after it, of an earlier life, do not count
-    DIR/step-000100/shard-*.safetensors     of each rank: weights (masters), AdamW's moments and steps, the script's tensors
-                    state.json              what else the script must know: counters, settings, random states
-                    manifest.json           bytes and SHA-256 of each of these files
+    DIR/LATEST                             the newest checkpoint's name; those after it are of an earlier life
+    DIR/step-000100/shard-*.safetensors    of each rank: weights (masters), AdamW's moments and steps, and
+                                           the script's tensors
+                    state.json             what else the script must know: counters, settings, random states
+                    manifest.json          bytes and SHA-256 of each of these files
 
 torch.distributed.checkpoint writes and reads the tensors, so what 2 ranks saved 1 or 8 go on with. Its
 default format is made of pickles (.metadata and the shards), which can run code when they are read; its
@@ -42,7 +43,7 @@ from prompts import sources
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
-# ------------------------------------------------------------------------------------------------------ the run
+# --------------------------------------------------------------------------------------------------- the run
 
 
 def lock_run(run, which):
@@ -54,7 +55,7 @@ def lock_run(run, which):
         Path(which).is_dir() and Path(which).resolve().parent == inside.resolve()
     ):
         raise BadInput(
-            f"--resume {which} is not a checkpoint of this run: it must be auto or a directory {inside}/step-N"
+            f"--resume {which} is not a checkpoint of this run: it must be auto or one of {inside}/step-N"
         )
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def lock_run(run, which):
     return durable.lock(run)
 
 
-# ---------------------------------------------------------------------------------------------------- what is in a state
+# --------------------------------------------------------------------------------------- what is in a state
 
 
 def random_states():
@@ -124,7 +125,7 @@ def tensors_of(model, optimizer, extra):
     return tensors | {f"extra {name}": tensor for name, tensor in extra.items()}, weights, moments
 
 
-# ----------------------------------------------------------------------------------------------------------------- save
+# ----------------------------------------------------------------------------------------------------- save
 
 FILE_BYTES = (
     2**33
@@ -193,7 +194,7 @@ def number(path):
     return int(path.name.removeprefix("step-"))
 
 
-# ----------------------------------------------------------------------------------------------------------------- find
+# ----------------------------------------------------------------------------------------------------- find
 
 
 def find(directory, which, fixed):
@@ -219,7 +220,7 @@ def find(directory, which, fixed):
     else:
         if candidates:
             raise BadInput(
-                f"--resume: none of the {len(candidates)} checkpoints in {directory} is whole; see the warnings"
+                f"--resume: none of {len(candidates)} checkpoints in {directory} is whole; see the warnings"
             )
         return None, None
     state = json.loads((path / "state.json").read_text())
@@ -282,7 +283,7 @@ def compare(path, state, fixed):
             raise BadInput(f"--resume {path}: {key} was {before}, now it is {now}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- load
+# ----------------------------------------------------------------------------------------------------- load
 
 
 def load(path, model, optimizer):
@@ -311,7 +312,7 @@ def load(path, model, optimizer):
     return extra
 
 
-# -------------------------------------------------------------------------------------------------------------- metrics
+# -------------------------------------------------------------------------------------------------- metrics
 
 
 def open_metrics(path, step):
