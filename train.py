@@ -130,9 +130,8 @@ def sample(rows, indices, n, temperature, show_bar=False):
     def scored():
         texts = [[tokenizer.decode(c.ids, skip_special_tokens=True) for c in group] for group in sampled]
         answers = [chat.answer_text(text, config.thinking) for group in texts for text in group]
-        rewards = torch.tensor(score_all(zip(answers, (row for row in rows for _ in range(n))))).view(
-            len(rows), n
-        )
+        repeated = [row for row in rows for _ in range(n)]
+        rewards = torch.tensor(score_all(list(zip(answers, repeated, strict=True)))).view(len(rows), n)
         return [Group(*group) for group in zip(indices, encoded, sampled, rewards, strict=True)]
 
     with clock.stage("reward"):
@@ -262,7 +261,7 @@ if held_out and config.eval_before and not checkpoint:
 # ------------------------------------------------------------------------------------------------------ loop
 
 bar = tqdm(
-    total=config.steps, initial=progress.step, desc="train", unit="step", leave=False, disable=not main
+    total=config.steps, initial=progress.step, desc="train", unit="step", leave=False, disable=rank > 0
 )
 first, interrupt = progress.step + 1, Interrupt()
 for step in range(first, config.steps + 1):
@@ -271,9 +270,8 @@ for step in range(first, config.steps + 1):
     for parameters in optimizer.param_groups:
         parameters["lr"] = learning_rate
     with saved_before_it_stops():
-        batch, sampled, rounds = dapo.fill_batch(
-            draw, keep, config.prompts, config.max_rounds, interrupt.asked
-        )
+        limits = config.prompts, config.max_rounds
+        batch, sampled, rounds = dapo.fill_batch(draw, keep, *limits, interrupt.asked)
     if interrupt.asked():
         break  # this step has changed nothing yet
     engine.sleep()
