@@ -9,9 +9,8 @@ It reads top to bottom. A step, as the loop near the end has it: prompts -> grou
 -> log-probabilities (model.py) -> loss (dapo.py, grpo.py, losses.py) -> backward -> masks from this step's
 activations (saliency.py) -> masked gradients -> clip -> AdamW -> weights to vLLM.
 
-Where we depart from the papers or had to choose: docs/paper.md. A run may be killed at any moment; --resume
-auto goes on with it (run/resume.py). At SIGTERM and SIGINT it saves and exits with code 75
-(base/interrupt.py).
+Where we depart from the papers, or had to choose: docs/paper.md. A run may be killed at any moment: --resume
+auto goes on with it (run/resume.py). SIGTERM and SIGINT: it saves and exits with 75 (base/interrupt.py).
 """
 
 import math
@@ -329,8 +328,8 @@ if interrupt.asked():
     if progress.saved < progress.step:
         save()
     if main:
-        goes_on = f"--name {config.name} --resume auto goes on"
-        print(f"interrupted after step {progress.step}; {goes_on}", file=sys.stderr)
+        how = f"--name {config.name} --resume auto goes on"
+        print(f"interrupted after step {progress.step}; {how}", file=sys.stderr)
     engine.close()
     sys.exit(EXIT_CODE)
 interrupt.close()

@@ -22,7 +22,7 @@ from shapes import card, train_on
 
 import saliency
 from base.cli import one_line_errors, option, parse
-from model import Qwen3, Squares
+from model import Qwen3
 from prompts import chat, tasks
 
 
@@ -134,7 +134,8 @@ gradients = {parameter: parameter.grad for parameter in model.parameters()}
 rollout_seconds, tracked_seconds, step_seconds, sync_seconds = seconds(
     generate, track, step_optimizer, sync, rounds=config.rounds
 )
-Squares.fill, saliency.Tracker.add = timed(Squares.fill), timed(saliency.Tracker.add)
+saliency.Squares.fill = timed(saliency.Squares.fill)
+saliency.Tracker.add = timed(saliency.Tracker.add)
 saliency.Tracker.magnitudes = timed(saliency.Tracker.magnitudes)
 saliency.select_rows, saliency.mask_gradients = timed(saliency.select_rows), timed(saliency.mask_gradients)
 shares = []

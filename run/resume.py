@@ -51,12 +51,10 @@ def lock_run(run, which):
     for a new run, "auto" or a checkpoint's path to go on. Raises BadInput if the run exists and should not,
     if the path is not one of its checkpoints, and if another process is in it."""
     inside = run / "checkpoints"
-    if which not in ("", "auto") and not (
-        Path(which).is_dir() and Path(which).resolve().parent == inside.resolve()
-    ):
-        raise BadInput(
-            f"--resume {which} is not a checkpoint of this run: it must be auto or one of {inside}/step-N"
-        )
+    ours = Path(which).is_dir() and Path(which).resolve().parent == inside.resolve()
+    if which not in ("", "auto") and not ours:
+        what = f"it must be auto or one of {inside}/step-N"
+        raise BadInput(f"--resume {which} is not a checkpoint of this run: {what}")
     try:
         run.mkdir(parents=True, exist_ok=True)
         begun = set(os.listdir(run)) - {"lock"}
@@ -75,13 +73,8 @@ def random_states():
     draws from them; a reward function may."""
     state = numpy.random.get_state(legacy=False)
     state["state"]["key"] = state["state"]["key"].tolist()
-    device = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-    return {
-        "python": random.getstate(),
-        "numpy": state,
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": device,
-    }
+    states = {"python": random.getstate(), "numpy": state, "torch": torch.get_rng_state().tolist()}
+    return states | {"cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None}
 
 
 def set_random_states(states):
@@ -104,11 +97,8 @@ def settings(config, may_change):
     fixed = {key: value for key, value in asdict(config).items() if key not in may_change}
     model = [Path(config.model) / name for name in ("config.json", "tokenizer.json")]
     model += sorted(Path(config.model).glob("*.safetensors"))
-    contents = {
-        "model": model,
-        "data": config.data,
-        "eval-data": getattr(config, "eval_data", []),
-    }  # the last: train.py's
+    contents = {"model": model, "data": config.data}
+    contents["eval-data"] = getattr(config, "eval_data", [])  # train.py's
     return fixed | {f"contents of --{name}": sources.digest(paths) for name, paths in contents.items()}
 
 
@@ -127,9 +117,8 @@ def tensors_of(model, optimizer, extra):
 
 # ----------------------------------------------------------------------------------------------------- save
 
-FILE_BYTES = (
-    2**33
-)  # tensors whose shards share a file on each rank; while it is written they are twice in memory
+# Bytes of the tensors whose shards share a file on each rank; while it is written they are twice in memory.
+FILE_BYTES = 2**33
 
 
 def save(directory, step, model, optimizer, state, extra, keep):
@@ -214,9 +203,8 @@ def find(directory, which, fixed):
         if which != "auto":
             raise BadInput(f"--resume: {problem}")
         if rank_and_world()[0] == 0:
-            print(
-                f"warning: {problem}; trying the checkpoint before {path.name}", file=sys.stderr, flush=True
-            )
+            text = f"warning: {problem}; trying the checkpoint before {path.name}"
+            print(text, file=sys.stderr, flush=True)
     else:
         if candidates:
             raise BadInput(
@@ -243,10 +231,8 @@ def candidates_for(directory, which):
     if text is None or directory / text in steps:
         return [path for path in steps if text is None or number(path) <= int(text.removeprefix("step-"))]
     if rank_and_world()[0] == 0:
-        print(
-            f"warning: {newest} names {text!r:.40}, which is not there; trying {steps[0].name}",
-            file=sys.stderr,
-        )
+        what = f"{newest} names {text!r:.40}, which is not there; trying {steps[0].name}"
+        print(f"warning: {what}", file=sys.stderr)
     return steps
 
 
