@@ -32,6 +32,8 @@ def advantages(rewards, normalize_std=True, eps=1e-6):
     2503.20783). A group of equal rewards has advantages 0. A group of one keeps no baseline: its advantage is
     0 too.
     """
+    if (rewards == rewards[0]).all():  # their mean may differ from them by rounding, which eps would blow up
+        return torch.zeros_like(rewards)
     centered = rewards - rewards.mean()
     if not normalize_std or len(rewards) == 1:
         return centered

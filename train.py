@@ -122,7 +122,7 @@ def sample(rows, indices, n, temperature, show_bar=False):
     rows, indices = rows[share::shares], indices[share::shares]
     with clock.stage("rollout"):
         encoded = [encode(row) for row in rows]
-        seeds = [config.seed * 2**32 + index * config.completions for index in indices]
+        seeds = [config.seed * 2**32 + index * max(n, config.completions) for index in indices]
         how = temperature, config.max_completion, seeds, stop_ids, show_bar and main
         sampled = engine.generate(encoded, n, *how) if encoded else []
 

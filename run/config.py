@@ -62,7 +62,7 @@ class Config(Shared):
     temperature: float = option(1.0, "of sampling, and of the trainer's log-probabilities", above=0)
     epsilon_low: float = option(0.0, "ratio clipping below 1 (0: the algorithm's own)", least=0)
     epsilon_high: float = option(0.0, "ratio clipping above 1 (0: the algorithm's own)", least=0)
-    dual_clip: float = option(10.0, "dapo, grpo: for A < 0 the loss is at most this times |A|", above=0)
+    dual_clip: float = option(10.0, "dapo, grpo: for A < 0 the loss is at most this times |A|", above=1)
     normalize_std: bool = option(True, "divide advantages by the group's standard deviation (no: Dr. GRPO)")
     aggregation: str = option("sequence", "grpo only; the others have their own", list(grpo.AGGREGATIONS))
     beta: float = option(0.0, "grpo only: weight of the KL term to the start (GRPO's paper 0.04)", least=0)
@@ -136,6 +136,10 @@ def check(config, world, cuda):
         raise BadInput("--eval-filler applies only to --task; with --data give held-out files by --eval-data")
     if config.beta and config.algorithm != "grpo":
         raise BadInput(f"--beta needs --algorithm grpo: {config.algorithm} has no KL term")
+    if config.aggregation != "sequence" and config.algorithm != "grpo":
+        raise BadInput(f"--aggregation needs --algorithm grpo: {config.algorithm} has a mean of its own")
+    if config.dual_clip != 10 and config.algorithm not in ("grpo", "dapo"):
+        raise BadInput(f"--dual-clip is not for --algorithm {config.algorithm}: it has no dual clip")
     if config.algorithm in losses.NEED_UPDATES and config.updates == 1:
         raise BadInput(
             f"--algorithm {config.algorithm} needs --updates 2 or more: with 1 every ratio is 1, and it is a "
