@@ -136,9 +136,9 @@ if checkpoint:
     resume.set_random_states(state["random"])
 done, skips = (state["step"], state["skips_in_a_row"]) if checkpoint else (0, 0)
 if main:
+    metrics_file = resume.open_metrics(out / "metrics.jsonl", done)
     settings = {**dataclasses.asdict(config), "ranks": world, "device": str(device)}
     durable.write_json(out / "config.json", settings)
-    metrics_file = resume.open_metrics(out / "metrics.jsonl", done)
 
 
 def save(step):

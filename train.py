@@ -249,9 +249,9 @@ def saved_before_it_stops():
 
 
 if main:
+    metrics_file = resume.open_metrics(directory / "metrics.jsonl", progress.step)
     settings = {**asdict(config), "ranks": world, "device": str(device)}
     durable.write_json(directory / "config.json", settings)
-    metrics_file = resume.open_metrics(directory / "metrics.jsonl", progress.step)
     going_on = f", going on after step {progress.step}" if checkpoint else ""
     print(f"run directory: {directory}{going_on}", flush=True)
 if held_out and config.eval_before and not checkpoint:

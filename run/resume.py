@@ -1,7 +1,8 @@
 """What a run needs to go on after it was interrupted: there is always a whole one on disk, and only a whole
 one is read.
 
-    DIR/LATEST                             the newest checkpoint's name; those after it are of an earlier life
+    DIR/LATEST                             the newest checkpoint's name ("none yet" from the start to the
+                                           first); those after it are of an earlier life
     DIR/step-000100/shard-*.safetensors    of each rank: weights (masters), AdamW's moments and steps, and
                                            the script's tensors
                     state.json             what else the script must know: counters, settings, random states
@@ -42,6 +43,8 @@ from base.processes import gather_or_fail, rank_and_world
 from prompts import sources
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+
+NONE_YET = "none yet"  # in LATEST
 
 # --------------------------------------------------------------------------------------------------- the run
 
@@ -157,7 +160,9 @@ def save(directory, step, model, optimizer, state, extra, keep):
         durable.publish(partial, final)
         durable.write(directory / "LATEST", final.name + "\n")
         kept = sorted((path for path in steps_in(directory) if number(path) <= step), key=number)[-keep:]
-        for path in set(directory.glob("step-*")) - set(kept):  # older, of an earlier life, never finished
+        for path in set(filter(is_ours, directory.iterdir())) - set(
+            kept
+        ):  # older, of another life, unfinished
             shutil.rmtree(path)
 
     try:
@@ -181,6 +186,21 @@ def steps_in(directory):
 
 def number(path):
     return int(path.name.removeprefix("step-"))
+
+
+def is_ours(path):
+    """Whether `save` made this directory, and so may remove it: a step that says itself which it is, or what
+    is left of one whose writing was interrupted. A copy under another name is the user's."""
+    if re.fullmatch(r"step-\d{6,}\.(partial|old)", path.name):
+        return True
+    try:
+        return path in steps_in(path.parent) and read_state(path)["step"] == number(path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def read_state(path):
+    return json.loads((path / "state.json").read_text())
 
 
 # ----------------------------------------------------------------------------------------------------- find
@@ -207,11 +227,10 @@ def find(directory, which, fixed):
             print(text, file=sys.stderr, flush=True)
     else:
         if candidates:
-            raise BadInput(
-                f"--resume: none of {len(candidates)} checkpoints in {directory} is whole; see the warnings"
-            )
+            what = f"none of the {len(candidates)} checkpoints in {directory} is whole"
+            raise BadInput(f"--resume: {what}; see the warnings")
         return None, None
-    state = json.loads((path / "state.json").read_text())
+    state = read_state(path)
     gather_or_fail(compare, path, state, fixed)
     if rank_and_world()[0] == 0:
         durable.write(directory / "LATEST", path.name + "\n")  # what came after it comes again
@@ -224,12 +243,21 @@ def candidates_for(directory, which):
         return [directory / Path(which).name]
     newest, steps = directory / "LATEST", sorted(steps_in(directory), key=number, reverse=True)
     text = newest.read_text(errors="replace").strip() if newest.is_file() else None
-    if text is not None and not steps:
+    if text is None and not steps:
+        written = sorted({path.name for path in directory.parent.iterdir()} - {"lock", directory.name})
+        if written:
+            what = f"{directory.parent} has {written[0]} of a run, but no checkpoint in {directory}"
+            raise BadInput(
+                f"--resume auto: {what} to go on from; bring that back, or remove the run to begin anew"
+            )
+    if text in (None, NONE_YET):
+        return steps
+    if not steps:
         raise BadInput(
             f"--resume: {newest} names {text!r:.40}, but there is no checkpoint; remove the run to begin anew"
         )
-    if text is None or directory / text in steps:
-        return [path for path in steps if text is None or number(path) <= int(text.removeprefix("step-"))]
+    if directory / text in steps:
+        return [path for path in steps if number(path) <= int(text.removeprefix("step-"))]
     if rank_and_world()[0] == 0:
         what = f"{newest} names {text!r:.40}, which is not there; trying {steps[0].name}"
         print(f"warning: {what}", file=sys.stderr)
@@ -302,8 +330,12 @@ def load(path, model, optimizer):
 
 
 def open_metrics(path, step):
-    """Cut metrics.jsonl to the lines of steps 1 to `step` -> the file, for durable.append. Raises BadInput if
-    some are missing."""
+    """Cut metrics.jsonl to the lines of steps 1 to `step` -> the file, for durable.append. With step 0 a run
+    begins, and LATEST says that there is no checkpoint yet. Raises BadInput if lines are missing."""
+    if step == 0:
+        latest = path.parent / "checkpoints" / "LATEST"
+        latest.parent.mkdir(exist_ok=True)
+        durable.write(latest, NONE_YET + "\n")
     lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
     try:
         whole = [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
