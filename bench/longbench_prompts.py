@@ -4,7 +4,7 @@ and encode.
 python bench/longbench_prompts.py --tokenizer CHECKPOINT/tokenizer.json    # keeps 0.3 GB in runs/
 
 Documents have about `tokens` tokens, two questions each; a prompt of more than --max-input is cut and encoded
-again, so the default measures the slowest case. The file is made by studies/longbench_sample.py. Peak memory is that
+again, so the default measures the slowest case. The file is made by longbench_sample.py. Peak memory is that
 of the whole process.
 """
 

@@ -1,4 +1,4 @@
-"""How fast evals/ruler/ makes samples, and how full the windows are: a table, one core.
+"""How fast ruler.py makes samples, and how full the windows are: a table, one core.
 
 OMP_NUM_THREADS=1 python bench/ruler_samples.py --tokenizer CHECKPOINT/tokenizer.json --samples 20
 """

@@ -42,7 +42,7 @@ FLAGS = (
 
 @dataclass
 class Config:
-    steps: int = option(2000, "steps in total", least=100)
+    steps: int = option(2000, "steps in all", least=100)
     life: int = option(100, "steps after which the process ends and another goes on", least=50)
     warm: int = option(20, "first steps of a life that memory and speed are not of", least=0)
     name: str = option("soak", "the run's directory in runs/, removed before and after")

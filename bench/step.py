@@ -37,7 +37,7 @@ from model import Qwen3
 class Config:
     shape: str = option("laptop", "laptop, or the name of a published size")
     rounds: int = option(
-        1, "timed rounds of each, after a warm-up; more of those that are quick (4 seconds in total)", least=1
+        1, "timed rounds of each, after a warm-up; more of those that are quick (4 seconds in all)", least=1
     )
     out: str = option("runs/bench-step", "directory for results.json and step.png")
     seed: int = option(0, "seed of weights and tokens")
