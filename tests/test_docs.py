@@ -28,6 +28,7 @@ from torch.distributed.run import get_args_parser
 
 from base import cli
 from prompts import judge, rewards
+from run import config as run_config
 from run import metrics
 
 pytestmark = pytest.mark.xdist_group("docs")  # scripts are imported once
@@ -130,8 +131,9 @@ def check(words):
         launched = [word for word in words if word.endswith(".py")]
         assert launched, f"torchrun {words} starts nothing"
         with mock.patch.object(argparse.ArgumentParser, "error", refuse):
-            get_args_parser().parse_args(words)
-        check_script(launched[0], words[words.index(launched[0]) + 1 :])
+            how = get_args_parser().parse_args(words)
+        ranks = int(how.nproc_per_node) * int(how.nnodes.split(":")[0])
+        check_script(launched[0], words[words.index(launched[0]) + 1 :], ranks)
     elif program == "python" and words[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[2:])
     elif program == "python" and words[:1] != ["-m"]:
@@ -145,7 +147,7 @@ def check(words):
         assert program in ELSEWHERE, f"{program}: neither ours nor one that is known"
 
 
-def check_script(path, words):
+def check_script(path, words, ranks=1):
     assert path in tracked(), f"{path} does not exist"
     if path == "studies/perturb.py" and "--" in words:  # evaluations follow
         own = words.index("--")
@@ -161,6 +163,8 @@ def check_script(path, words):
         return
     with contextlib.chdir(ROOT), mock.patch.object(argparse.ArgumentParser, "error", refuse):
         config = cli.parse(config_class, "", words)
+    if path == "train.py":  # flags that contradict each other
+        run_config.check(config, config.ranks or ranks, cuda=True)
     if getattr(config, "train", None):
         check_script("train.py", shlex.split(config.train))
 
@@ -215,6 +219,8 @@ def test_there_are_commands():
         ("torchrun --nproc-per-node 2 train.py --steps 0", "--steps must be at least 1"),
         ("python train.py --config recipes/rll.toml", "rll.toml"),
         ("torchrun --nproc-per-node 2 train.py --step 3", "unrecognized arguments: --step 3"),
+        ("torchrun --nproc-per-node 3 train.py", "--prompts 16 cannot be shared"),
+        ("python train.py --algorithm dapo --beta 0.1", "--beta needs --algorithm grpo"),
         ("torchrun --nprocs 2 train.py", "unrecognized arguments: --nprocs"),
         ("python saliency.py assets/tiny", "saliency.py is not a program"),
         ("python perturb.py assets/tiny", "perturb.py does not exist"),
