@@ -1,8 +1,7 @@
 # make train   a whole LongAct run on the tiny model       make test   tests and lint
 # make eval    RULER and a sample in LongBench v2's form, of the tiny model;
 #              RULER of yours: make eval CHECKPOINT=runs/NAME/checkpoint ARGS="--lengths 4096 --out ..."
-# make row     a row of the paper's table from data to evaluation, on eight GPUs:
-#              make row ROW=dapo-longact SIZE=8B
+# make row     a row of the paper's table from data to evaluation, on eight GPUs: make row ROW=dapo-longact SIZE=8B
 # They set up .venv first. With an NVIDIA GPU it gets requirements.txt, without one requirements-cpu.txt.
 PYTHON ?= python3
 ARGS ?=
@@ -15,8 +14,7 @@ GPU := $(shell command -v nvidia-smi)
 train: .venv/ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/torchrun --standalone train.py $(ARGS)
 
-# Lengths that all tasks which need no files fit with the tiny tokenizer; cwe at 4096, where its lists are longer,
-# needs 5433.
+# Lengths that all tasks which need no files fit with the tiny tokenizer; cwe at 4096, where its lists are longer, needs 5433.
 eval: .venv/ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/python eval_ruler.py $(CHECKPOINT) \
 		$(or $(ARGS),--lengths 2304 3584 --samples 10)
@@ -25,9 +23,9 @@ ifeq ($(ARGS),)
 		--data assets/longbench-sample.json --max-input 3900
 endif
 
-# A row of the paper's table (docs/recipes.md): SFT, RL, LongBench v2 of the checkpoint, and how it compares with
-# another row's, AGAINST. ROW is sft or a recipe that follows rl.toml. What is there is not made again. Our choice
-# in the evaluation: the model thinks, as in training, and a completion has 4,096 tokens in total, as there.
+# A row of README's table "From base model to the paper's table": SFT, RL, LongBench v2 of the checkpoint, and how it compares
+# with another row's, AGAINST. ROW is sft or a recipe that follows rl.toml. What is there is not made again. Our choice in the
+# evaluation: the model thinks, as in training, and a completion has 4,096 tokens in all, as there.
 SIZE ?= 8B
 ROW ?= dapo-longact
 AGAINST ?= $(if $(filter sft,$(ROW)),base,sft)

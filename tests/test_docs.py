@@ -303,6 +303,14 @@ def test_a_wrong_name_is_found():
     assert unknown("".join(f"`{name}` " for name in wrong + right)) == wrong
 
 
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_tables_of_flags_are_of_train(path):
+    """A flag of some script is not enough where a table's left column lists train.py's."""
+    listed = set(re.findall(r"^\| `--([\w-]+)` \|", path.read_text(), re.M))
+    assert {flag.replace("-", "_") for flag in listed} <= set(config_of("train.py").__dataclass_fields__)
+    assert listed or path.name != "README.md"
+
+
 def anchors(path):
     """What GitHub makes of a document's headings, and of a source's lines."""
     if path.suffix != ".md":

@@ -126,7 +126,7 @@ def dry_run(script, files, size, *flags):
     """-> what it printed, and its directory, which is there until this process ends."""
     printed = run_here(script, *flags, "--model", files / size, "--dry-run")
     assert "32 query and 8 key heads of 128" in printed and printed.endswith(
-        "dry run: passed; its temporary files are removed\n"
+        "dry run: passed; nothing is left of it\n"
     )
     return printed, Path(re.search(r"dry run: .* in (/.+)\n", printed)[1]) / "run"
 
