@@ -41,7 +41,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """The keys of Hugging Face's config.json that Qwen3 depends on. rope_scaling: None, or YaRN's settings."""
+    """The keys of Hugging Face's config.json that Qwen3 depends on. rope_scaling: None or YaRN's settings."""
 
     hidden_size: int
     num_hidden_layers: int

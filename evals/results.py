@@ -8,7 +8,6 @@ results.json       settings, versions, machine, scores with standard errors (the
 lock               held by the operating system for the evaluation that writes here; the empty file stays
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -224,11 +223,7 @@ def read_settings(path):
 
 def weights_fingerprint(checkpoint):
     """A hash of all safetensors files: some seconds for 8B parameters, which are about to be read anyway."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return durable.digest(sorted(Path(checkpoint).glob("*.safetensors")))[:16]
 
 
 def environment(tensor_parallel):

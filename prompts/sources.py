@@ -112,12 +112,9 @@ def read(path, parse):
 
 
 def digest(paths):
-    """Hash of the files' bytes: tells whether a run goes on with the data it began with."""
-    whole = hashlib.sha256()
-    for path in paths:
-        with open(local(path), "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+    """One hash, in hexadecimal, of the bytes of local files or files of the hub: tells whether a run goes on
+    with the data it began with. Raises BadInput as `local`."""
+    return durable.digest(map(local, paths))
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
