@@ -74,9 +74,8 @@ def load_magnitudes(path):
     names = [f"model.layers.{i}.self_attn.{which}_proj" for i in layers for which in "qk"]
     wanted = {name + of for name in names for of in ("", ".selected")}
     if not tensors or tensors.keys() != wanted or any(tensor.dim() != 2 for tensor in tensors.values()):
-        raise BadInput(
-            f"{path} does not hold the magnitudes of Q and K; a run of train.py with --rule top leaves them"
-        )
+        fix = "a run of train.py with --rule top leaves them"
+        raise BadInput(f"{path} does not hold the magnitudes of Q and K; {fix}")
     return tensors
 
 

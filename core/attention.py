@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------ rotary positions
+# ------------------------------------------------------------------------------------------- rotary positions
 
 
 def rope_frequencies(config):
@@ -60,7 +60,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-# ------------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------------------- attention
 
 
 def causal_attention(q, k, v, lengths=None):

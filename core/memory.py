@@ -17,9 +17,8 @@ def explain(what, fix):
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        raise BadInput(
-            f"out of memory in training on {what}: lower {fix}; --plan shows what takes the memory"
-        ) from error
+        plan = "--plan shows what takes the memory"
+        raise BadInput(f"out of memory in training on {what}: lower {fix}; {plan}") from error
 
 
 def explained(config, prompt_tokens):

@@ -52,9 +52,8 @@ def check_heads(ranks, model_config):
     group."""
     heads = model_config.num_key_value_heads
     if heads % ranks:
-        raise BadInput(
-            f"--context-parallel {ranks} does not divide the model's {heads} key heads, which its ranks share"
-        )
+        problem = f"does not divide the model's {heads} key heads"
+        raise BadInput(f"--context-parallel {ranks} {problem}, which its ranks share")
 
 
 class Share:

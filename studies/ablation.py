@@ -103,7 +103,7 @@ class Config:
     out: str = option("runs/ablation", "directory of results.jsonl, report.md and the figure")
 
 
-# ----------------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------------------- runs
 
 
 def run(config, arm, learning_rate, seed):
@@ -223,7 +223,7 @@ def winners(records, families, out):
     return table, {who: max(by_rate, key=by_rate.get) for who, by_rate in table.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------------------- report
 
 HEAD = f"""# Ablation: which rows of W_Q and W_K are updated
 
@@ -351,7 +351,7 @@ def report(records, families, out):
     print(f"{out}/report.md  {out}/ablation.png")
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def names_data(flags):

@@ -76,7 +76,7 @@ for command, script in zip(commands, scripts, strict=True):
             f"-- {shlex.join(command)}: write an evaluation after --, one of {', '.join(sorted(SCRIPTS))}"
         )
 
-# -------------------------------------------------------------------------------------------------------------- clamps
+# ----------------------------------------------------------------------------------------------------- clamps
 
 model_config, prompts, settings = magnitudes.read_prompts(config)
 out = Path(config.out or f"runs/perturb/{subject.name(config.checkpoint)}")
@@ -118,7 +118,7 @@ if missing := [name for name in names if not made(name)]:
     del model
     torch.cuda.empty_cache()  # the evaluations are other processes
 
-# --------------------------------------------------------------------------------------------------------- evaluations
+# ------------------------------------------------------------------------------------------------ evaluations
 
 
 def evaluate(command, script, place, name):
