@@ -70,11 +70,8 @@ def append(file, row):
     NaN and infinity, which JSON cannot represent, become null. Raises BadInput when the disk cannot be
     written.
     """
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+    infinite = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    line = (json.dumps(row | dict.fromkeys(infinite), allow_nan=False) + "\n").encode()
     try:
         while line:
             line = line[file.write(line) :]

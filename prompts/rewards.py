@@ -255,10 +255,8 @@ def _strip_math(text):
 
 # ------------------------------------------------------------------------------------------- loading, calling
 
-OURS = {
-    "rewards": "prompts.rewards",
-    "judge": "prompts.judge",
-}  # modules that --reward may name without prompts.
+# Modules that --reward may name without their room.
+OURS = {"rewards": "prompts.rewards", "judge": "prompts.judge"}
 
 
 def load_reward(spec):

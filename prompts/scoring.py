@@ -43,10 +43,7 @@ def start(spec, workers, timeout):
         return lambda pairs: [score(reward, answer, row) for answer, row in pairs]
     command = [sys.executable, "-P", "-m", "prompts.scoring", spec, str(timeout)]
     how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    path = [
-        str(Path(__file__).parent.parent),
-        *sys.path,
-    ]  # our modules, and where this process finds the reward
+    path = [str(Path(__file__).parent.parent), *sys.path]  # of our modules, and of the reward's
     how["env"] = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     processes = [subprocess.Popen(command, **how) for _ in range(workers)]
     idle, pool, ready = queue.SimpleQueue(), ThreadPoolExecutor(workers), set()

@@ -69,9 +69,8 @@ def hide(rng, facts, filler):
     sentences = facts.copy()
     for _ in range(filler):
         time = rng.choice(("morning", "evening"))
-        sentences.append(
-            f"The {rng.choice(PEOPLE)} {rng.choice(VERBS)} in the {rng.choice(PLACES)} every {time}."
-        )
+        who, did, place = rng.choice(PEOPLE), rng.choice(VERBS), rng.choice(PLACES)
+        sentences.append(f"The {who} {did} in the {place} every {time}.")
     rng.shuffle(sentences)
     return sentences
 
