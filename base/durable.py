@@ -3,6 +3,7 @@ is on disk."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -89,6 +90,20 @@ def lock(directory):
     except BlockingIOError:
         raise BadInput(f"{directory}: another process is running there; wait for it, or stop it") from None
     return file
+
+
+def digest(content):
+    """The first 16 hexadecimal digits of the SHA-256 of a text or bytes: tells whether something is the same."""
+    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:16]
+
+
+def digest_of_files(paths):
+    """The SHA-256, in hexadecimal, of the SHA-256s of the files' bytes, in the order given."""
+    whole = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
 
 
 def json_lines(path):

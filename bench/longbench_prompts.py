@@ -59,7 +59,7 @@ if __name__ == "__main__":
     def prompt(entry):
         return encode(longbench.fill(longbench.ZERO_SHOT, longbench.read_item(path, entry)), config.max_input)
 
-    mine = longbench.dealt(entries, config.engines)[:: config.engines]
+    mine = longbench.by_document(entries, config.engines)[:: config.engines]
     started, cpu, tokens, first = time.perf_counter(), time.process_time(), 0, None
     for ids in longbench.ahead(prompt, mine, config.workers, 16):
         tokens += len(ids)

@@ -24,7 +24,7 @@ ENGLISH_WORDS_FROM = (
     131072  # up to here cwe's window is full before wonderwords' list ends; a few probes are longer
 )
 
-# ----------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 
 TEMPLATES = {
     "base": "{task_template}",
@@ -65,7 +65,7 @@ PROMPTS = {
 }
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
-# ----------------------------------------------------------------------------------------------------- counting tokens
+# -------------------------------------------------------------------------------------------- counting tokens
 
 # Qwen's pre-tokenizer. A token never crosses these cuts, so the counts of the parts add up
 # (tests/test_ruler.py): between anything but white space and a space, after a line end that no white space
@@ -166,7 +166,7 @@ def lines(text):
     return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
-# ------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ words
 
 
 @functools.cache
@@ -227,7 +227,7 @@ class Keys:
 
 keys = functools.cache(Keys)
 
-# ------------------------------------------------------------------------------------------------------------ essays
+# ----------------------------------------------------------------------------------------------------- essays
 
 _SENTENCES = (
     "The {a} {n} of the {n} did not {v} until every {n} was {a}.",
@@ -332,7 +332,7 @@ def _punkt():
     return sent_tokenize
 
 
-# ----------------------------------------------------------------------------------------------------------- corpora
+# ---------------------------------------------------------------------------------------------------- corpora
 
 
 class Corpora:
