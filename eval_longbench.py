@@ -17,11 +17,11 @@ lets them act. --sampling:
 A completion may have 128 tokens (--cot: 1,024 of reasoning, then 128), and --thinking-budget more with
 --thinking.
 
-Thinking is not read: with --thinking, the answer is what follows the last </think>, and nothing if thinking
-did not end. --keep-thinking reads all text, as the official code does. An empty or unreadable answer is
-wrong, and counted below the table. The official code leaves samples with an empty output out (--skip-empty)
-and can give a quarter for an unreadable answer (--compensated). Both change the table only: the same command
-with them reports a finished evaluation again. --compare ignores them.
+Only the text after the last </think> is read, and with --thinking none if thinking did not end;
+--keep-thinking reads all text, as the official code does. An empty or unreadable answer is wrong, and counted
+below the table. The official code leaves samples with an empty output out (--skip-empty) and can give a
+quarter for an unreadable answer (--compensated). Both change the table only: the same command with them
+reports a finished evaluation again. --compare ignores them.
 
 Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json; with --cot also
 reasoning/, the first stage. The same command goes on where an interrupted one stopped, on any number of
