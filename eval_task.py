@@ -67,7 +67,7 @@ items = [
     for row in (source[i] for i in range(config.samples))
 ]
 settings = {
-    "benchmark": "tasks.py",  # where the tasks once were; results of then still go on
+    "benchmark": "tasks.py",  # the name that settings.json has always had
     **subject.settings(config.checkpoint, model_config, clamp_about),
     "sampling": sampling,
     **{key: getattr(config, key) for key in ("task", "facts", "filler", "samples", "max_tokens", "seeds")},

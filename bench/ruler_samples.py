@@ -1,6 +1,8 @@
 """How fast evals/ruler makes samples, and how full the windows are: a table, on one core.
 
-OMP_NUM_THREADS=1 python bench/ruler_samples.py --tokenizer CHECKPOINT/tokenizer.json --samples 20
+    OMP_NUM_THREADS=1 python bench/ruler_samples.py --tokenizer CHECKPOINT/tokenizer.json --samples 20
+
+The time is that of the process, without what it loads once: essays, words, the tokenizer.
 """
 
 import os

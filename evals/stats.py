@@ -40,7 +40,7 @@ def percent(summary):
 
 
 def shown(percent, digits):
-    """What `percent` returns -> text such as "40.0 ±2.2"; None, which stands for no items -> "-"."""
+    """What `percent` returns -> text such as "40.0 ±2.2"; None, for no items -> "-"."""
     if percent is None:
         return "-"
     error = "" if percent["stderr"] is None else f" ±{percent['stderr']:.{digits}f}"

@@ -43,7 +43,7 @@ VERSION = 2
 
 
 def generate(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix=True):
-    """-> list of `samples` samples, the tokens of which are with tokens_to_generate at most `length`.
+    """-> list of `samples` samples of a task, each of at most `length` tokens, tokens_to_generate included.
 
     A sample is {"index", "input", "answer_prefix", "outputs", "length"}: the prompt is input + answer_prefix,
     "outputs" are the strings to be found, "length" is its tokens + tokens_to_generate. template: the model's,
