@@ -23,6 +23,7 @@ from measure import peak_bytes, seconds
 from shapes import build, card, draw_group, train_on
 from tqdm import tqdm
 
+from base import processes
 from base.cli import one_line_errors, option, parse
 from model import Qwen3
 from run import plan
@@ -46,7 +47,7 @@ one_line_errors()
 config = parse(Config, __doc__)
 torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+dtype = processes.compute_dtype()
 shape = build(config.shape)
 model = Qwen3.from_config(shape, dtype, device)
 model.checkpointing = config.checkpointing

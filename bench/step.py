@@ -28,6 +28,7 @@ from measure import attention_share, peak_bytes, seconds
 from shapes import build, card, draw_group, train_on, transformers_twin
 from tqdm import tqdm
 
+from base import processes
 from base.cli import one_line_errors, option, parse
 from model import Qwen3
 
@@ -46,7 +47,7 @@ one_line_errors()
 config = parse(Config, __doc__)
 torch.manual_seed(config.seed)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+dtype = processes.compute_dtype()
 shape = build(config.shape)
 ours = Qwen3.from_config(shape, dtype, device)
 theirs = transformers_twin(ours, dtype, device)

@@ -113,11 +113,7 @@ def read(path, parse):
 
 def digest(paths):
     """Hash of the files' bytes: tells whether a run goes on with the data it began with."""
-    whole = hashlib.sha256()
-    for path in paths:
-        with open(local(path), "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+    return durable.digest_of_files(map(local, paths))
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
