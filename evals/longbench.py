@@ -219,12 +219,8 @@ def stream(path, digest=None, chunk=CHUNK):
     place, in bytes. No more of the file is in memory than a chunk and twice an object. digest: a hash object
     that is updated with the file's bytes. Raises BadInput for a file that is not a list of objects."""
     decoder, decode, number = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")().decode, 0
-    text, at, place, ended = (
-        "",
-        0,
-        0,
-        False,
-    )  # text[at:] is read and not yet parsed; it begins at byte `place`
+    # text[at:] is read and not yet parsed; it begins at byte `place`.
+    text, at, place, ended = "", 0, 0, False
 
     def more():
         nonlocal text, at, ended

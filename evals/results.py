@@ -71,13 +71,8 @@ class Results:
                     "remove its line"
                 )
 
-        def place(key):
-            return (
-                records[key]["task"],
-                records[key]["length"],
-                len(key[0]),
-                key,
-            )  # ids with numbers: by number
+        def place(key):  # numbered ids are in the order of their numbers
+            return records[key]["task"], records[key]["length"], len(key[0]), key
 
         records = [records[key] for key in sorted(records, key=place)]
         durable.write(self.out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))

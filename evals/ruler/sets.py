@@ -221,8 +221,7 @@ def build(
 
 
 def _refuse_too_small(sets, tokenizer, template, corpora, answer_prefix, samples):
-    """Raises BadInput if not all `sets`, (task, length), fit; it names those that do not, and the tasks that
-    do."""
+    """Raises BadInput if not all `sets`, (task, length), fit; it names these, and the tasks that do fit."""
     small, fitting = [], []
     for name in dict.fromkeys(name for name, _ in sets):
         ranges = enough(name, tokenizer, template, corpora, answer_prefix, samples)
