@@ -134,6 +134,12 @@ def _as_float(value):
     return float(value) if type(value) is int and abs(value) < 2**1023 else value
 
 
+def brief(value, longest=120):
+    """A value as JSON, for a message; cut off if it has more than `longest` characters."""
+    text = json.dumps(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 # A disk that is full, over its quota or a file's size limit, or one that we may not write to.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 

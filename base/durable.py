@@ -97,9 +97,14 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(paths):
+def digest_of_files(paths):
     """One SHA-256 of the bytes of several files, in this order, in hexadecimal."""
     return hashlib.sha256(b"".join(bytes.fromhex(sha256(path)) for path in paths)).hexdigest()
+
+
+def digest(content):
+    """The first 16 hexadecimal digits of the SHA-256 of a text or bytes: tells whether something is the same."""
+    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:16]
 
 
 def json_lines(path):

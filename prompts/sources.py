@@ -113,7 +113,7 @@ def read(path, parse):
 def digest(paths):
     """One hash, in hexadecimal, of the bytes of local files or files of the hub: tells whether a run goes on
     with the data it began with. Raises BadInput as `local`."""
-    return durable.digest(map(local, paths))
+    return durable.digest_of_files(map(local, paths))
 
 
 # ------------------------------------------------------------------------------------------------------- rows

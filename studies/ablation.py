@@ -52,9 +52,9 @@ import numpy as np
 from tqdm import tqdm
 
 from base import durable, plot
-from base.cli import BadInput, one_line_errors, option, parse
+from base.cli import BadInput, brief, one_line_errors, option, parse
 from evals import stats
-from evals.results import brief, lock_results, read_lines
+from evals.results import lock_results, read_lines
 from run.config import Config as Training
 
 TRAIN = (

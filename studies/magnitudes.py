@@ -28,7 +28,6 @@ Left in --out:
         overlap         the share of proj's selected rows that norm selects, too; q and k likewise
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +93,7 @@ def read_prompts(config):
         "prompts": count,
         "tokens": sum(map(len, prompts)),
         "counted": config.tokens,
-        "prompt_ids": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
+        "prompt_ids": durable.digest(repr(prompts)),
     }
     return model_config, prompts, settings
 

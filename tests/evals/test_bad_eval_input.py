@@ -13,6 +13,7 @@ from conftest import ROOT, check_refusal, files_in, refusal, run_here
 from inputs import DEEP, TINY, model, write
 from safetensors.torch import save_file
 
+from base import durable
 from base.cli import BadInput
 from evals import gsm8k, subject
 from evals.engine import GREEDY
@@ -117,7 +118,7 @@ def finished(*lines, of=(), **settings):
         usual = {
             "benchmark": "GSM8K",
             **subject.settings(TINY, subject.load(TINY)[0]),
-            "data": gsm8k.digest(gsm8k.read(data)),
+            "data": durable.digest(repr(gsm8k.read(data))),
             **{"mode": "chat", "sampling": GREEDY, "max_tokens": 5, "seeds": 1},
             **settings,
         }
@@ -411,7 +412,7 @@ OUT = {
     ),
     "settings gone": (
         finished(result(), of=["settings"]),
-        "has results and no settings.json: nobody knows of what",
+        "has results and no settings.json: settings unknown",
     ),
     "settings damaged": (
         finished(checkpoint=3),
@@ -439,7 +440,7 @@ OUT = {
     ),
     "half a character": (
         finished(result(task="\ud800")),
-        "line 1 is not a result: task has half a character",
+        "line 1 is not a result: task has an unpaired surrogate",
     ),
     "bytes": (finished("\0\0\n"), "line 1 is not a result: no JSON object"),
     "nested deep": (finished(DEEP, "\n"), "line 1 is not a result: no JSON object"),
@@ -460,7 +461,7 @@ COMPARE = {
     "nothing": (compared("", ""), "have no sample in common"),
     "other data": (
         compared(result(), result(), {"checkpoint": "a", "data": 1}, {"checkpoint": "b", "data": 2}),
-        "are of other settings and cannot be compared: data 1 there, 2 here",
+        "have different settings and cannot be compared: data 1 there, 2 here",
     ),
     "damaged": (
         compared(result(), result(score=1e308)),
