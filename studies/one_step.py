@@ -230,7 +230,7 @@ def derived(s):
 
     fresh = max((x - torch.tensor(c.logprobs)).abs().max() for x, c in zip(s.of_later, s.later.completions))
     stale = torch.cat([(s.of_earlier[i] - sampler[i]).abs() for i in sampler]).mean()
-    odds = [f"{x.sum().exp():.3f} | {y.sum().exp():.3f}" for x, y in zip(logprobs.values(), s.of_earlier)]
+    odds = [f"{x.sum().exp():.4f} | {y.sum().exp():.4f}" for x, y in zip(logprobs.values(), s.of_earlier)]
     columns = range(G), map(code, texts), advantages, odds
     outcome = table(f"{i} | {text} | {a:+.2f} | {both}" for i, text, a, both in zip(*columns))
     norms, changes = table(norms), table(changes)

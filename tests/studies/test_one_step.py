@@ -115,6 +115,7 @@ def test_what_the_page_says_in_words(step):
     other = next(i for i, (a, b) in enumerate(zip(step.group.completions[t.wrong].ids, right)) if a != b)
     assert t.logprobs[t.wrong].argmin() == other and t.lowest < 0 < t.highest
     assert t.prompt_root > 0.9 * t.largest and max(t.far, t.fresh) < 1e-4 < t.stale
+    assert step.learning_rate == pytest.approx(step.config.learning_rate / 10)
     assert saliency.select_rows(step.magnitudes)[f"{one_step.Q}.weight"].sum() == 72
 
 
