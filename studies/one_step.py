@@ -133,7 +133,8 @@ def take_step(config, engine):
 
 def train_pass(config, model, group, part, leaves, totals, tally):
     """train.py's function of this name -> the pass's log-probabilities, loss and gradient at the leaves."""
-    logprobs, entropies = model.completion_logprobs(leaves, group.completion_ids(part, "cpu"))
+    completions = group.completion_ids(part, "cpu")
+    logprobs, entropies = model.completion_logprobs(leaves, completions, config.temperature)
     sampler, known = group.sampler_logprobs(part, "cpu")
     logprobs, entropies = logprobs[known], entropies[known]
     old, lengths = logprobs.detach(), [group.known[i] for i in part]
@@ -145,9 +146,8 @@ def train_pass(config, model, group, part, leaves, totals, tally):
     loss.backward()
     tally.add(loss, stats, entropies, old, sampler, config.importance_cap)
     at_keys = leaves.keys[LAYER].grad.norm().item()
-    return SimpleNamespace(
-        part=part, logprobs=dict(zip(part, old.split(lengths))), loss=loss, at_keys=at_keys
-    )
+    own = dict(zip(part, old.split(lengths)))
+    return SimpleNamespace(part=part, logprobs=own, loss=loss, at_keys=at_keys)
 
 
 # --------------------------------------------------------------------------------------------------- the page
