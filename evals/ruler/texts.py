@@ -8,7 +8,6 @@ and otherwise by the rule of `_sentence_ends`.
 
 import bisect
 import functools
-import hashlib
 import heapq
 import importlib.resources
 import itertools
@@ -17,6 +16,7 @@ import random
 import re
 from pathlib import Path
 
+from base import durable
 from base.cli import BadInput
 from evals.ruler.files import FILES, MissingFile, english_words, hotpotqa, squad, text_of
 from prompts import chat
@@ -362,7 +362,7 @@ class Corpora:
         parts = []
         for name in task.needs:
             path = self._find(name)
-            parts.append(f"{name} {_sha256(path) if path else 'absent'}")
+            parts.append(f"{name} {durable.sha256(path) if path else 'absent'}")
             if name == "PaulGrahamEssays.json":
                 parts.append(self.sentence_splitter)
         return "; ".join(parts)
@@ -438,8 +438,3 @@ class Corpora:
         ) as error:  # ValueError: not UTF-8, not JSON, or another format
             what = error.strerror if isinstance(error, OSError) else error
             raise BadInput(f"{path} cannot be used: {what}; {FILES[name][1]}") from error
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
