@@ -37,7 +37,7 @@ from base.cli import BadInput, one_line_errors, option, parse
 from evals import longbench, stats, subject
 from evals.engine import NON_THINKING, PAPER, THINKING, Engine, evaluate, sampling_text
 from evals.results import Results
-from prompts import chat
+from prompts import chat, rewards
 
 SAMPLING = {"official": {"temperature": 0.1, "top_p": 0.95, "top_k": 20, "min_p": 0.0}, "paper": PAPER}
 ANSWER_TOKENS, REASONING_TOKENS = 128, 1024
@@ -118,7 +118,7 @@ def read(prediction):
 
 
 def score(item, prediction):
-    return float(longbench.extract(read(prediction)) == item["expected"])
+    return float(rewards.stated_choice(read(prediction)) == item["expected"])
 
 
 def prompt(entry):
@@ -186,7 +186,7 @@ texts = [read(r["prediction"]) for r in records]
 # table.
 silent = {(r["id"], r["seed"]) for r in [*first.read(), *records] if not r["prediction"]}
 empty = [(r["id"], r["seed"]) in silent for r in records]
-unreadable = [longbench.extract(text) is None for text in texts]
+unreadable = [rewards.stated_choice(text) is None for text in texts]
 counted = [
     {**r, "score": 0.25 if config.compensated and bad else r["score"]}
     for r, bad, nothing in zip(records, unreadable, empty)

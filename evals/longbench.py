@@ -1,4 +1,5 @@
-"""LongBench v2 (arXiv 2412.15204): its file, its prompts, its answers. The evaluation: eval_longbench.py.
+"""LongBench v2 (arXiv 2412.15204): its file and its prompts. How an answer is read:
+rewards.stated_choice. The evaluation: eval_longbench.py.
 
     entries, digest = longbench.index("data.json")          # 503 entries: where each item lies in the file
     item = longbench.read_item("data.json", entries[0])     # one item, with its document of up to 8 MB
@@ -107,19 +108,6 @@ def ahead(function, keys, workers, depth):
                 yield waiting.popleft().result().tolist()
         while waiting:
             yield waiting.popleft().result().tolist()
-
-
-# ---------------------------------------------------------------------------------------------------- answers
-
-
-def extract(response):
-    """The letter that a response gives, by the two official patterns; None if it gives none. The second
-    pattern reads "The correct answer is All of them" as A: kept, since published scores have it."""
-    response = response.replace("*", "")
-    for pattern in (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"):
-        if match := re.search(pattern, response):
-            return match[1]
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------- file

@@ -20,6 +20,7 @@ from evals import longbench, subject
 from evals.results import Results
 from prompts.chat import load_tokenizer
 from prompts.chat import render as chat
+from prompts.rewards import stated_choice
 from studies import longbench_sample
 
 TINY = ROOT / "assets" / "tiny"
@@ -199,7 +200,7 @@ def test_items_of_a_document_follow_each_other_on_each_engine():
     ],
 )
 def test_extraction(text, letter):
-    assert longbench.extract(text) == letter
+    assert stated_choice(text) == letter
 
 
 # ---------------------------------------------------------------------------------------------------------------- file
