@@ -56,7 +56,7 @@ def overlong_penalty(length, max_length, cache):
     """Soft overlong punishment (eq. 13): 0 up to max_length - cache tokens, then linearly down to -1 at
     max_length.
 
-    Added to the correctness reward. cache 0 turns it off below max_length.
+    Added to the correctness reward. With cache 0 there is none.
     """
     if length > max_length:
         return -1.0

@@ -1,9 +1,8 @@
-"""GRPO (arXiv 2402.03300) on plain tensors: advantages of a group, and the clipped policy loss. Knows nothing
-of the model.
+"""GRPO (arXiv 2402.03300) on plain tensors: advantages of a group, and the clipped policy loss.
 
-A group is G completions of one prompt. Token tensors are flat: (N,), the completions one after the other, N =
-sum(R_i). The loss of a step is a sum over groups (and over ranks): every term is divided by the same global
-count, given by the caller, so any split into micro-batches or ranks gives the same gradient.
+A group is G completions of one prompt. Token tensors are flat: (N,), the completions one after the other,
+N = sum(R_i). The loss of an update is a sum over groups and ranks. No divisor depends on how they are split
+(Totals are of the whole update), so any split into passes or ranks gives the same gradient.
 """
 
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ EPSILONS = 0.2, 0.2  # how far a ratio may fall below 1 and rise above it before
 
 
 class Totals(NamedTuple):
-    """Of a whole optimizer step, over all ranks: completions, their tokens; and the most tokens a completion
-    may have."""
+    """Of a whole update, over all ranks: completions, their tokens; and the maximum completion length."""
 
     sequences: int
     tokens: int
@@ -35,7 +33,7 @@ def advantages(rewards, normalize_std=True, eps=1e-6):
     if (rewards == rewards[0]).all():  # their mean may differ from them by rounding, which eps would blow up
         return torch.zeros_like(rewards)
     centered = rewards - rewards.mean()
-    if not normalize_std or len(rewards) == 1:
+    if not normalize_std:
         return centered
     return centered / (rewards.std() + eps)
 
@@ -43,7 +41,7 @@ def advantages(rewards, normalize_std=True, eps=1e-6):
 def token_weights(lengths, how, totals):
     """What each token's loss is multiplied by before the sum -> (N,) fp32, on the CPU.
 
-    "token": 1 / tokens, the mean over all tokens of the step (DAPO). "sequence": 1 / (sequences * R_i), the
+    "token": 1 / tokens, the mean over all tokens of the update (DAPO). "sequence": 1 / (sequences * R_i), the
     mean over sequences of the mean over tokens (GRPO). "constant": 1 / (sequences * max_length) (Dr. GRPO).
     """
     sizes = torch.as_tensor(lengths)
@@ -98,10 +96,10 @@ def loss(
     beta=0.0,
     ref_logprobs=None,
 ):
-    """The policy loss of some completions -> (0-dim loss, LossStats). Minimise the sum of it over the step.
+    """The policy loss of some completions -> (0-dim loss, LossStats). Minimise the sum of it over the update.
 
     logprobs (N,): differentiable; old_logprobs (N,): of the policy that the update started from; advantages
-    (N,): each token has its completion's; all fp32. lengths: R_i of each completion, N in all.
+    (N,): each token has its completion's; all fp32. lengths: R_i of each completion, N in total.
     loss_t = -min(r A, clip(r, 1 - low, 1 + high) A), r = exp(logprobs - old)     (eq. 3 of the paper)
     importance (N,): factor on the policy term that corrects for the sampler, see `importance_weights`.
     dual_clip: for A < 0 the loss is at most -dual_clip * A (arXiv 1912.09729). beta > 0 adds beta * k3,

@@ -1,7 +1,7 @@
 """Which loss an --algorithm is, and the losses that are neither GRPO's nor DAPO's: GSPO, SAPO, Clip-Cov,
 KL-Cov.
 
-    loss, tokens = losses.choose(config)                     # of tokens: what Clip-Cov and KL-Cov hold back
+    loss, tokens = losses.choose(config)                     # of tokens: those that Clip-Cov and KL-Cov treat apart
     loss(logprobs, old_logprobs, advantages, lengths, totals, importance)     # as grpo.loss
 
 Advantages, sampling and rewards are GRPO's; only the loss differs, and there is no KL term.
@@ -130,8 +130,8 @@ def _marked(indices, like):
     return marks
 
 
-def hold_back(groups, pick, seed):
-    """Set .held_back of each group, G times (R_i,) bool: the tokens that `pick` (clip_cov_tokens,
+def mark(groups, pick, seed):
+    """Set .marked of each group, G times (R_i,) bool: the tokens that `pick` (clip_cov_tokens,
     kl_cov_tokens) marks.
 
     groups: all of a minibatch over all ranks, in the same order on each, with .advantages (G,), .lengths, and
@@ -139,11 +139,11 @@ def hold_back(groups, pick, seed):
     """
     advantages = torch.cat([g.advantages.repeat_interleave(torch.tensor(g.lengths)) for g in groups])  # (N,)
     logprobs = torch.cat([torch.tensor(c.logprobs) for g in groups for c in g.completions])  # (N,)
-    known = logprobs.isfinite()
-    logprobs[~known] = logprobs[known].mean()  # so that it is none to pick
+    finite = logprobs.isfinite()
+    logprobs[~finite] = logprobs[finite].mean()  # covariance 0, so that it is not picked
     marks = iter(pick(covariance(advantages, logprobs), seed).split([n for g in groups for n in g.lengths]))
     for group in groups:
-        group.held_back = [next(marks) for _ in group.lengths]
+        group.marked = [next(marks) for _ in group.lengths]
 
 
 def clip_cov_loss(
@@ -154,28 +154,26 @@ def clip_cov_loss(
     totals,
     importance=1.0,
     *,
-    held_back,
+    marked,
     epsilons=EPSILONS["clip-cov"],
 ):
-    """GRPO's clipped loss with a token mean, without the tokens that `held_back` (N,) bool marks -> (0-dim
+    """GRPO's clipped loss with a token mean, without the tokens that `marked` (N,) bool marks -> (0-dim
     loss, LossStats). Arguments are grpo.loss's."""
     ratio = grpo.token_ratios(logprobs, old_logprobs)
     per_token, clipped = grpo.clipped_term(ratio, advantages, epsilons)
-    return grpo.aggregate(
-        per_token * ~held_back * importance, lengths, "token", totals, ratio, clipped | held_back
-    )
+    return grpo.aggregate(per_token * ~marked * importance, lengths, "token", totals, ratio, clipped | marked)
 
 
 def kl_cov_loss(
-    logprobs, old_logprobs, advantages, lengths, totals, importance=1.0, *, held_back, coefficient=1.0
+    logprobs, old_logprobs, advantages, lengths, totals, importance=1.0, *, marked, coefficient=1.0
 ):
-    """-r A, plus coefficient * |logprobs - old| where `held_back` (N,) bool marks, token mean -> (0-dim loss,
+    """-r A, plus coefficient * |logprobs - old| where `marked` (N,) bool marks, token mean -> (0-dim loss,
     LossStats). Arguments are grpo.loss's.
 
     Nothing is clipped. The pull is 0 in the first update of a rollout, so there must be a second. importance
     multiplies -r A only, as it does not multiply GRPO's KL term.
     """
     ratio = grpo.token_ratios(logprobs, old_logprobs)
-    pull = coefficient * held_back * (logprobs - old_logprobs).abs()
+    pull = coefficient * marked * (logprobs - old_logprobs).abs()
     per_token = -ratio * advantages * importance + pull
     return grpo.aggregate(per_token, lengths, "token", totals, ratio, torch.zeros_like(ratio))

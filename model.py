@@ -280,6 +280,7 @@ class Qwen3(nn.Module):
         share, cache = Share(len(prompt_ids), self.context), []
         x, squares = self._blocks(prompt_ids[None], positions, cache=cache, share=share)
         last = x[0, -1:] if share.is_last else x[0, :0]
+        # Cloned, as a view would keep the last layer's states of all tokens.
         return Prompt(len(prompt_ids), last.clone(), *map(list, zip(*cache)), squares)
 
     def completion_logprobs(self, prompt, completions, temperature=1.0):
@@ -322,7 +323,9 @@ class Qwen3(nn.Module):
         cos, sin = rope_tables(self.config, positions[share.own], x.dtype)
         squares = [None] * len(self.model.layers)
         if self.tracker:  # a completion's first token is not its sequence's, nor is that of a later share
-            squares = self.tracker.squares(len(squares), has_first=not prompt and share.start == 0)
+            squares = self.tracker.new_squares(
+                len(self.model.layers), has_first=not prompt and share.start == 0
+            )
         recompute = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
             past = (prompt.keys[i], prompt.values[i]) if prompt else None

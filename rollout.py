@@ -89,7 +89,7 @@ class Group:
     rewards: torch.Tensor  # (G,) as the reward function gave them
     advantages: torch.Tensor = None  # (G,)
     old_logprobs: list = None  # G times (R_i,), on the rank that trains it
-    held_back: list = None  # G times (R_i,) bool, by clip-cov or kl-cov
+    marked: list = None  # G times (R_i,) bool, by clip-cov or kl-cov
 
     @property
     def lengths(self):
@@ -97,7 +97,7 @@ class Group:
         return [len(completion.ids) for completion in self.completions]
 
     @cached_property
-    def known(self):
+    def known_lengths(self):
         """Of each completion, tokens whose log-probability by the sampler is finite; others are dropped."""
         return [sum(map(math.isfinite, completion.logprobs)) for completion in self.completions]
 

@@ -58,7 +58,7 @@ class Tracker:
         if tokens not in TOKENS:
             raise ValueError(f"tokens must be one of {TOKENS}, not {tokens!r}")
         self.model, self.site, self.tokens = model, site, tokens
-        self.sums, self.sequences = None, 0
+        self.norms, self.sequences = None, 0
 
     def __enter__(self):
         if self.model.tracker is not None:
@@ -69,7 +69,7 @@ class Tracker:
     def __exit__(self, *exc):
         self.model.tracker = None
 
-    def squares(self, layers, has_first):
+    def new_squares(self, layers, has_first):
         """Called by the model at the start of a forward -> a Squares for each layer, to be filled. has_first:
         whether the tokens that come are the first of their sequences."""
         start = 1 if self.tokens == "not-first" and has_first else 0
@@ -81,23 +81,18 @@ class Tracker:
 
         squares: of each layer, filled; prompt: those of the one prompt (S = 1) that all sequences share. A
         sequence's sum is then the prompt's and its completion's, exactly as in the dense layout."""
-        sums = [each for layer in squares for each in (layer.q, layer.k)]
+        totals = [each for layer in squares for each in (layer.q, layer.k)]
         if prompt:
-            own = 0 if self.tokens == "prompt" else 1
-            sums = [
-                own * each + shared
-                for each, shared in zip(sums, (x for layer in prompt for x in (layer.q, layer.k)))
-            ]
+            counted = 0 if self.tokens == "prompt" else 1
+            shared = (each for layer in prompt for each in (layer.q, layer.k))
+            totals = [counted * each + of_prompt for each, of_prompt in zip(totals, shared, strict=True)]
             if self.model.context:  # each of its ranks has counted its own tokens
-                for each in sums:
+                for each in totals:
                     dist.all_reduce(each, group=self.model.context)
-        norms = [each.sqrt().sum(0) for each in sums]  # of each sequence, added up
-        self.sums = (
-            norms
-            if self.sums is None
-            else [total + norm for total, norm in zip(self.sums, norms, strict=True)]
-        )
-        self.sequences += len(sums[0])
+        norms = [each.sqrt().sum(0) for each in totals]  # of each sequence, added up
+        if self.norms:
+            norms = [before + now for before, now in zip(self.norms, norms, strict=True)]
+        self.norms, self.sequences = norms, self.sequences + len(totals[0])
 
     def magnitudes(self):
         """M[h, d] = (1/B) sum_i sqrt(sum_s x_i[s, h, d]^2), B the sequences of all ranks (paper, section 3).
@@ -106,17 +101,17 @@ class Tracker:
         ...}. One all-reduce when torch.distributed is initialised; every rank must call it. RuntimeError if
         nothing was seen.
         """
-        if self.sums is None:
+        if self.norms is None:
             raise RuntimeError("no forward ran inside the Tracker")
         flat = torch.cat(
-            [total.flatten() for total in self.sums] + [self.sums[0].new_tensor([self.sequences])]
+            [norm.flatten() for norm in self.norms] + [self.norms[0].new_tensor([self.sequences])]
         )
         if dist.is_initialized():
             dist.all_reduce(flat)
-        sizes = [total.numel() for total in self.sums]
+        sizes = [norm.numel() for norm in self.norms]
         means = (flat[:-1] / flat[-1]).split(sizes)
         names = (f"model.layers.{i // 2}.self_attn.{'qk'[i % 2]}_proj" for i in range(len(sizes)))
-        return {name: mean.view_as(total) for name, mean, total in zip(names, means, self.sums, strict=True)}
+        return {name: mean.view_as(total) for name, mean, total in zip(names, means, self.norms, strict=True)}
 
 
 def select_rows(magnitudes, fraction=0.3, rule="top", generator=None):
@@ -205,9 +200,7 @@ def mask_rows(mask, weight):
     """mask (rows,) bool -> (rows, 1) bool, of the rows of `weight` that this rank holds."""
     rows = mask[:, None]
     if isinstance(weight, DTensor):
-        rows = distribute_tensor(
-            rows, weight.device_mesh, weight.placements, src_data_rank=None
-        ).to_local()
+        rows = distribute_tensor(rows, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
     return rows
 
 

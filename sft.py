@@ -33,13 +33,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from base import durable, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from base.interrupt import EXIT_CODE, Interrupt
 from core import memory, parallel, schedule
-from core.checkpoint import full_tensor
 from model import Qwen3
 from prompts import chat, load, sources
 from run import dry_run, plan, resume
@@ -172,7 +172,7 @@ for step in range(done + 1, config.steps + 1):
         loss_sum += loss.detach()
     if mesh:
         dist.all_reduce(loss_sum)
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()
+    norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     for group in optimizer.param_groups:
         group["lr"] = rate
     skips = 0 if math.isfinite(norm) and loss_sum.isfinite() else skips + 1  # of all ranks, so they agree

@@ -102,7 +102,7 @@ adam = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
 optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, **adam)
 config.mismatch_limit = config.mismatch_limit or (0.1 if compute_dtype == torch.bfloat16 else 1e-3)
 config.epsilon_low, config.epsilon_high = losses.epsilons(config)
-policy_loss, held_back_tokens = losses.choose(config)  # dapo.loss, unless --algorithm says otherwise
+policy_loss, marked_tokens = losses.choose(config)  # dapo.loss, unless --algorithm says otherwise
 keep = dapo.keep_group if config.algorithm in losses.DYNAMIC_SAMPLING else lambda rewards: True
 if checkpoint:
     progress.load(checkpoint, model, optimizer, device)
@@ -118,8 +118,8 @@ def sample(rows, indices, n, temperature, show_bar=False):
 
     Each engine samples its share; the seed of a completion depends on its prompt's index and its place only.
     """
-    share, shares = rank // config.tensor_parallel, world // config.tensor_parallel
-    rows, indices = rows[share::shares], indices[share::shares]
+    engine_index, engines = rank // config.tensor_parallel, world // config.tensor_parallel
+    rows, indices = rows[engine_index::engines], indices[engine_index::engines]
     with clock.stage("rollout"):
         encoded = [encode(row) for row in rows]
         seeds = [config.seed * 2**32 + index * max(n, config.completions) for index in indices]
@@ -139,7 +139,7 @@ def sample(rows, indices, n, temperature, show_bar=False):
     return sorted((group for groups in leaders for group in groups), key=lambda group: group.index)
 
 
-def draw(number):
+def sample_round(number):
     """-> the groups of round `number` of this step's sampling."""
     first = progress.prompts_drawn + number * config.prompts
     indices = list(range(first, first + config.prompts))
@@ -170,8 +170,7 @@ def logprobs_of(policy, group, passes):
 
 
 def remember_old_logprobs(minibatches):
-    """Log-probabilities of the policy that sampled, by the trainer, which several updates per rollout are
-    relative to."""
+    """Before the first of several updates: the trainer's log-probabilities, which ratios are relative to."""
     with clock.stage("logprobs"):
         for group, passes in (each for minibatch in minibatches for each in work(minibatch)):
             with memory.explained(config, len(group.prompt)):
@@ -193,31 +192,33 @@ def train_group(group, passes, totals, tally):
             prompt.backward(leaves)
 
 
-def train_pass(group, part, prompt, ref_logprobs, totals, tally):
+def train_pass(group, part, leaves, ref_logprobs, totals, tally):
     """The completions `part` of a group after its prompt: log-probabilities, loss, backward. Tokens without a
     finite log-probability of the sampler's are left out of all that follows."""
     with clock.stage("logprobs"):
         completions = group.completion_ids(part, device)
-        logprobs, entropies = model.completion_logprobs(prompt, completions, config.temperature)
-    sampler, known = group.sampler_logprobs(part, device)
-    logprobs, entropies = logprobs[known], entropies[known]
+        logprobs, entropies = model.completion_logprobs(leaves, completions, config.temperature)
+    sampler, kept = group.sampler_logprobs(part, device)
+    logprobs, entropies = logprobs[kept], entropies[kept]
 
-    def of_part(values):  # G times (R_i,) -> of the part's known tokens
-        return torch.cat([values[i] for i in part]).to(device)[known]
+    def of_part(values):  # G times (R_i,) -> (n,), those of the part's tokens that are kept
+        return torch.cat([values[i] for i in part]).to(device)[kept]
 
     old = of_part(group.old_logprobs) if group.old_logprobs else logprobs.detach()
-    lengths = [group.known[i] for i in part]
+    lengths = [group.known_lengths[i] for i in part]  # of what is kept
     advantages = group.advantages[part].repeat_interleave(torch.tensor(lengths)).to(device)
     terms = {}
     if config.importance_cap:
         terms["importance"] = grpo.importance_weights(old, sampler, config.importance_cap)
     if reference:
         terms["ref_logprobs"] = of_part(ref_logprobs)
-    if held_back_tokens:
-        terms["held_back"] = of_part(group.held_back)
+    if marked_tokens:
+        terms["marked"] = of_part(group.marked)
     loss, stats = policy_loss(logprobs, old, advantages, lengths, totals, **terms)
     with clock.stage("backward"):
-        (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
+        (
+            loss * (world if mesh else 1)
+        ).backward()  # FSDP2 averages over ranks; ours is a sum (core/parallel.py)
     tally.add(loss, stats, entropies, old, sampler, config.importance_cap)
 
 
@@ -239,7 +240,7 @@ def save():
 
 @contextmanager
 def saved_before_it_stops():
-    """What ends the run before a step has trained anything saves first, so no finished step is lost."""
+    """An error before a step has trained anything saves, then stops the run: no finished step is lost."""
     try:
         yield
     except BadInput as error:
@@ -270,7 +271,7 @@ for step in range(first, config.steps + 1):
         parameters["lr"] = learning_rate
     with saved_before_it_stops():
         limits = config.prompts, config.max_rounds
-        batch, sampled, rounds = dapo.fill_batch(draw, keep, *limits, interrupt.asked)
+        batch, sampled, rounds = dapo.fill_batch(sample_round, keep, *limits, interrupt.asked)
     if interrupt.asked():
         break  # this step has changed nothing yet
     engine.sleep()
@@ -281,11 +282,11 @@ for step in range(first, config.steps + 1):
     if config.updates > 1:
         remember_old_logprobs(minibatches)  # before the first update changes them
     updates = []
-    for number, minibatch in enumerate(minibatches, step * config.updates):
+    for update, minibatch in enumerate(minibatches, step * config.updates):
         tally = metrics.Tally(minibatch, config.context_parallel, device)
         totals = grpo.Totals(len(minibatch) * config.completions, max(1, tally.tokens), config.max_completion)
-        if held_back_tokens:
-            losses.hold_back(minibatch, held_back_tokens, config.seed * 2**32 + number)
+        if marked_tokens:
+            losses.mark(minibatch, marked_tokens, config.seed * 2**32 + update)
         with saliency.Tracker(model, config.site, config.saliency_tokens) as tracker:
             for group, passes in work(minibatch):
                 train_group(group, passes, totals, tally)
@@ -297,7 +298,7 @@ for step in range(first, config.steps + 1):
             progress.skip_update(step, config.max_skips)
             continue
 
-        with clock.stage("mask"):  # LongAct: rows of W_Q and W_K by this update's activations; then clipping
+        with clock.stage("mask"):  # LongAct: rows of W_Q and W_K by this update's own activations
             magnitudes = tracker.magnitudes()
             masks = saliency.select_rows(magnitudes, config.fraction, config.rule, progress.random_rows)
             saliency.mask_gradients(model, masks)

@@ -136,9 +136,9 @@ def check(config, world, cuda):
         raise BadInput("--eval-filler applies only to --task; with --data give held-out files by --eval-data")
     if config.beta and config.algorithm != "grpo":
         raise BadInput(f"--beta needs --algorithm grpo: {config.algorithm} has no KL term")
-    if config.aggregation != "sequence" and config.algorithm != "grpo":
+    if config.aggregation != Config.aggregation and config.algorithm != "grpo":
         raise BadInput(f"--aggregation needs --algorithm grpo: {config.algorithm} has a mean of its own")
-    if config.dual_clip != 10 and config.algorithm not in ("grpo", "dapo"):
+    if config.dual_clip != Config.dual_clip and config.algorithm not in ("grpo", "dapo"):
         raise BadInput(f"--dual-clip is not for --algorithm {config.algorithm}: it has no dual clip")
     if config.algorithm in losses.NEED_UPDATES and config.updates == 1:
         raise BadInput(

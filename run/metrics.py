@@ -74,8 +74,8 @@ class Tally:
     """What the passes of an update add up: SUMS over its completion tokens, and the largest mismatch."""
 
     def __init__(self, groups, context_parallel, device):
-        self.tokens = sum(sum(group.known) for group in groups)  # over all ranks
-        self.counted_by = context_parallel  # ranks that share a group's tokens all see its sums
+        self.tokens = sum(sum(group.known_lengths) for group in groups)  # over all ranks
+        self.context_ranks = context_parallel  # they share a group's tokens, and all of them add its sums
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.mismatch_max = torch.zeros(1, dtype=torch.float64, device=device)
 
@@ -93,8 +93,9 @@ class Tally:
             "mismatch_k3": (d.exp() - d - 1).sum(),
             "importance_capped": (d.exp() >= importance_cap).sum() if importance_cap else d.new_zeros(()),
         }
-        self.sums += torch.stack([sums[name].double() for name in SUMS]) / self.counted_by
-        self.mismatch_max = torch.maximum(self.mismatch_max, d.abs().max())
+        self.sums += torch.stack([sums[name].double() for name in SUMS]) / self.context_ranks
+        if len(d):  # a pass may have no token left
+            self.mismatch_max = torch.maximum(self.mismatch_max, d.abs().max())
 
     def reduce(self):
         """Sum over all ranks, on each; one copy to the CPU for all that is read of the sums."""
@@ -140,7 +141,7 @@ def of_rollout(sampled, batch):
         "completion_tokens": tokens / len(completions),
         "finished": sum(completion.finished for completion in completions) / len(completions),
         "tokens_trained": sum(group.tokens for group in batch),
-        "tokens_dropped": tokens - sum(sum(group.known) for group in batch),
+        "tokens_dropped": tokens - sum(sum(group.known_lengths) for group in batch),
         "tokens_unshared": tokens + sum(len(group.prompt) * len(group.completions) for group in batch),
     }
 

@@ -137,7 +137,7 @@ def train_pass(config, model, group, part, leaves, totals, tally):
     logprobs, entropies = model.completion_logprobs(leaves, completions, config.temperature)
     sampler, known = group.sampler_logprobs(part, "cpu")
     logprobs, entropies = logprobs[known], entropies[known]
-    old, lengths = logprobs.detach(), [group.known[i] for i in part]
+    old, lengths = logprobs.detach(), [group.known_lengths[i] for i in part]
     advantages = group.advantages[part].repeat_interleave(torch.tensor(lengths))
     importance = grpo.importance_weights(old, sampler, config.importance_cap)
     config.epsilon_low, config.epsilon_high = losses.epsilons(config)

@@ -135,7 +135,7 @@ LOSSES = {
 def terms_of(name, ref, chosen):
     if name.startswith("grpo"):
         return {"ref_logprobs": ref}
-    return {"held_back": chosen} if "cov" in name else {}
+    return {"marked": chosen} if "cov" in name else {}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -300,10 +300,10 @@ def test_choose_is_over_the_whole_minibatch_and_hands_back_what_belongs_to_each_
         return SimpleNamespace(advantages=torch.tensor(advantages), completions=completions, lengths=lengths)
 
     groups = [group([1.0, -1.0], [-3.0, -2.0], [-2.5]), group([2.0, -2.0], [-1.0, -0.1, -2.0], [-1.5])]
-    losses.hold_back(
+    losses.mark(
         groups, losses.kl_cov_tokens, seed=0
     )  # largest A times largest log pi, both above their means
-    lists = [[part.tolist() for part in group.held_back] for group in groups]
+    lists = [[part.tolist() for part in group.marked] for group in groups]
     assert lists == [[[False, False], [False]], [[False, True, False], [False]]]
 
 
@@ -321,8 +321,8 @@ def test_cov_losses_equal_a_loop_by_hand():
         if chosen[t]:
             kl_expected = kl_expected + 0.5 * (logprobs[t] - old[t]).abs() / 11
     arguments = logprobs, old, per_token, lengths, grpo.Totals(3, 11, 9), importance
-    clip, stats = losses.clip_cov_loss(*arguments, held_back=chosen, epsilons=(1.0, 0.2))
-    kl, _ = losses.kl_cov_loss(*arguments, held_back=chosen, coefficient=0.5)
+    clip, stats = losses.clip_cov_loss(*arguments, marked=chosen, epsilons=(1.0, 0.2))
+    kl, _ = losses.kl_cov_loss(*arguments, marked=chosen, coefficient=0.5)
     for loss, expected in ((clip, clip_expected), (kl, kl_expected)):
         torch.testing.assert_close(loss, expected.detach())
         gradients = [torch.autograd.grad(value, logprobs, retain_graph=True)[0] for value in (loss, expected)]
