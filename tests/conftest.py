@@ -21,14 +21,20 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # two tests run at a time
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; with 2 and 4 they are green as well
+# vLLM compiles one function, which counts the ranks of tokens that nobody asks for: ten seconds of g++ in each
+# new cache.
+os.environ["TORCH_COMPILE_DISABLE"] = "1"
 if "GPU_TESTS" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on every machine
+
+import forks  # noqa: E402
 
 from base.cli import BadInput  # noqa: E402
 from model import Qwen3, Qwen3Config  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("any machine", deadline=None)  # no test fails for being slow
 hypothesis.settings.load_profile("any machine")
 
@@ -60,6 +66,17 @@ def make_small(tied=True, seed=0, **changes):
     return model
 
 
+def pytest_configure(config):
+    """The process that starts xdist's workers starts the server that all of them use."""
+    if not hasattr(config, "workerinput"):
+        config.forks = forks.start()
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "forks"):
+        forks.stop(config.forks)
+
+
 def module(script):
     """The module that a path below ROOT with a folder in it, such as studies/perturb.py, is; None for
     others."""
@@ -67,13 +84,24 @@ def module(script):
     return ".".join(path.with_suffix("").parts) if path.parent.name and not path.is_absolute() else None
 
 
-def run_script(*arguments, timeout=600, env=None):
-    """Run a script of the repository as a user would -> CompletedProcess with text output. A script in a
-    room, such as studies/perturb.py, runs as a module."""
-    script, *arguments = map(str, arguments)
-    command = [sys.executable, *(["-m", module(script)] if module(script) else [script]), *arguments]
-    environment = {**os.environ, **(env or {})}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+def python(script, *arguments):
+    """The command that runs a script of the repository, or a Python file, in a process of its own (forks.py).
+    A script in a room, such as studies/perturb.py, runs as a module."""
+    start = ["-m", module(script)] if module(script) else [script]
+    return [str(part) for part in (sys.executable, forks.__file__, *start, *arguments)]
+
+
+def run_script(script, *arguments, timeout=600, env=None):
+    """Run a script as a user would -> CompletedProcess with text output."""
+    how = {"cwd": ROOT, "env": {**os.environ, **(env or {})}, "capture_output": True, "text": True}
+    return subprocess.run(python(script, *arguments), timeout=timeout, **how)
+
+
+def output_of(script, *arguments, env=None):
+    """Run a script as a user would, to its end -> what it printed."""
+    result = run_script(script, *arguments, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def run_here(script, *arguments, code=0):
@@ -149,14 +177,11 @@ def full():
 def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None, where=("--standalone",)):
     """Run a Python file under torchrun with `ranks` gloo processes."""
     torchrun = ["-m", "torch.distributed.run", *where, "--nproc-per-node", ranks, "--max-restarts", restarts]
-    folders = [
-        str(ROOT),
-        str(ROOT / "tests"),
-        str(ROOT / "bench"),
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]
-    env = {"PYTHONPATH": os.pathsep.join(folders), **(env or {})}
-    return run_script(*torchrun, code, *arguments, timeout=timeout, env=env)
+    folders = [ROOT, ROOT / "tests", ROOT / "bench", os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), **(env or {})}
+    command = [sys.executable, forks.__file__, *torchrun, "--no-python", *python(code, *arguments)]
+    how = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": timeout}
+    return subprocess.run(list(map(str, command)), **how)
 
 
 def run_nodes(nodes, code, *arguments):
