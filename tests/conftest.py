@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import os
 import re
 import resource
@@ -23,8 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; with 2 and 4 they are green as well
-# vLLM compiles one function, which counts the ranks of tokens that nobody asks for: ten seconds of g++ in each
-# new cache.
+# vLLM compiles one function, which counts ranks of tokens that nobody asks for: ten seconds of g++.
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
 if "GPU_TESTS" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on every machine
@@ -97,6 +97,25 @@ def run_script(script, *arguments, timeout=600, env=None):
     return subprocess.run(python(script, *arguments), timeout=timeout, **how)
 
 
+@contextlib.contextmanager
+def killed(count, *command):
+    """An evaluation that is killed when it has written `count` results (evals/killed.py) -> its Popen. Within
+    the block it waits; after it, it is dead."""
+    command = python(ROOT / "tests" / "evals" / "killed.py", count, *command)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        while process.stdout.readline() not in ("here\n", ""):
+            pass
+        yield process
+        process.communicate()
+
+
+def run_code(code):
+    """Run some lines in a fresh Python, which has imported nothing -> CompletedProcess with text output."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
 def output_of(script, *arguments, env=None):
     """Run a script as a user would, to its end -> what it printed."""
     result = run_script(script, *arguments, env=env)
@@ -126,6 +145,12 @@ def run_here(script, *arguments, code=0):
     return printed.getvalue()
 
 
+def read_metrics(run):
+    """metrics.jsonl of a run without the wall-clock keys."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: m[key] for key in m if key not in ("seconds", "tokens_per_second")} for m in lines]
+
+
 def refusal(script, *arguments):
     """The message of the BadInput that a script run here ends with."""
     with pytest.raises(BadInput) as caught:
@@ -152,17 +177,21 @@ def files_in(directory, but=()):
     return {path: path.read_bytes() for path in kept}
 
 
+def names_of_runs():
+    """But for those of tests beside this one."""
+    return {path.name for path in ROOT.glob("runs/*") if not path.name.startswith("test-")}
+
+
 def check_refusal(arguments, pattern, directory, longest, but=()):
     """A script run here ends with a BadInput of one line of at most `longest` characters that has the
     pattern. Neither what `files_in` sees of `directory` nor runs/ is another then, and vLLM was not imported
     for it."""
-    runs, before, vllm = ROOT / "runs", files_in(directory, but), "vllm" in sys.modules
-    names = set(runs.iterdir()) if runs.exists() else None
+    before, names, vllm = files_in(directory, but), names_of_runs(), "vllm" in sys.modules
     message = refusal(*arguments)
     assert re.search(pattern, message), message
     assert "\n" not in message and len(message) < longest
     assert files_in(directory, but) == before
-    assert (set(runs.iterdir()) if runs.exists() else None) == names
+    assert names_of_runs() == names
     assert ("vllm" in sys.modules) == vllm
 
 
@@ -172,6 +201,15 @@ def full():
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def check_full_disk(arguments, size, name, directory, full):
+    """A script run here, while files end after `size` bytes, ends with one line that names the file `name`;
+    what was in `directory` is as it was."""
+    before = files_in(directory)
+    full(size)
+    assert re.search(rf"/{name} cannot be written: .*File too large", refusal(*arguments))
+    assert files_in(directory) == before
 
 
 def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None, where=("--standalone",)):

@@ -13,6 +13,7 @@ listens at the Unix socket LONGACT_FORKS, and ends when its standard input does:
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -27,13 +28,22 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# rollout first: it sets what vLLM reads when it is imported. The next two: for vLLM imports more when an engine
+# starts.
+MODULES = (
+    "rollout",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.qwen3",
+    "transformers.models.qwen3.modeling_qwen3",
+    "torch.distributed.run",
+)
 
 
 def connection():
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
 
 
-# -------------------------------------------------------------------------------------------------------- the server
+# ------------------------------------------------------------------------------------------------- the server
 
 
 def serve():
@@ -56,13 +66,8 @@ def serve():
 
 def prepare():
     sys.path.insert(0, str(ROOT))
-    import torch.distributed.run
-    import transformers.models.qwen3.modeling_qwen3
-
-    import rollout
-    from vllm.model_executor.models import qwen3  # and more that vLLM imports when an engine starts
-    from vllm.v1.worker import cpu_worker
-
+    for name in MODULES:
+        importlib.import_module(name)
     del sys.path[0]
     gc.collect()
     gc.freeze()  # what is here stays: a fork's garbage collector need not look at it
@@ -97,7 +102,7 @@ def enter(request, descriptors):
     return request["arguments"]
 
 
-# -------------------------------------------------------------------------------------------------------- the client
+# ------------------------------------------------------------------------------------------------- the client
 
 
 def start():

@@ -45,7 +45,7 @@ def directory(path, records, **settings):
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------- results
 
 
 def test_results_are_kept_taken_in_from_ranks_and_ordered(tmp_path):
@@ -203,7 +203,7 @@ def test_the_fingerprint_changes_with_the_weights_only(tmp_path):
     assert a == b == weights_fingerprint(str(tmp_path / "a")) and a != c
 
 
-# -------------------------------------------------------------------------------------------------------------- engine
+# ----------------------------------------------------------------------------------------------------- engine
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def test_an_engine_that_cannot_start_says_so_in_one_line():
         Engine(TINY, 9000)
 
 
-# ---------------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------------- statistics
 
 
 def test_mean_and_standard_error_are_over_items():

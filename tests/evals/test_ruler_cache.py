@@ -146,7 +146,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, corpora):
 
 
 BUILD = """
-import ruler
+from evals.ruler import sets as ruler
 ruler.build({folder!r}, ["vt", "fwe"], [4096], 100000, 42, "assets/tiny", "qwen3", ruler.Corpora(), workers=2)
 """
 

@@ -127,7 +127,7 @@ def test_a_damaged_file_is_an_error_that_says_where(tmp_path):
     assert set(ruler.Corpora(tmp_path).blocked(ruler.TASKS.values(), [262144])) == {"cwe"}
 
 
-# -------------------------------------------------------------------------------------------------------------- essays
+# ----------------------------------------------------------------------------------------------------- essays
 
 
 def test_essays(tmp_path):

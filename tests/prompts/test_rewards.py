@@ -83,7 +83,7 @@ def test_the_source_names_the_reward():
             rewards.by_source("x", row)
 
 
-# ---------------------------------------------------------------------------------- holes of the published ones (D.2)
+# -------------------------------------------------------------------------- holes of the published ones (D.2)
 
 HOLES = {
     "nothing is contained in everything": (QA, "the answer is", "Paris"),
@@ -156,7 +156,7 @@ def test_only_what_follows_the_end_of_thinking_counts(row, right):
         assert rewards.by_source(chat.answer_text(completion, thinking=True), row) == value
 
 
-# ------------------------------------------------------------------------------------------------ whatever the answer is
+# ------------------------------------------------------------------------------------- whatever the answer is
 
 PIECES = ["the answer is ", "The correct answer is ", "(B)", "\\boxed{", "}", "1e999999", "-", ".", "%", "0", "12,345.6",
           "9" * 400, "\u0661", "¥", " ", "\x00", "İ", "million", "{" * 50,
@@ -260,7 +260,7 @@ def test_a_million_characters_are_nothing_special(piece):
         assert math.isfinite(rewards.published(answer, {**row, "answer": gold}))
 
 
-# ------------------------------------------------------------------------------------------------------ loading, calling
+# ------------------------------------------------------------------------------------------- loading, calling
 
 
 @pytest.mark.parametrize(

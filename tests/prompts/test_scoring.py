@@ -4,7 +4,7 @@ line."""
 import os
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, run_code
 
 from base.cli import BadInput
 from prompts import scoring
@@ -77,5 +77,7 @@ def test_a_worker_keeps_its_time_and_its_pipe_to_itself(mine):
 
 
 def test_a_worker_starts_in_no_time_for_it_needs_no_torch():
-    result = run_script("-c", "import sys, scoring, rewards, judge; print('torch' in sys.modules)")
+    result = run_code(
+        "import sys; from prompts import judge, rewards, scoring; print('torch' in sys.modules)"
+    )
     assert result.stdout == "False\n"
