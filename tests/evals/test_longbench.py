@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, killed, output_of, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ruler import qwen  # noqa: F401 - a fixture: the tokenizer with Qwen's vocabulary
@@ -344,9 +344,13 @@ def test_the_sample_file_is_what_its_script_writes(tmp_path):
 # ------------------------------------------------------------------------------------------------- the script
 
 
+def command(out, *arguments):
+    return ["eval_longbench.py", TINY, "--max-input", 1000, "--out", out, *arguments]
+
+
 def evaluate(out, *arguments):
     """-> (results.json, records, what was printed)"""
-    stdout = output_of("eval_longbench.py", TINY, "--max-input", 1000, "--out", out, *arguments)
+    stdout = output_of(*command(out, *arguments))
     return json.loads((out / "results.json").read_text()), lines(out), stdout
 
 
@@ -366,13 +370,15 @@ def test_a_chain_of_thought_killed_in_both_stages_goes_on(tmp_path):
         "--seeds",
         2,
     ]
-    for count in (7, 24 - 7 + 5):  # amid the first stage's 24 results, amid the second's
-        with killed(
-            count, "eval_longbench.py", TINY, "--max-input", 1000, "--out", out, *arguments
-        ) as process:
+
+    def kill(count):
+        with killed(count, *command(out, *arguments)) as process:
             pass
         assert process.returncode == -signal.SIGKILL and not (out / "results.json").exists()
-        kept = kept if (out / "results.jsonl").exists() else lines(out / "reasoning")
+
+    kill(7)  # amid the first stage's 24
+    kept = lines(out / "reasoning")
+    kill(24 - 7 + 5)  # amid the second's
     kept_answers = lines(out)
     assert (len(kept), len(lines(out / "reasoning")), len(kept_answers)) == (7, 24, 5)
     results, records, stdout = evaluate(out, *arguments)
