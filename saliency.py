@@ -198,7 +198,7 @@ def masked_step(optimizer, model, masks, unselected="grad"):
 
 def local_part(tensor):
     """This rank's part of a DTensor; a plain tensor is its own."""
-    return tensor.to_local_part() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def mask_rows(mask, weight):
@@ -207,7 +207,7 @@ def mask_rows(mask, weight):
     if isinstance(weight, DTensor):
         rows = distribute_tensor(
             rows, weight.device_mesh, weight.placements, src_data_rank=None
-        ).to_local_part()
+        ).to_local()
     return rows
 
 
