@@ -212,7 +212,7 @@ def check_full_disk(arguments, size, name, directory, full):
     assert files_in(directory) == before
 
 
-def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None, where=("--standalone",)):
+def run_ranks(ranks, code, *arguments, timeout=600, restarts=0, env=None, where=("--standalone",)):
     """Run a Python file under torchrun with `ranks` gloo processes."""
     torchrun = ["-m", "torch.distributed.run", *where, "--nproc-per-node", ranks, "--max-restarts", restarts]
     folders = [ROOT, ROOT / "tests", ROOT / "bench", os.environ.get("PYTHONPATH", "")]

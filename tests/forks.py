@@ -12,6 +12,7 @@ listens at the Unix socket LONGACT_FORKS, and ends when its standard input does:
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -48,7 +49,6 @@ def connection():
 
 def serve():
     """-> the arguments of what is to run. Returns in forks only, one for each request."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets children that have ended
     with connection() as listener:
         listener.bind(os.environ["LONGACT_FORKS"])
         listener.listen()
@@ -61,7 +61,14 @@ def serve():
                 listener.close()
                 return answer(client)
             client.close()
+            forget_what_ended()
     os._exit(0)
+
+
+def forget_what_ended():
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def prepare():
@@ -77,7 +84,6 @@ def prepare():
 def answer(client):
     """Fork once more, tell the client that process's id and then its exit code; in that process -> its
     arguments. A client that is gone takes it along."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request, descriptors, _, _ = socket.recv_fds(client, 2**18, 3)
     pid = os.fork()
     if pid == 0:

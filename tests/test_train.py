@@ -233,7 +233,7 @@ def test_a_reward_that_fails_costs_no_step(runs, tmp_path):
     lines = result.stderr.splitlines()
     assert result.returncode == 1 and "ZeroDivisionError: mine" in lines
     last = [line for line in lines if line.strip()][-1]
-    assert last.startswith("train.py: error: the reward function failed on row rows.jsonl line ")
+    assert last.startswith("train.py: error: step 2: the reward function failed on row rows.jsonl line ")
     assert (ROOT / "runs" / name / "checkpoints" / "LATEST").read_text() == "step-000001\n"
     assert len(read_metrics(ROOT / "runs" / name)) == 1
 
@@ -360,8 +360,8 @@ def test_unknown_flags_and_used_names_are_refused(runs):
 
 
 def test_scripts_explain_themselves():
-    for script in ("train.py", "sft.py", "base/plot.py"):
-        assert script in output_of(script, "--help")
+    for script, start in (("train.py", "torchrun train.py"), ("sft.py", "sft.py"), ("base/plot.py", "-m base.plot")):
+        assert start in output_of(script, "--help")
     result = run_script("base/plot.py", "nowhere")
     assert result.returncode != 0 and "nowhere/metrics.jsonl is missing" in result.stderr
 

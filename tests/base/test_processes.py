@@ -34,7 +34,7 @@ dist.barrier()
 def test_ranks_end_at_once_with_the_first_cause_last_on_the_screen(how, text, tmp_path):
     """Nothing waits for the collective's half hour: run_ranks does not, either."""
     (tmp_path / "code.py").write_text(CODE)
-    result = run_ranks(2, tmp_path / "code.py", how, timeout=120)
+    result = run_ranks(2, tmp_path / "code.py", how)
     assert result.returncode == 1
     lines = result.stderr.splitlines()
     root = next(i for i, line in enumerate(lines) if line.startswith("Root Cause"))
