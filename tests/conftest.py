@@ -77,6 +77,18 @@ def pytest_unconfigure(config):
         forks.stop(config.forks)
 
 
+LONG = (
+    "rollout evaluation train eval_ruler distributed longbench recipes sft".split()
+)  # engines, many processes
+
+
+def pytest_collection_modifyitems(items):
+    """The long ones first: what is left for the end is short, so no worker waits for another."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+    if any(item.path.stem.removeprefix("test_") in LONG for item in items):
+        forks.wake()
+
+
 def module(script):
     """The module that a path below ROOT with a folder in it, such as studies/perturb.py, is; None for
     others."""

@@ -25,12 +25,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# rollout first: it sets what vLLM reads when it is imported. The next two: for vLLM imports more when an engine
-# starts.
+# rollout first: it sets what vLLM reads when it is imported. The next two vLLM imports when an engine starts.
 MODULES = (
     "rollout",
     "vllm.v1.worker.cpu_worker",
@@ -85,6 +85,8 @@ def answer(client):
     """Fork once more, tell the client that process's id and then its exit code; in that process -> its
     arguments. A client that is gone takes it along."""
     request, descriptors, _, _ = socket.recv_fds(client, 2**18, 3)
+    if not request:  # from `wake`
+        os._exit(0)
     pid = os.fork()
     if pid == 0:
         client.close()
@@ -101,11 +103,38 @@ def enter(request, descriptors):
     for descriptor, standard in zip(descriptors, range(3), strict=True):
         os.dup2(descriptor, standard)
         os.close(descriptor)
-    atexit.register(gc.unfreeze)  # of the last things: what is freed at the end would count as leaked
     os.chdir(request["directory"])
     os.environ.update(request["environment"])
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return request["arguments"]
+
+
+def run(arguments):
+    """Run them as Python would -> the exit code."""
+    module, sys.argv = arguments[0] == "-m", arguments[arguments[0] == "-m" :]
+    sys.path[0] = os.getcwd() if module else os.path.dirname(sys.argv[0])
+    try:
+        if module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def leave(code):
+    """End as Python does, but for taking millions of objects apart one by one, which takes three seconds."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # ------------------------------------------------------------------------------------------------- the client
@@ -124,6 +153,12 @@ def start():
             sys.exit(server_log().read_text())
         time.sleep(0.01)
     return server
+
+
+def wake():
+    """Have the server import what it needs before the first fork is asked for."""
+    with connection() as server:
+        server.connect(os.environ["LONGACT_FORKS"])
 
 
 def stop(server):
@@ -156,11 +191,4 @@ def ask(arguments):
 if __name__ == "__main__":
     if sys.argv[1:] != ["serve"]:
         sys.exit(ask(sys.argv[1:]))
-    sys.argv = serve()
-    if sys.argv[0] == "-m":
-        del sys.argv[0]
-        sys.path[0] = os.getcwd()
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = os.path.dirname(sys.argv[0])
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    leave(run(serve()))
