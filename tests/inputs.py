@@ -207,7 +207,7 @@ def at(t, files, *flags):
     return sft(t, *flags)
 
 
-# ------------------------------------------------------------------------------------- evaluations and studies
+# ------------------------------------------------------------------------------------ evaluations and studies
 
 
 def script(name, *usual, checkpoint=TINY):

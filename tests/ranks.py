@@ -91,8 +91,8 @@ dist.barrier()  # rank 0 writes
 for a, b in zip(Qwen3.from_pretrained(export).parameters(), whole.parameters(), strict=True):
     assert torch.equal(a, b)
 # Steps with other rows each: the first leaves momentum in rows that the second does not select. AdamW divides
-# by the gradient's size: with its usual epsilon it makes of the rounding of a gradient that is nearly 0 a whole
-# step. With this one an error of 1e-6 in a gradient moves a weight by lr / eps = 1 times that.
+# by the gradient's size: with its usual epsilon it makes of the rounding of a gradient that is nearly 0 a
+# whole step. With this one an error of 1e-6 in a gradient moves a weight by lr / eps = 1 times that.
 optimizers = {
     model: torch.optim.AdamW(model.parameters(), lr=0.1, eps=0.1, weight_decay=0.1)
     for model in (whole, sharded)

@@ -360,7 +360,11 @@ def test_unknown_flags_and_used_names_are_refused(runs):
 
 
 def test_scripts_explain_themselves():
-    for script, start in (("train.py", "torchrun train.py"), ("sft.py", "sft.py"), ("base/plot.py", "-m base.plot")):
+    for script, start in (
+        ("train.py", "torchrun train.py"),
+        ("sft.py", "sft.py"),
+        ("base/plot.py", "-m base.plot"),
+    ):
         assert start in output_of(script, "--help")
     result = run_script("base/plot.py", "nowhere")
     assert result.returncode != 0 and "nowhere/metrics.jsonl is missing" in result.stderr

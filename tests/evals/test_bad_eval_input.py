@@ -216,8 +216,10 @@ DATA = {
 RULER = {
     "too long": (
         lambda t: ["eval_ruler.py", TINY],
-        "--lengths 8192 16384 32768 65536 131072: .* has a context of 4096 tokens; 131072 need a YaRN factor of 32, and "
-        r"Qwen3's model card validates no more than 4; without that: --lengths 4096 \(up to 4096\), or --lengths 4096 8192 "
+        "--lengths 8192 16384 32768 65536 131072: .* has a context of 4096 tokens; 131072 need a YaRN "
+        "factor of 32, and "
+        r"Qwen3's model card validates no more than 4; without that: --lengths 4096 \(up to 4096\), or "
+        r"--lengths 4096 8192 "
         r"16384 --yarn 4 \(up to 16384\)",
     ),
     "too long to think": (
@@ -225,8 +227,10 @@ RULER = {
             *("eval_ruler.py", of_model("config.json", config(max_position_embeddings=40960))(t)[1]),
             *("--mode", "thinking", "--yarn", 4),
         ],
-        "--lengths 131072 with --thinking-budget 8192: .* has a context of 131072 tokens; 139264 need a YaRN factor of 5, "
-        "and Qwen3's model card validates no more than 4; without that: --lengths 4096 8192 16384 32768 65536 "
+        "--lengths 131072 with --thinking-budget 8192: .* has a context of 131072 tokens; 139264 need a "
+        "YaRN factor of 5, "
+        "and Qwen3's model card validates no more than 4; without that: --lengths 4096 8192 16384 32768 "
+        "65536 "
         r"\(up to 122880\)",
     ),
     "no room": (
@@ -257,7 +261,8 @@ RULER = {
     ),
     "some too short": (
         ruler("--lengths", 4096, 1200),
-        r"niah_multivalue at 1200 \(2051 and more are enough\); niah_multiquery at 1200 \(2121 and more are enough\); cwe "
+        r"niah_multivalue at 1200 \(2051 and more are enough\); niah_multiquery at 1200 \(2121 and more "
+        r"are enough\); cwe "
         r"at 1200, 4096 \(1470 to 4095, or 5433 and more are enough\); --tasks niah_single_1 niah_multikey_2 "
         "niah_multikey_3 vt fwe fit",
     ),

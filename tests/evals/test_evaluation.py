@@ -138,7 +138,13 @@ def test_settings_that_are_none_are_refused(tmp_path):
             assert "\n" not in str(error.value)
 
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
 
 
 def test_one_evaluation_at_a_time_writes_to_a_directory(tmp_path):

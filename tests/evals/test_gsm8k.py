@@ -38,7 +38,8 @@ def test_the_exemplars_add_up():
     )
     assert examples[-1] == (
         "Q: Olivia has $23. She bought five bagels for $3 each. How much money does she have left?\n"
-        "A: Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. So she has 23 - 15 dollars left. "
+        "A: Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. So she has 23 - "
+        "15 dollars left. "
         "23 - 15 is 8. The answer is 8."
     )
 

@@ -63,7 +63,8 @@ def test_templates_byte_for_byte():
         "Let\u2019s think step by step:"
     )
     assert longbench.fill(longbench.COT_ANSWER, item(), " So. \n") == (
-        "Please read the following text and answer the questions below.\n\nThe text is too long and omitted here.\n\n"
+        "Please read the following text and answer the questions below.\n\nThe text is too long and "
+        "omitted here.\n\n"
         "What is the correct answer to this question: Who?\nChoices:\n(A) a\n(B) b\n(C) c\n(D) d\n\n"
         "Let\u2019s think step by step: So.\n\n"
         "Based on the above, what is the single, most likely answer choice? "

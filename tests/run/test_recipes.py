@@ -88,7 +88,8 @@ def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("recipes")
     for size in ("8B", "4B"):
         write_checkpoint(directory / size, size + "-Base")
-    text = "Please read the following text.\n\n<text>\n{}\n</text>\n\nWhich?\n\nFormat your response as follows: ..."
+    text = "Please read the following text.\n\n<text>\n{}\n</text>\n\nWhich?\n\n"
+    text += "Format your response as follows: ..."
     golds = {
         "long_toc_choices_0_20000": "The correct answer is (B)",
         "docmath_20000_40000": "the answer is 3.5",
