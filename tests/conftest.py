@@ -141,6 +141,7 @@ def run_here(script, *arguments, code=0):
     one."""
     argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
     start = partial(runpy.run_module, module(script)) if module(script) else partial(runpy.run_path, argv[0])
+    gc.freeze()  # what was there before is not looked at below
     try:
         with (
             contextlib.chdir(ROOT),
@@ -154,6 +155,7 @@ def run_here(script, *arguments, code=0):
         assert code == 0
     finally:
         gc.collect()  # the script's variables, as at the end of a process: open files, locks
+        gc.unfreeze()
     return printed.getvalue()
 
 
@@ -168,14 +170,6 @@ def refusal(script, *arguments):
     with pytest.raises(BadInput) as caught:
         run_here(script, *arguments)
     return str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def frozen():
-    """run_here collects garbage after each script: not among all that was imported before."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def files_in(directory, but=()):

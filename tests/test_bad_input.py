@@ -55,8 +55,6 @@ from tokenizers import Tokenizer
 from prompts import chat as chat_format
 from prompts import judge
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
 # -------------------------------------------------------------------------------------------------- the table
 
 CONFIG = {

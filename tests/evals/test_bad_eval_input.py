@@ -17,8 +17,6 @@ from evals import gsm8k, subject
 from evals.engine import GREEDY
 from evals.results import Results
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
 SAMPLE = ROOT / "assets" / "longbench-sample.json"
 QUESTION = {"question": "How many?", "answer": "#### 3"}
 ITEM = {"_id": "x", "question": "q", **{f"choice_{c}": c for c in "ABCD"}, "answer": "A", "context": "c"}

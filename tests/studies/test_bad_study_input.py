@@ -7,8 +7,6 @@ import pytest
 from conftest import check_full_disk, check_refusal
 from inputs import foreign, script, write
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
 perturb = script("studies/perturb.py", "--prompts", 1)
 
 
