@@ -37,6 +37,7 @@ MODULES = (
     "vllm.model_executor.models.qwen3",
     "transformers.models.qwen3.modeling_qwen3",
     "torch.distributed.run",
+    "matplotlib.pyplot",
 )
 
 
