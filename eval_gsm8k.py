@@ -2,18 +2,20 @@
 
     python eval_gsm8k.py Qwen3-8B --data test.jsonl                         # chat, zero-shot, no thinking
     python eval_gsm8k.py Qwen3-8B --data test.jsonl --mode thinking
-    python eval_gsm8k.py Qwen3-8B-Base --data test.jsonl --mode base        # eight worked examples, no template
-    torchrun --nproc-per-node 8 eval_gsm8k.py Qwen3-8B --data test.jsonl    # dealt to eight engines
+    python eval_gsm8k.py Qwen3-8B-Base --data test.jsonl --mode base        # eight examples, no template
+    torchrun --nproc-per-node 8 eval_gsm8k.py Qwen3-8B --data test.jsonl    # shared by eight engines
     python eval_gsm8k.py --compare runs/gsm8k/before runs/gsm8k/after       # paired, with p-values
 
 --data is github.com/openai/grade-school-math's grade_school_math/data/test.jsonl. The modes:
     chat      the question and how to end ("#### answer", our words), Qwen3's template without thinking
-    thinking  the same with thinking; what follows the last </think> is scored, and nothing if thinking did not end
-    base      the eight examples of Wei et al. (2022), then "Q: ... A:"; what the model says before its next "Q:" is scored
+    thinking  the same with thinking; what follows the last </think> is scored, and nothing if thinking did
+              not end
+    base      the eight examples of Wei et al. (2022), then "Q: ... A:"; what the model says before its next
+              "Q:" is scored
 --sampling default is greedy, and 0.6, top_p 0.95, top_k 20 for thinking; paper is temperature 1, the whole
 distribution. The answer is the last number after ####, "The answer is" or \\boxed{; it must equal the file's
-as a number. A completion without one is wrong, and counted below the score; so is half a number (of 1/2, 2 +
-3, 3:00, 1e3), which the official pattern reads.
+as a number. A completion without one is wrong, and counted below the score; so is a part of a number (of 1/2,
+2 + 3, 3:00, 1e3), which the official pattern reads.
 
 Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json. The same command goes
 on where an interrupted one stopped, on any number of ranks.
@@ -26,108 +28,88 @@ from dataclasses import dataclass
 from base import durable, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import gsm8k, stats, subject
-from evals.engine import GREEDY, PAPER, THINKING, Engine, evaluate
-from evals.results import Results, environment
+from evals.engine import GREEDY, PAPER, THINKING, Engine, evaluate, sampling_text
+from evals.results import Results
 from prompts import chat
 
 OFFICIAL_ITEMS = 1319
-MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "seeds")  # between the two of --compare
 
 
 @dataclass
-class Config:
-    checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
+class Config(subject.Options):
     data: str = option("", "GSM8K's test.jsonl (needed)")
     mode: str = option("chat", "chat, thinking or base, see above", ["chat", "thinking", "base"])
     sampling: str = option("default", "default or paper, see above", ["default", "paper"])
     max_tokens: int = option(512, "tokens of an answer", least=1)
     thinking_budget: int = option(8192, "thinking: tokens a completion may have beyond --max-tokens", least=1)
-    seeds: int = option(1, "completions of each problem, with sampling seeds 0, 1, ...", least=1, most=1000)
-    out: str = option("", "directory of the results (default: runs/gsm8k/<checkpoint's name>)")
-    tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
-    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
-    clamp: str = option("", subject.CLAMP_HELP)
-    compare: list[str] = option(
-        [], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)"
-    )
 
 
 one_line_errors()
 config = parse(Config, __doc__)
 if config.compare:
-    print(stats.compare(config.compare, MAY_DIFFER))
+    print(stats.compare(config.compare, stats.MAY_DIFFER))
     sys.exit()
 
-# --------------------------------------------------------------------------------------------------- what can be asked
+# ------------------------------------------------------------------------------------------ what can be asked
 
-if not config.checkpoint:
-    raise BadInput("no checkpoint is given: python eval_gsm8k.py CHECKPOINT --data test.jsonl")
+subject.check_options(config, "python eval_gsm8k.py CHECKPOINT --data test.jsonl")
 if not config.data:
-    raise BadInput(
-        "no --data is given: download grade_school_math/data/test.jsonl of github.com/openai/grade-school-math"
-    )
-subject.check_ranks(config.tensor_parallel)
+    source = "grade_school_math/data/test.jsonl of github.com/openai/grade-school-math"
+    raise BadInput(f"no --data is given: download {source}")
 model_config, tokenizer, _ = subject.load(config.checkpoint)
-held, clamped = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
+clamp, clamp_about = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 thinking = config.mode == "thinking"
 sampling = PAPER if config.sampling == "paper" else THINKING if thinking else GREEDY
-if config.seeds > 1 and sampling["temperature"] == 0:
-    raise BadInput(
-        f"--seeds {config.seeds} needs --mode thinking or --sampling paper: greedy completions are all the same"
-    )
+subject.check_seeds(config, sampling, "--mode thinking or --sampling paper")
 
 
 def prompt_ids(key, question):
     if config.mode == "base":
         return chat.encode_parts(tokenizer, [(gsm8k.base_prompt(question), False)])[0]
-    return chat.encode_prompt(
-        tokenizer, {"id": key, "prompt": gsm8k.chat_prompt(question)}, thinking, math.inf
-    )
+    row = {"id": key, "prompt": gsm8k.chat_prompt(question)}
+    return chat.encode_prompt(tokenizer, row, thinking, math.inf)
 
 
 rows = processes.on_rank_0(lambda: gsm8k.read(config.data))
 max_tokens = config.max_tokens + (config.thinking_budget if thinking else 0)
 items = [
     {
-        **{
-            "id": key,
-            "task": "gsm8k",
-            "length": 0,
-            "prompt_ids": prompt_ids(key, question),
-            "max_tokens": max_tokens,
-        },
-        **{"expected": str(gold), "gold": gold},
+        "id": key,
+        "task": "gsm8k",
+        "length": 0,
+        "prompt_ids": prompt_ids(key, question),
+        "max_tokens": max_tokens,
+        "expected": str(gold),
+        "gold": gold,
     }
     for key, question, gold in rows
 ]
 longest = max(items, key=lambda item: len(item["prompt_ids"]))
-context = len(longest["prompt_ids"]) + max_tokens
-if context > model_config.context_length:
-    fits = len(longest["prompt_ids"]) < model_config.context_length
-    mend = (
-        f"lower {'--thinking-budget' if thinking else '--max-tokens'}"
-        if fits
-        else "take that line out of --data"
-    )
+longest_tokens, limit = len(longest["prompt_ids"]), model_config.context_length
+context = longest_tokens + max_tokens
+if context > limit:
+    if longest_tokens >= limit:
+        fix = "take that line out of --data"
+    else:
+        fix = f"lower {'--thinking-budget' if thinking else '--max-tokens'}"
     raise BadInput(
-        f"the longest prompt ({longest['id']}, {len(longest['prompt_ids'])} tokens) and {max_tokens} tokens of completion "
-        f"need {context}; {config.checkpoint} has a context of {model_config.context_length}: {mend}"
+        f"the longest prompt ({longest['id']}, {longest_tokens} tokens) and {max_tokens} tokens of completion"
+        f" need {context}; {config.checkpoint} has a context of {limit}: {fix}"
     )
 settings = {
     "benchmark": "GSM8K",
-    **subject.settings(config.checkpoint, model_config, clamped),
-    "data": gsm8k.digest(rows),
+    **subject.settings(config.checkpoint, model_config, clamp_about),
+    "data": durable.digest(repr(rows)),
     "mode": config.mode,
     "sampling": sampling,
     "max_tokens": max_tokens,
     "seeds": config.seeds,
 }
-expected = {
-    (item["id"], seed): (item["task"], item["length"]) for item in items for seed in range(config.seeds)
-}
-results = Results(config.out or f"runs/gsm8k/{subject.name(config.checkpoint)}", settings, expected)
+seeds = range(config.seeds)
+expected = {(item["id"], seed): (item["task"], item["length"]) for item in items for seed in seeds}
+results = Results(subject.results_directory(config, "gsm8k"), settings, expected)
 
-# --------------------------------------------------------------------------------------------------------- completions
+# ------------------------------------------------------------------------------------------------ completions
 
 
 def answer(prediction):
@@ -140,44 +122,38 @@ def score(item, prediction):
     return float(answer(prediction) == item["gold"])
 
 
-if len(results.done) < len(items) * config.seeds:
-    engine = Engine(
-        *(config.checkpoint, context, config.tensor_parallel, model_config.rope_scaling, config.vllm_share),
-        clamp=held,
-    )
+if len(results.done) < len(expected):
+    rope = model_config.rope_scaling
+    engine = Engine(config.checkpoint, context, config.tensor_parallel, rope, config.vllm_share, clamp)
     stop_ids = chat.stop_ids(tokenizer)
     evaluate(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
     engine.close()
 if processes.rank_and_world()[0]:
     sys.exit()
 
-# -------------------------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------------------- report
 
 records = results.read()
 total = stats.percent(stats.summarize(records))
-by_seed = [
-    stats.percent(stats.summarize([r for r in records if r["seed"] == seed])) for seed in range(config.seeds)
-]
-without = sum(answer(r["prediction"]) is None for r in records)
-finished = sum(r["finished"] for r in records) / len(records)
-print(f"GSM8K of {subject.described(config.checkpoint, clamped)}, ± standard error over problems")
-print(f"mode {config.mode}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}")
+by_seed = [stats.percent(stats.summarize([r for r in records if r["seed"] == seed])) for seed in seeds]
+unreadable = sum(answer(r["prediction"]) is None for r in records)
+finished = stats.finished_share(records)
+official = len(items) == OFFICIAL_ITEMS
+print(f"GSM8K of {subject.described(config.checkpoint, clamp_about)}, ± standard error over problems")
+print(f"mode {config.mode}: {sampling_text(sampling)}")
 print(f"\naccuracy {stats.shown(total, 2)}, {total['n']} problems")
 if config.seeds > 1:
     print("by seed: " + ", ".join(stats.shown(seed, 2) for seed in by_seed))
-print(f"{without} of {len(records)} completions give no readable number; {finished:.1%} ended by themselves")
-if len(items) != OFFICIAL_ITEMS:
-    print(f"Not GSM8K's score: {len(items)} problems, not its {OFFICIAL_ITEMS}.")
-durable.write_json(
-    results.out / "results.json",
-    {
-        "settings": settings,
-        **environment(config.tensor_parallel),
-        "official_items": len(items) == OFFICIAL_ITEMS,
-        "score": total,
-        "score_by_seed": by_seed,
-        "unreadable": without,
-        "finished": finished,
-    },
+print(
+    f"{unreadable} of {len(records)} completions give no readable number; {finished:.1%} ended by themselves"
 )
-print(f"results: {results.out}/results.json")
+if not official:
+    print(f"Not GSM8K's score: {len(items)} problems, not its {OFFICIAL_ITEMS}.")
+report = {
+    "official_items": official,
+    "score": total,
+    "score_by_seed": by_seed,
+    "unreadable": unreadable,
+    "finished": finished,
+}
+print(f"results: {results.write_report(config.tensor_parallel, report)}")

@@ -1,27 +1,27 @@
 """LongBench v2 of a checkpoint: 503 multiple-choice questions on texts of 8 thousand to 2 million words.
 Chance is 25.
 
-    python eval_longbench.py Qwen3-8B --yarn 4 --data data.json                    # the benchmark, zero-shot
-    python eval_longbench.py Qwen3-8B --yarn 4 --data data.json --cot              # reasoning first, then the answer
-    torchrun --nproc-per-node 8 eval_longbench.py Qwen3-8B --yarn 4 --data data.json   # dealt to eight engines
-    python eval_longbench.py assets/tiny --data assets/longbench-sample.json --max-input 3900      # a laptop
-    python eval_longbench.py --compare runs/longbench/before runs/longbench/after  # paired, with p-values
+    python eval_longbench.py Qwen3-8B --yarn 4 --data data.json           # the benchmark, zero-shot
+    python eval_longbench.py Qwen3-8B --yarn 4 --data data.json --cot     # reasoning first, then the answer
+    torchrun --nproc-per-node 8 eval_longbench.py Qwen3-8B --yarn 4 --data data.json    # on eight engines
+    python eval_longbench.py assets/tiny --data assets/longbench-sample.json --max-input 3900    # a laptop
+    python eval_longbench.py --compare runs/longbench/before runs/longbench/after    # paired, with p-values
 
---data is huggingface.co/datasets/THUDM/LongBench-v2's data.json; longbench.py says what is as published:
-prompts, answers, and the middle cut out of prompts of more than --max-input tokens before the chat template
-comes. Control tokens that a document spells (<|im_end|>) stay text, where the official code lets them act.
---sampling:
+--data is huggingface.co/datasets/THUDM/LongBench-v2's data.json. evals/longbench.py says what is as
+published: prompts, answers, and the middle left out of prompts of more than --max-input tokens, before the
+chat template is added. Control tokens that a document spells (<|im_end|>) stay text, where the official code
+lets them act. --sampling:
     official  temperature 0.1, and top_p 0.95, top_k 20 as vLLM takes them from Qwen3's generation_config.json
-    paper     temperature 1, the whole distribution, as LongAct's authors evaluate (their seed 0 is our first seed)
+    paper     temperature 1, the whole distribution, as LongAct's authors evaluate (their seed 0 is our first)
     qwen3     Qwen3's model card: 0.6, 0.95, 20 with --thinking, 0.7, 0.8, 20 without
 A completion may have 128 tokens (--cot: 1,024 of reasoning, then 128), and --thinking-budget more with
 --thinking.
 
-Thinking up to the last </think> is not read, and with --thinking nothing is if it did not end;
+Only the text after the last </think> is read, and with --thinking none if thinking did not end;
 --keep-thinking reads all text, as the official code does. An empty or unreadable answer is wrong, and counted
 below the table. The official code leaves samples with an empty output out (--skip-empty) and can give a
 quarter for an unreadable answer (--compensated). Both change the table only: the same command with them
-reports a finished evaluation again. --compare knows nothing of them.
+reports a finished evaluation again. --compare ignores them.
 
 Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json; with --cot also
 reasoning/, the first stage. The same command goes on where an interrupted one stopped, on any number of
@@ -32,30 +32,26 @@ import os
 import sys
 from dataclasses import dataclass
 
-from base import durable, processes
+from base import processes
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import longbench, stats, subject
-from evals.engine import NON_THINKING, PAPER, THINKING, Engine, evaluate
-from evals.results import Results, environment
-from prompts import chat
+from evals.engine import NON_THINKING, PAPER, THINKING, Engine, evaluate, sampling_text
+from evals.results import Results
+from prompts import chat, rewards
 
-SAMPLING = {
-    "official": {"temperature": 0.1, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
-    "paper": PAPER,
-}
+SAMPLING = {"official": {"temperature": 0.1, "top_p": 0.95, "top_k": 20, "min_p": 0.0}, "paper": PAPER}
 ANSWER_TOKENS, REASONING_TOKENS = 128, 1024
-SLACK = 64  # tokens: the chat template, and what a truncated prompt may gain when its text is encoded again
-IN_FLIGHT = 16  # requests in an engine at once: a GPU holds a few prompts of 120,000 tokens, and the next ones should wait
-MAY_DIFFER = ("checkpoint", "weights", "rope_scaling", "clamp", "seeds")  # between the two of --compare
+SLACK = 64  # tokens: the chat template, and what a cut prompt may gain when its text is encoded again
+# Requests in an engine at once: a GPU holds a few prompts of 120,000 tokens, and the next ones should wait.
+IN_FLIGHT = 16
 
 
 @dataclass
-class Config:
-    checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
+class Config(subject.Options):
     data: str = option("", "LongBench v2's data.json, or a file like it (needed)")
     cot: bool = option(False, "chain of thought, two stages")
     max_input: int = option(
-        120_000, "tokens of a prompt without chat template, beyond which its middle is cut out", least=2
+        120_000, "tokens of a prompt without chat template, beyond which its middle is left out", least=2
     )
     sampling: str = option("official", "official, paper or qwen3, see above", [*SAMPLING, "qwen3"])
     thinking: bool = option(False, "let the model think first, as Qwen3's template does")
@@ -65,50 +61,38 @@ class Config:
     keep_thinking: bool = option(False, "official: read the answer from all text, thinking included")
     skip_empty: bool = option(False, "official: leave samples with an empty output out of the table")
     compensated: bool = option(False, "official: an unreadable answer counts 0.25")
-    seeds: int = option(1, "completions of each item, with sampling seeds 0, 1, ...", least=1, most=1000)
-    yarn: float = option(
-        0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0, most=1e6
-    )
-    workers: int = option(0, "threads that prepare prompts (0: one a core)", least=0, most=1024)
-    out: str = option("", "directory of the results (default: runs/longbench/<checkpoint's name>)")
-    tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
-    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
-    clamp: str = option("", subject.CLAMP_HELP)
-    compare: list[str] = option(
-        [], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)"
-    )
+    yarn: float = option(0.0, subject.YARN_HELP, least=0, most=1e6)
+    workers: int = option(0, "threads that prepare prompts (0: one per core)", least=0, most=1024)
 
 
 one_line_errors()
 config = parse(Config, __doc__)
 if config.compare:
-    print(stats.compare(config.compare, MAY_DIFFER, longbench.CLASSES["length"]))
+    print(stats.compare(config.compare, stats.MAY_DIFFER, longbench.CLASSES["length"]))
     sys.exit()
 
-# --------------------------------------------------------------------------------------------------- what can be asked
+# ------------------------------------------------------------------------------------------ what can be asked
 
-if not config.checkpoint:
-    raise BadInput("no checkpoint is given: python eval_longbench.py CHECKPOINT --data data.json")
+subject.check_options(config, "python eval_longbench.py CHECKPOINT --data data.json")
 if not config.data:
     raise BadInput("no --data is given: download data.json of huggingface.co/datasets/THUDM/LongBench-v2")
-subject.check_ranks(config.tensor_parallel)
 model_config, tokenizer, trained = subject.load(config.checkpoint, config.yarn)
-held, clamped = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
+clamp, clamp_about = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 budget = config.thinking_budget if config.thinking else 0
 needed = (REASONING_TOKENS if config.cot else ANSWER_TOKENS) + budget + SLACK
 context = model_config.context_length
 if config.max_input + needed > context:
     room = f", or --max-input {context - needed}" if context > needed + 1 else ""
     raise BadInput(
-        f"--max-input {config.max_input} and {needed} tokens for template and completion: {config.checkpoint} has a "
-        f"context of {context}; {subject.yarn_for(config.max_input + needed, trained)}{room}"
+        f"--max-input {config.max_input} and {needed} tokens for template and completion: "
+        f"{config.checkpoint} has a context of {context}; "
+        f"{subject.yarn_for(config.max_input + needed, trained)}{room}"
     )
 entries, digest = processes.on_rank_0(lambda: longbench.index(config.data))
 sampling = SAMPLING.get(config.sampling, THINKING if config.thinking else NON_THINKING)
-
 settings = {
     "benchmark": "LongBench v2",
-    **subject.settings(config.checkpoint, model_config, clamped),
+    **subject.settings(config.checkpoint, model_config, clamp_about),
     "data": digest,
     "cot": config.cot,
     "max_input": config.max_input,
@@ -118,24 +102,23 @@ settings = {
     "sampling": sampling,
     "seeds": config.seeds,
 }
-expected = {
-    (entry.id, seed): (entry.difficulty, entry.length) for entry in entries for seed in range(config.seeds)
-}
-results = Results(config.out or f"runs/longbench/{subject.name(config.checkpoint)}", settings, expected)
+seeds = range(config.seeds)
+expected = {(entry.id, seed): (entry.difficulty, entry.length) for entry in entries for seed in seeds}
+results = Results(subject.results_directory(config, "longbench"), settings, expected)
 first = Results(results.out / "reasoning", settings, expected) if config.cot else results
 
-# --------------------------------------------------------------------------------------------------------- completions
+# ------------------------------------------------------------------------------------------------ completions
 
 encode = longbench.encoder(tokenizer, config.thinking)
 
 
 def read(prediction):
-    """What is read of a completion."""
+    """The part of a completion in which the answer is looked for."""
     return prediction if config.keep_thinking else chat.answer_text(prediction, config.thinking)
 
 
 def score(item, prediction):
-    return float(longbench.extract(read(prediction)) == item["expected"])
+    return float(rewards.stated_choice(read(prediction)) == item["expected"])
 
 
 def prompt(entry):
@@ -144,11 +127,9 @@ def prompt(entry):
 
 
 def answer_prompts(entry):
-    """The second stage's: {seed: token ids}."""
+    """The prompts of the second stage: {seed: token ids}."""
     item = longbench.read_item(config.data, entry)
-    texts = [
-        longbench.fill(longbench.COT_ANSWER, item, reasoned[entry.id, seed]) for seed in range(config.seeds)
-    ]
+    texts = [longbench.fill(longbench.COT_ANSWER, item, reasoned[entry.id, seed]) for seed in seeds]
     return {seed: encode(text, config.max_input) for seed, text in enumerate(texts)}
 
 
@@ -169,25 +150,24 @@ def ask(results, todo, prompt_ids, max_tokens, score):
 
 
 def unfinished(results):
-    left = [e for e in entries if any((e.id, seed) not in results.done for seed in range(config.seeds))]
-    return longbench.dealt(left, engine.shares)
+    left = [entry for entry in entries if any((entry.id, seed) not in results.done for seed in seeds)]
+    return longbench.by_document(left, engine.engines)
 
 
-if len(results.done) < len(entries) * config.seeds:
+if len(results.done) < len(expected):
     engine = Engine(
         config.checkpoint,
         config.max_input + needed,
         config.tensor_parallel,
         model_config.rope_scaling,
         config.vllm_share,
-        held,
+        clamp,
         in_flight=IN_FLIGHT,
     )
     todo = unfinished(first)
-    # `run` asks for the prompts of this engine's share, in order.
-    prompts = longbench.ahead(
-        prompt, todo[engine.share :: engine.shares], config.workers or os.cpu_count(), IN_FLIGHT
-    )
+    # `evaluate` asks for the prompts of this engine's items, in order.
+    own = todo[engine.number :: engine.engines]
+    prompts = longbench.ahead(prompt, own, config.workers or os.cpu_count(), IN_FLIGHT)
     if config.cot:
         ask(first, todo, lambda entry: next(prompts), REASONING_TOKENS, lambda item, prediction: 0.0)
         reasoned = {(r["id"], r["seed"]): read(r["prediction"]) for r in processes.on_rank_0(first.read)}
@@ -198,7 +178,7 @@ if len(results.done) < len(entries) * config.seeds:
 if processes.rank_and_world()[0]:
     sys.exit()
 
-# -------------------------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------------------- report
 
 records = results.read()
 texts = [read(r["prediction"]) for r in records]
@@ -206,7 +186,7 @@ texts = [read(r["prediction"]) for r in records]
 # table.
 silent = {(r["id"], r["seed"]) for r in [*first.read(), *records] if not r["prediction"]}
 empty = [(r["id"], r["seed"]) in silent for r in records]
-unreadable = [longbench.extract(text) is None for text in texts]
+unreadable = [rewards.stated_choice(text) is None for text in texts]
 counted = [
     {**r, "score": 0.25 if config.compensated and bad else r["score"]}
     for r, bad, nothing in zip(records, unreadable, empty)
@@ -233,52 +213,42 @@ def shown(columns):
 
 
 total = scores(counted)
-by_seed = [scores([r for r in counted if r["seed"] == seed]) for seed in range(config.seeds)]
+by_seed = [scores([r for r in counted if r["seed"] == seed]) for seed in seeds]
 rows = [["", *COLUMNS]]
 if config.seeds > 1:
     rows += [[f"seed {seed}", *shown(columns)] for seed, columns in enumerate(by_seed)]
 rows += [["mean" if config.seeds > 1 else "score", *shown(total)]]
-rows += [
-    ["items", *[str(cell["n"]) if cell else "0" for cell in total.values()]],
-    ["chance", *["25.0"] * len(COLUMNS)],
-]
+rows += [["items", *[str(cell["n"]) if cell else "0" for cell in total.values()]]]
+rows += [["chance", *["25.0"] * len(COLUMNS)]]
 official = len(entries) == longbench.OFFICIAL_ITEMS
 variants = [name for name in ("keep_thinking", "skip_empty", "compensated") if getattr(config, name)]
-finished = sum(r["finished"] for r in records) / len(records)
+finished = stats.finished_share(records)
 
+flags = "".join(f", --{name.replace('_', '-')}" for name in variants)
+kind = "chain of thought" if config.cot else "zero-shot"
+thinking = f", thinking budget {budget} tokens" if config.thinking else ""
 print(
-    f"LongBench v2 of {subject.described(config.checkpoint, clamped)}, ± standard error over items"
-    + "".join(f", --{v.replace('_', '-')}" for v in variants)
+    f"LongBench v2 of {subject.described(config.checkpoint, clamp_about)}, ± standard error over items{flags}"
 )
-print(
-    ("chain of thought" if config.cot else "zero-shot")
-    + f", sampling {config.sampling}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}"
-    + (f", thinking budget {budget} tokens" if config.thinking else "")
-)
+print(f"{kind}, sampling {config.sampling}: {sampling_text(sampling)}{thinking}")
 print(f"at most {config.max_input} tokens of prompt; RoPE scaling: {model_config.rope_scaling or 'none'}")
 print(f"\n{stats.table(rows)}\n")
 print(
-    f"{sum(empty)} of {len(records)} outputs are empty, {sum(unreadable)} of {len(records)} give no readable answer"
+    f"{sum(empty)} of {len(records)} outputs are empty, "
+    f"{sum(unreadable)} of {len(records)} give no readable answer"
 )
 print(f"{finished:.1%} of the completions ended by themselves")
 if not official:
-    numbers = [f"{name} {n}" for kind in longbench.counts(entries).values() for name, n in kind.items()]
-    print(
-        f"Not LongBench v2's score: {len(entries)} items ({', '.join(numbers)}), not its {longbench.OFFICIAL_ITEMS}."
-    )
-
-durable.write_json(
-    results.out / "results.json",
-    {
-        "settings": settings,
-        **environment(config.tensor_parallel),
-        "official_items": official,
-        "variants": variants,
-        "scores": total,
-        "scores_by_seed": by_seed,
-        "empty": sum(empty),
-        "unreadable": sum(unreadable),
-        "finished": finished,
-    },
-)
-print(f"results: {results.out}/results.json")
+    counts = [f"{name} {n}" for kind in longbench.counts(entries).values() for name, n in kind.items()]
+    numbers = f"{len(entries)} items ({', '.join(counts)})"
+    print(f"Not LongBench v2's score: {numbers}, not its {longbench.OFFICIAL_ITEMS}.")
+report = {
+    "official_items": official,
+    "variants": variants,
+    "scores": total,
+    "scores_by_seed": by_seed,
+    "empty": sum(empty),
+    "unreadable": sum(unreadable),
+    "finished": finished,
+}
+print(f"results: {results.write_report(config.tensor_parallel, report)}")

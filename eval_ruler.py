@@ -1,36 +1,37 @@
 """RULER of a checkpoint: 13 synthetic long-context tasks at up to six lengths, scored as its authors do.
 
-    python eval_ruler.py Qwen3-8B --yarn 4 --data-dir data/ruler                    # 39,000 samples, 4K to 128K
-    torchrun --nproc-per-node 8 eval_ruler.py Qwen3-8B --yarn 4 --data-dir data/ruler   # dealt to eight engines
-    python eval_ruler.py assets/tiny --lengths 2304 3584 --samples 10               # a laptop
-    python eval_ruler.py runs/NAME/checkpoint --lengths 2304 3584 --samples 10      # the same after train.py
-    python eval_ruler.py --compare runs/ruler/tiny runs/ruler/NAME                  # paired, with p-values
+    python eval_ruler.py Qwen3-8B --yarn 4 --data-dir data/ruler                # 39,000 samples, 4K to 128K
+    torchrun --nproc-per-node 8 eval_ruler.py Qwen3-8B --yarn 4 --data-dir data/ruler    # on eight engines
+    python eval_ruler.py assets/tiny --lengths 2304 3584 --samples 10           # a laptop
+    python eval_ruler.py runs/NAME/checkpoint --lengths 2304 3584 --samples 10  # the same after train.py
+    python eval_ruler.py --compare runs/ruler/tiny runs/ruler/NAME              # paired, with p-values
 
-Samples are made by ruler.py (docs/ruler.md: what equals RULER's own, which files it takes). Each is generated
-once, kept in --cache, and read by vLLM as token ids. The presets:
-    chat      Qwen3's template without thinking, the answer prefix begins the assistant's turn; greedy, RULER's budgets
-    thinking  Qwen3's template, no answer prefix; temperature 0.6, top_p 0.95, top_k 20; --thinking-budget more tokens;
-              what follows the last </think> is scored, and nothing if thinking did not end
+Samples are made by evals/ruler (docs/ruler.md: what equals RULER's own, which files it takes). Each is
+generated once, kept in --cache, and read by vLLM as token ids. The modes:
+    chat      Qwen3's template without thinking, the answer prefix begins the assistant's turn; greedy,
+              RULER's budgets
+    thinking  Qwen3's template, no answer prefix; temperature 0.6, top_p 0.95, top_k 20; --thinking-budget
+              more tokens; what follows the last </think> is scored, and nothing if thinking did not end
     base      no template, the answer prefix ends the prompt; greedy, RULER's budgets
 A cell of the table is RULER's score: per cent of the answers found in the text (qa: any of them), two
-decimals, with the standard error over samples. A length's average is the mean of its tasks; Avg the mean of
-the lengths; wAvg(inc) weighs the shortest 1, the next 2 and so on, wAvg(dec) the other way round. Averages
-without all 13 tasks or all six lengths are no RULER scores and say so.
+decimals, with the standard error over samples. A length's average is the mean of its tasks; Avg is the mean
+of the lengths; wAvg(inc) weighs the shortest length 1, the next 2 and so on, wAvg(dec) the other way round.
+Averages without all 13 tasks or all six lengths are not RULER's scores, and the report says so.
 
 Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json, heatmap.png. The same
 command goes on where an interrupted one stopped, on any number of ranks.
 """
 
-import hashlib
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 from base import durable, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import stats, subject
-from evals.engine import GREEDY, THINKING, Engine, evaluate
-from evals.results import Results, environment
+from evals.engine import GREEDY, THINKING, Engine, evaluate, sampling_text
+from evals.results import Results
 from evals.ruler import sets as ruler
 from prompts import chat
 
@@ -41,19 +42,10 @@ MODES = {
     "base": ("base", True, GREEDY),
 }
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
-MAY_DIFFER = (
-    "checkpoint",
-    "weights",
-    "rope_scaling",
-    "clamp",
-    "samples",
-    "seeds",
-)  # between the two of --compare
 
 
 @dataclass
-class Config:
-    checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
+class Config(subject.Options):
     mode: str = option(
         "chat", "chat, thinking or base: template, sampling and budgets, see above", list(MODES)
     )
@@ -61,12 +53,7 @@ class Config:
     tasks: list[str] = option([], "names of tasks (default: all 13, less those whose files are missing)")
     samples: int = option(500, "samples of each task at each length", least=1, most=10**6)
     seed: int = option(42, "seed of the samples; RULER's is 42", least=0)
-    seeds: int = option(
-        1, "thinking: completions of each sample, with sampling seeds 0, 1, ...", least=1, most=1000
-    )
-    yarn: float = option(
-        0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0, most=1e6
-    )
+    yarn: float = option(0.0, subject.YARN_HELP, least=0, most=1e6)
     thinking_budget: int = option(
         8192, "thinking: tokens a completion may have beyond RULER's budget", least=1
     )
@@ -74,64 +61,50 @@ class Config:
         "", "directory with RULER's data files, see docs/ruler.md (default: none; no qa, essays generated)"
     )
     cache: str = option("runs/ruler-cache", "directory where samples are kept")
-    workers: int = option(0, "processes that make samples (0: one a core)", least=0, most=1024)
-    out: str = option("", "directory of the results (default: runs/ruler/<checkpoint's name>)")
-    tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
-    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
-    clamp: str = option("", subject.CLAMP_HELP)
-    compare: list[str] = option(
-        [], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)"
-    )
+    workers: int = option(0, "processes that make samples (0: one per core)", least=0, most=1024)
 
 
 one_line_errors()
 config = parse(Config, __doc__)
 if config.compare:
-    print(stats.compare(config.compare, MAY_DIFFER))
+    print(stats.compare(config.compare, (*stats.MAY_DIFFER, "samples")))
     sys.exit()
 
-# --------------------------------------------------------------------------------------------------- what can be asked
+# ------------------------------------------------------------------------------------------ what can be asked
 
-if not config.checkpoint:
-    raise BadInput(
-        "no checkpoint is given: python eval_ruler.py CHECKPOINT, its directory before lists like --lengths"
-    )
+subject.check_options(config, "python eval_ruler.py CHECKPOINT, its directory before lists like --lengths")
 if unknown := [name for name in config.tasks if name not in ruler.TASKS]:
     raise BadInput(f"--tasks: {unknown[0]!r} is not a RULER task; they are {', '.join(ruler.TASKS)}")
 model_config, tokenizer, trained = subject.load(config.checkpoint, config.yarn)
-
+clamp, clamp_about = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 template, answer_prefix, sampling = MODES[config.mode]
+subject.check_seeds(config, sampling, "--mode thinking")
 thinking = config.mode == "thinking"
 budget = config.thinking_budget if thinking else 0
 lengths = sorted(set(config.lengths))
-if config.seeds > 1 and not thinking:
-    raise BadInput(f"--seeds {config.seeds} needs --mode thinking: greedy completions are all the same")
-subject.check_ranks(config.tensor_parallel)
 context, validated = model_config.context_length, subject.YARN_VALIDATED * trained
 if beyond := [length for length in lengths if length + budget > context]:
-    ways, fits = {"": context}, []
+    limits, ways = {"": context}, []  # flags to add: the context with them
     if context < validated < lengths[-1] + budget:
-        ways[f" --yarn {subject.YARN_VALIDATED}"] = validated
-    for flag, most in ways.items():
-        if most > budget:
-            fitting = " ".join(str(length) for length in lengths if length + budget <= most)
-            fits.append(
-                f"--lengths {fitting}{flag} (up to {most - budget})"
-                if fitting
-                else f"up to {most - budget}{flag}"
-            )
+        limits[f" --yarn {subject.YARN_VALIDATED}"] = validated
+    for flag, limit in limits.items():
+        fitting = " ".join(str(length) for length in lengths if length + budget <= limit)
+        if fitting:
+            ways.append(f"--lengths {fitting}{flag} (up to {limit - budget})")
+        elif limit > budget:
+            ways.append(f"up to {limit - budget}{flag}")
+    asked = " ".join(map(str, beyond)) + (f" with --thinking-budget {budget}" if thinking else "")
+    without = f"without that: {', or '.join(ways)}" if ways else "or lower --thinking-budget"
     raise BadInput(
-        f"--lengths {' '.join(map(str, beyond))}{f' with --thinking-budget {budget}' if thinking else ''}: "
-        f"{config.checkpoint} has a context of {context} tokens; {subject.yarn_for(lengths[-1] + budget, trained)}; "
-        + (f"without that: {', or '.join(fits)}" if fits else "or lower --thinking-budget")
+        f"--lengths {asked}: {config.checkpoint} has a context of {context} tokens; "
+        f"{subject.yarn_for(lengths[-1] + budget, trained)}; {without}"
     )
-held, clamped = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 
-# ------------------------------------------------------------------------------------------------------------ samples
+# ---------------------------------------------------------------------------------------------------- samples
 
 
 def prepare():
-    """-> tasks, {task left out: why}, where essays come from, {(task, length): its samples}."""
+    """-> tasks, {task left out: why}, where essays come from, {(task, length): file of its samples}."""
     corpora = ruler.Corpora(config.data_dir or None)
     asked = config.tasks or list(ruler.TASKS)
     blocked = corpora.blocked([ruler.TASKS[name] for name in asked], lengths)
@@ -151,7 +124,7 @@ def prepare():
 tasks, left_out, essays, paths = processes.on_rank_0(prepare)
 settings = {
     "benchmark": "RULER",
-    **subject.settings(config.checkpoint, model_config, clamped),
+    **subject.settings(config.checkpoint, model_config, clamp_about),
     "mode": config.mode,
     "template": ruler.TEMPLATES[template],
     "answer_prefix": answer_prefix,
@@ -163,62 +136,51 @@ settings = {
     "seed": config.seed,
     "seeds": config.seeds,
     "essays": essays,
-    # The sets' names carry hashes of all that they are made from: generator, tokenizer, data files, seed.
-    "prompts": hashlib.sha256(" ".join(sorted(path.name for path in paths.values())).encode()).hexdigest()[
-        :16
-    ],
+    # The names of the sets hold hashes of all that they are made from: generator, tokenizer, data files,
+    # seed.
+    "prompts": durable.digest(" ".join(sorted(path.name for path in paths.values()))),
 }
-name = subject.name(config.checkpoint)
 seeds = range(config.seeds)
 expected = {(f"{t}-{n}-{i}", s): (t, n) for t, n in paths for i in range(config.samples) for s in seeds}
-results = Results(config.out or f"runs/ruler/{name}", settings, expected)
+results = Results(subject.results_directory(config, "ruler"), settings, expected)
+
+
+def encode(task, text):
+    return ruler.encode(task, text, tokenizer, ruler.TEMPLATES[template])
 
 
 def items():
     """The longest first: what does not fit in memory shows at once, and the ranks end together."""
     for (task, length), path in sorted(paths.items(), key=lambda entry: -entry[0][1]):
         for record in ruler.read(path, config.samples):
-            text = record["input"] + record["answer_prefix"]
             yield {
                 "id": f"{task}-{length}-{record['index']}",
                 "task": task,
                 "length": length,
-                "prompt_ids": lambda task=task, text=text: ruler.encode(
-                    task, text, tokenizer, ruler.TEMPLATES[template]
-                ),
+                "prompt_ids": partial(encode, task, record["input"] + record["answer_prefix"]),
                 "max_tokens": ruler.TASKS[task].tokens_to_generate + budget,
                 "expected": record["outputs"],
             }
 
 
 def score(item, prediction):
-    return ruler.score(
-        item["task"], chat.answer_text(prediction, True) if thinking else prediction, item["expected"]
-    )
+    text = chat.answer_text(prediction, True) if thinking else prediction
+    return ruler.score(item["task"], text, item["expected"])
 
 
-# --------------------------------------------------------------------------------------------------------- completions
+# ------------------------------------------------------------------------------------------------ completions
 
 total = len(paths) * config.samples
 if len(results.done) < total * config.seeds:
-    engine = Engine(
-        *(
-            config.checkpoint,
-            lengths[-1] + budget,
-            config.tensor_parallel,
-            model_config.rope_scaling,
-            config.vllm_share,
-        ),
-        clamp=held,
-    )
-    evaluate(
-        engine, results, items(), total, config.seeds, sampling, chat.stop_ids(tokenizer), tokenizer, score
-    )
+    rope, longest = model_config.rope_scaling, lengths[-1] + budget
+    engine = Engine(config.checkpoint, longest, config.tensor_parallel, rope, config.vllm_share, clamp)
+    stop_ids = chat.stop_ids(tokenizer)
+    evaluate(engine, results, items(), total, config.seeds, sampling, stop_ids, tokenizer, score)
     engine.close()
 if processes.rank_and_world()[0]:
     sys.exit()
 
-# -------------------------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------------------- report
 
 records = results.read()
 cells, errors, found = {}, {}, {}  # (task, length) -> per cent, its standard error, samples
@@ -231,82 +193,76 @@ for task, length in paths:
 
 def average(values, deviations, weights):
     """Weighted mean of independent values and its standard error, None if one is unknown."""
-    mean = sum(w * v for w, v in zip(weights, values)) / sum(weights)
-    if None in deviations:
-        return {"score": mean, "stderr": None}
-    return {"score": mean, "stderr": math.hypot(*[w * e for w, e in zip(weights, deviations)]) / sum(weights)}
+    mean, error = sum(w * v for w, v in zip(weights, values)) / sum(weights), None
+    if None not in deviations:
+        error = math.hypot(*[w * e for w, e in zip(weights, deviations)]) / sum(weights)
+    return {"score": mean, "stderr": error}
 
 
 def averages(cells, errors):
-    rows = {
-        n: average([cells[t, n] for t in tasks], [errors[t, n] for t in tasks], [1] * len(tasks))
-        for n in lengths
-    }
-    columns = [row["score"] for row in rows.values()], [row["stderr"] for row in rows.values()]
+    """-> {length: its average over tasks}, {"Avg": ..., "wAvg(inc)": ..., "wAvg(dec)": ...}"""
+    by_length = {}
+    for n in lengths:
+        columns = [cells[task, n] for task in tasks], [errors[task, n] for task in tasks]
+        by_length[n] = average(*columns, [1] * len(tasks))
+    columns = [[row[key] for row in by_length.values()] for key in ("score", "stderr")]
     up = range(1, len(lengths) + 1)
     overall = {"Avg": [1] * len(up), "wAvg(inc)": up, "wAvg(dec)": up[::-1]}
-    return rows, {name: average(*columns, weights) for name, weights in overall.items()}
+    return by_length, {name: average(*columns, weights) for name, weights in overall.items()}
 
 
-rows, overall = averages(cells, errors)
+by_length, overall = averages(cells, errors)
 per_seed = []
 for seed in seeds:
-    own = {
-        key: [r["score"] for r in records if (r["task"], r["length"], r["seed"]) == (*key, seed)]
-        for key in paths
-    }
-    own = {key: round(100 * sum(scores) / len(scores), 2) for key, scores in own.items()}
-    per_seed.append(averages(own, errors)[1]["Avg"]["score"])
+    scores = {key: [] for key in paths}
+    for r in records:
+        if r["seed"] == seed:
+            scores[r["task"], r["length"]].append(r["score"])
+    means = {key: round(100 * sum(values) / len(values), 2) for key, values in scores.items()}
+    per_seed.append(averages(means, errors)[1]["Avg"]["score"])
 complete = len(tasks) == len(ruler.TASKS) and lengths == LENGTHS
-finished = sum(r["finished"] for r in records) / len(records)
+finished = stats.finished_share(records)
 completion_tokens = sum(r["completion_tokens"] for r in records) / len(records)
 
 
 def shown(value, error):
-    return f"{value:.2f}" + ("" if error is None else f" ±{error:.2f}")
+    return stats.shown({"score": value, "stderr": error}, 2)
 
 
-text = [["task", *map(str, lengths)]]
-text += [[task, *[shown(cells[task, length], errors[task, length]) for length in lengths]] for task in tasks]
-text += [[f"average of {len(tasks)}", *[shown(*rows[length].values()) for length in lengths]]]
-print(
-    f"RULER of {subject.described(config.checkpoint, clamped)}, {config.samples} samples a cell, ± standard error"
-)
-print(
-    f"mode {config.mode}: {', '.join(f'{key} {value:g}' for key, value in sampling.items())}"
-    + (f", thinking budget {budget} tokens" if thinking else "")
-)
-print(f"RoPE scaling: {model_config.rope_scaling or 'none'}; essays: {settings['essays']}")
-print(f"\n{stats.table(text)}\n")
-print("; ".join(f"{key} {shown(*value.values())}" for key, value in overall.items()))
+table = [["task", *map(str, lengths)]]
+table += [[task, *[shown(cells[task, length], errors[task, length]) for length in lengths]] for task in tasks]
+table += [[f"average of {len(tasks)}", *[stats.shown(by_length[length], 2) for length in lengths]]]
+model, name = subject.described(config.checkpoint, clamp_about), subject.name(config.checkpoint)
+thinking_text = f", thinking budget {budget} tokens" if thinking else ""
+print(f"RULER of {model}, {config.samples} samples a cell, ± standard error")
+print(f"mode {config.mode}: {sampling_text(sampling)}{thinking_text}")
+print(f"RoPE scaling: {model_config.rope_scaling or 'none'}; essays: {essays}")
+print(f"\n{stats.table(table)}\n")
+print("; ".join(f"{key} {stats.shown(value, 2)}" for key, value in overall.items()))
 if config.seeds > 1:
     print("Avg by seed: " + ", ".join(f"{value:.2f}" for value in per_seed))
 print(f"{finished:.1%} of the completions ended by themselves; {completion_tokens:.1f} tokens on average")
 if not complete:
-    print(
-        f"Not RULER's average: {len(tasks)} of 13 tasks, {len(set(lengths) & set(LENGTHS))} of its 6 lengths."
-    )
+    known = len(set(lengths) & set(LENGTHS))
+    print(f"Not RULER's average: {len(tasks)} of 13 tasks, {known} of its 6 lengths.")
 for task, reason in left_out.items():
     print(f"left out: {task}: {reason}")
 
-durable.write_json(
-    results.out / "results.json",
-    {
-        "settings": settings,
-        **environment(config.tensor_parallel),
-        "complete": complete,
-        "left_out": left_out,
-        "scores": {
-            t: {n: {"score": cells[t, n], "stderr": errors[t, n], "n": found[t, n]} for n in lengths}
-            for t in tasks
-        },
-        "averages": {"tasks": len(tasks), "by_length": rows, **overall, "Avg_by_seed": per_seed},
-        "finished": finished,
-        "completion_tokens": completion_tokens,
-    },
-)
-title = f"RULER, {name}, {config.mode}: Avg {overall['Avg']['score']:.2f}" + (
-    "" if complete else " (incomplete)"
-)
+
+def cell(task, length):
+    return {"score": cells[task, length], "stderr": errors[task, length], "n": found[task, length]}
+
+
+report = {
+    "complete": complete,
+    "left_out": left_out,
+    "scores": {task: {length: cell(task, length) for length in lengths} for task in tasks},
+    "averages": {"tasks": len(tasks), "by_length": by_length, **overall, "Avg_by_seed": per_seed},
+    "finished": finished,
+    "completion_tokens": completion_tokens,
+}
+path = results.write_report(config.tensor_parallel, report)
+incomplete = "" if complete else " (incomplete)"
+title = f"RULER, {name}, {config.mode}: Avg {overall['Avg']['score']:.2f}{incomplete}"
 plot.score_heatmap(results.out / "heatmap.png", title, tasks, lengths, cells)
-print(f"results: {results.out}/results.json  heatmap: {results.out}/heatmap.png")
+print(f"results: {path}  heatmap: {results.out}/heatmap.png")

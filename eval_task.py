@@ -1,5 +1,5 @@
-"""A task of tasks.py, of a checkpoint: questions on passages of made-up facts, which assets/tiny was made
-for.
+"""A task of prompts/tasks.py, of a checkpoint: questions on passages of made-up facts, which assets/tiny was
+made for.
 
     python eval_task.py assets/tiny                                            # recall, greedy
     python eval_task.py assets/tiny --sampling paper --seeds 4                 # temperature 1, mean of 4
@@ -17,64 +17,44 @@ on where an interrupted one stopped, on any number of ranks.
 import sys
 from dataclasses import dataclass
 
-from base import durable, processes
+from base import processes
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import stats, subject
 from evals.engine import GREEDY, PAPER, Engine, evaluate
-from evals.results import Results, environment
+from evals.results import Results
 from prompts import chat, rewards, tasks
 
 SAMPLING = {"greedy": GREEDY, "paper": PAPER}
-MAY_DIFFER = (
-    "checkpoint",
-    "weights",
-    "rope_scaling",
-    "clamp",
-    "samples",
-    "seeds",
-)  # between the two of --compare
 
 
 @dataclass
-class Config:
-    checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
+class Config(subject.Options):
     sampling: str = option("greedy", "greedy or paper, see above", list(SAMPLING))
-    task: str = option("recall", "recall or tracking, see tasks.py", list(tasks.TASKS))
+    task: str = option("recall", "recall or tracking, see prompts/tasks.py", list(tasks.TASKS))
     facts: int = option(17, "facts in a passage", least=1)
     filler: int = option(17, "filler sentences in a passage", least=0, most=10**6)
     samples: int = option(256, "prompts", least=1, most=10**6)
     max_tokens: int = option(24, "tokens of an answer", least=1)
-    seeds: int = option(
-        1, "paper: completions of each prompt, with sampling seeds 0, 1, ...", least=1, most=1000
-    )
-    out: str = option("", "directory of the results (default: runs/task/<checkpoint's name>)")
-    tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
-    vllm_share: float = option(0.9, "share of GPU memory for vLLM", above=0, most=1)
-    clamp: str = option("", subject.CLAMP_HELP)
-    compare: list[str] = option(
-        [], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)"
-    )
 
 
 one_line_errors()
 config = parse(Config, __doc__)
 if config.compare:
-    print(stats.compare(config.compare, MAY_DIFFER))
+    print(stats.compare(config.compare, (*stats.MAY_DIFFER, "samples")))
     sys.exit()
-if not config.checkpoint:
-    raise BadInput("no checkpoint is given: python eval_task.py CHECKPOINT")
-if config.seeds > 1 and config.sampling == "greedy":
-    raise BadInput(f"--seeds {config.seeds} needs --sampling paper: greedy completions are all the same")
-subject.check_ranks(config.tensor_parallel)
-model_config, tokenizer, _ = subject.load(config.checkpoint)
-held, clamped = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 
+# ------------------------------------------------------------------------------------------ what can be asked
+
+sampling = SAMPLING[config.sampling]
+subject.check_options(config, "python eval_task.py CHECKPOINT")
+subject.check_seeds(config, sampling, "--sampling paper")
+model_config, tokenizer, _ = subject.load(config.checkpoint)
+clamp, clamp_about = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 source = tasks.Source(config.task, "held out", config.facts, config.filler)
 limit = model_config.context_length - config.max_tokens
 if limit < 1:
-    raise BadInput(
-        f"--max-tokens {config.max_tokens} leaves no room for a prompt in {model_config.context_length} tokens"
-    )
+    room = model_config.context_length
+    raise BadInput(f"--max-tokens {config.max_tokens} leaves no room for a prompt in {room} tokens")
 items = [
     {
         "id": row["id"],
@@ -87,52 +67,39 @@ items = [
     for row in (source[i] for i in range(config.samples))
 ]
 settings = {
-    "benchmark": "tasks.py",
-    **subject.settings(config.checkpoint, model_config, clamped),
-    "sampling": SAMPLING[config.sampling],
+    "benchmark": "tasks.py",  # the name that settings.json has always had
+    **subject.settings(config.checkpoint, model_config, clamp_about),
+    "sampling": sampling,
     **{key: getattr(config, key) for key in ("task", "facts", "filler", "samples", "max_tokens", "seeds")},
 }
-expected = {
-    (item["id"], seed): (item["task"], item["length"]) for item in items for seed in range(config.seeds)
-}
-results = Results(config.out or f"runs/task/{subject.name(config.checkpoint)}", settings, expected)
+seeds = range(config.seeds)
+expected = {(item["id"], seed): (item["task"], item["length"]) for item in items for seed in seeds}
+results = Results(subject.results_directory(config, "task"), settings, expected)
+
+# ------------------------------------------------------------------------------------------------ completions
 
 
 def score(item, prediction):
     return rewards.exact(chat.answer_text(prediction, False), {"answer": item["expected"]})
 
 
-if len(results.done) < len(items) * config.seeds:
+if len(results.done) < len(expected):
     context = config.max_tokens + max(len(item["prompt_ids"]) for item in items)
-    engine = Engine(
-        *(config.checkpoint, context, config.tensor_parallel, model_config.rope_scaling, config.vllm_share),
-        clamp=held,
-    )
+    rope = model_config.rope_scaling
+    engine = Engine(config.checkpoint, context, config.tensor_parallel, rope, config.vllm_share, clamp)
     stop_ids = chat.stop_ids(tokenizer)
-    evaluate(
-        engine, results, items, len(items), config.seeds, settings["sampling"], stop_ids, tokenizer, score
-    )
+    evaluate(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
     engine.close()
 if processes.rank_and_world()[0]:
     sys.exit()
 
+# ----------------------------------------------------------------------------------------------------- report
+
 records = results.read()
-total = stats.summarize(records)
-finished = sum(r["finished"] for r in records) / len(records)
-error = "" if total["stderr"] is None else f" ±{100 * total['stderr']:.2f}"
-model, length = subject.described(config.checkpoint, clamped), records[0]["prompt_tokens"]
+total = stats.percent(stats.summarize(records))
+finished = stats.finished_share(records)
+model, length = subject.described(config.checkpoint, clamp_about), records[0]["prompt_tokens"]
 print(f"{config.task} of {model}, {config.sampling}, ± standard error over prompts")
 print(f"{config.facts} facts among {config.filler} filler sentences, {length} tokens in the first prompt")
-print(
-    f"\naccuracy {100 * total['score']:.2f}{error}, {total['n']} prompts; {finished:.1%} ended by themselves\n"
-)
-durable.write_json(
-    results.out / "results.json",
-    {
-        "settings": settings,
-        **environment(config.tensor_parallel),
-        "score": {key: total[key] if key == "n" or total[key] is None else 100 * total[key] for key in total},
-        "finished": finished,
-    },
-)
-print(f"results: {results.out}/results.json")
+print(f"\naccuracy {stats.shown(total, 2)}, {total['n']} prompts; {finished:.1%} ended by themselves\n")
+print(f"results: {results.write_report(config.tensor_parallel, {'score': total, 'finished': finished})}")

@@ -102,7 +102,7 @@ def measure(row):
 
 
 how = config.data_rows, config.seed, measure, context
-files, _, lines = load.files(config.data, sources.messages_row, *how, progress=main)
+files, _, lines = load.rows_of_files(config.data, sources.messages_row, *how, progress=main)
 source = sources.Mixture(files, config.data_weights, config.seed)
 row_count = sum(map(len, files))
 config.steps = config.steps or math.ceil(row_count / config.batch)

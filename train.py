@@ -65,7 +65,7 @@ stop_ids = chat.stop_ids(tokenizer)
 how = {"thinking": config.thinking, "limit": prompt_limit, "truncate": config.truncate_prompts}
 encode = partial(chat.encode_prompt, tokenizer, **how)  # row -> token ids
 score_all = scoring.start(config.reward, config.reward_workers, config.reward_timeout)
-source, held_out, longest_prompt = load.prompts(config, encode, prompt_limit, score_all, main)
+source, held_out, longest_prompt = load.for_training(config, encode, prompt_limit, score_all, main)
 
 # ------------------------------------------------------------------------------ run directory, engine, model
 

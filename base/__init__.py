@@ -1,2 +1,3 @@
-"""What any program needs: flags and one-line errors, files that no crash can tear, ranks, figures. Imports
-nothing of ours."""
+"""What any program needs: flags, one-line errors, files that no crash can tear, ranks, figures.
+
+base/ imports nothing of ours."""

@@ -1,9 +1,9 @@
 """Flags, TOML and one-line errors, for every script of this repository.
 
-A script describes itself in one dataclass whose fields are made by `option`; `parse` turns it into
-command-line flags (--learning-rate for learning_rate; its own fields first, then those that it inherits),
-reads --config FILE.toml ... with the same keys, and refuses what it does not know. Order of precedence: the
-flag, then the files from last to first, then the default.
+A script describes its settings in one dataclass whose fields are made by `option`. `parse` turns each field
+into a command-line flag (--learning-rate for learning_rate), reads --config FILE.toml ... with the same keys,
+and refuses unknown ones. A flag overrides the files, a later file overrides earlier ones, and any of them
+overrides the default.
 """
 
 import argparse
@@ -20,16 +20,19 @@ from pathlib import Path
 
 
 class BadInput(ValueError):
-    """The user's input is wrong; the message is one line that names what, where, and the mend."""
+    """The user's input is wrong. The message is one line: what is wrong, where, and the fix."""
 
     def __init__(self, message):
-        super().__init__(" ".join(message.splitlines()))  # libraries, whose words it may quote, write several
+        super().__init__(" ".join(message.splitlines()))  # a quoted library may have written several lines
 
 
 def option(default, help, choices=None, least=None, above=None, most=None, positional=False):
-    """A dataclass field with its line of --help; `choices` lists the allowed values. A number must be at
-    least `least`, or greater than `above`, and finite, and at most `most`. A list (its type says of what)
-    takes its values after one flag: --lengths 1 2. `positional`: given without a flag; it may be left out."""
+    """A dataclass field with its line of --help.
+
+    choices: the allowed values. least, above, most: bounds of a number, or of each number of a list: at least
+    `least`, more than `above`, at most `most`; a bound from below also refuses infinity. A field whose type
+    is a list takes its values after one flag: --lengths 1 2. positional: given without a flag; optional.
+    """
     limits = {"least": least, "above": above, "most": most}
     metadata = {"help": help, "choices": choices, "positional": positional, **limits}
     if isinstance(default, list):
@@ -38,17 +41,21 @@ def option(default, help, choices=None, least=None, above=None, most=None, posit
 
 
 def parse(config_class, doc, argv=None):
-    """Command line (default: sys.argv) -> an instance of `config_class`; `doc` opens --help. Raises BadInput
-    for numbers out of range and for a wrong --config file."""
+    """Command line (default: sys.argv) -> an instance of `config_class`. `doc` opens --help.
+
+    Raises BadInput for numbers out of range and for a wrong --config file. A wrong flag, and --help, exit as
+    argparse does.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    more = "TOML files with any of the keys below (underscores); of a key in several the last counts"
+    more = "TOML files with any of the keys below (underscores); later files override earlier ones"
     parser.add_argument("--config", metavar="FILE", nargs="+", default=[], help=more)
     types = typing.get_type_hints(config_class)
-    for field in sorted(
-        dataclasses.fields(config_class), key=lambda f: f.name not in config_class.__annotations__
-    ):
+    fields = dataclasses.fields(config_class)
+    inherited = [field for field in fields if field.name not in config_class.__annotations__]
+    own = [field for field in fields if field not in inherited]
+    for field in own + inherited:
         kind = types[field.name]
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
@@ -68,7 +75,7 @@ def parse(config_class, doc, argv=None):
     for path in given.pop("config"):
         values |= _read_toml(Path(path), config_class, types)
     values |= given
-    for field in dataclasses.fields(config_class):
+    for field in fields:
         if field.name in values:
             _check_number(field, values[field.name])
     return config_class(**values)
@@ -108,11 +115,8 @@ def _read_toml(path, config_class, types):
         kind = types[key]
         if typing.get_origin(kind) is list:
             item = typing.get_args(kind)[0]
-            values[key] = value = (
-                value if isinstance(value, list) else [value]
-            )  # a list of one, as after a flag
-            if item is float:
-                values[key] = value = [_as_float(v) for v in value]
+            value = value if isinstance(value, list) else [value]  # a list of one, as after a flag
+            values[key] = value = [_as_float(v) for v in value] if item is float else value
             if not value or any(type(v) is not item for v in value):
                 raise BadInput(f"--config {path}: {key} must be a list of {item.__name__}, not {value!r}")
         elif type(value) is not kind:
@@ -126,44 +130,57 @@ def _read_toml(path, config_class, types):
 
 
 def _as_float(value):
-    """An integer that a float can hold -> the float; what else TOML has -> the same."""
+    """An integer that a float can hold -> that float; anything else unchanged."""
     return float(value) if type(value) is int and abs(value) < 2**1023 else value
 
 
-# A disk that is full, over quota, over a file's limit, or not ours to write to.
+def brief(value, longest=120):
+    """A value as JSON, for a message; cut off if it has more than `longest` characters."""
+    text = json.dumps(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+# A disk that is full, over its quota or a file's size limit, or one that we may not write to.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def one_line_errors():
-    """From here on a BadInput, or a disk that takes nothing more, ends the process with one line and exit
-    code 1; other errors keep their traceback. Of the ranks of a node, which all find the same before they
-    meet, the first says it."""
+    """From here on a BadInput, or a disk that cannot be written, ends the process with one line and exit code
+    1. Other errors keep their traceback.
+
+    Before ranks are connected (base/processes.py) all of a node find the same error; the first prints it.
+    """
 
     def hook(kind, error, traceback):
-        line = one_line(kind, error)
-        if line is None or os.environ.get("LOCAL_RANK", "0") == "0":
-            print_error(line, kind, error, traceback)
-        tell_torchrun(line or f"{kind.__name__}: {error}")
+        if not is_expected(error) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print_error(kind, error, traceback)
+        tell_torchrun(one_line(error))
 
     sys.excepthook = hook
 
 
-def one_line(kind, error):
-    """What is printed of an error instead of its traceback; None if it is to be read with it."""
-    if issubclass(kind, BadInput) or getattr(error, "errno", None) in DISK_ERRORS:
+def is_expected(error):
+    """Whether the user can fix the error without its traceback."""
+    return isinstance(error, BadInput) or getattr(error, "errno", None) in DISK_ERRORS
+
+
+def one_line(error):
+    """An error as one line of text."""
+    if is_expected(error):
         return f"{Path(sys.argv[0]).name}: error: {error}"
-    return None
+    return f"{type(error).__name__}: {error}"
 
 
-def print_error(line, kind, error, traceback):
-    if line is None:
-        sys.__excepthook__(kind, error, traceback)
+def print_error(kind, error, traceback):
+    """To standard error: one line for an error that is expected, else the traceback."""
+    if is_expected(error):
+        print(one_line(error), file=sys.stderr, flush=True)
     else:
-        print(line, file=sys.stderr, flush=True)
+        sys.__excepthook__(kind, error, traceback)
 
 
 def tell_torchrun(text):
-    """Why this rank ends; torchrun prints it last, as the traceback of the root cause."""
+    """Give torchrun the reason why this rank ends. It prints that last, as the root cause."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         report = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}

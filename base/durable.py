@@ -1,8 +1,8 @@
-"""Files and directories that no crash can tear: what is at a path is the old or the new, as a whole, and it
-is on disk."""
+"""Files and directories that no crash can tear: a path has the old contents or the new, whole and on disk."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -13,7 +13,7 @@ from base.cli import BadInput
 
 
 def sync(path):
-    """Have what is in a file, or which names are in a directory, on disk."""
+    """Wait until a file's contents, or a directory's names, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,8 +23,8 @@ def sync(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Make or replace a file: what is written to the path this gives is at `path` when the block ends. Raises
-    BadInput when the disk does not take it; then `path` is as it was."""
+    """Context manager that makes or replaces a file: write to the path that it gives; when the block ends,
+    the contents are at `path`. Raises BadInput when the disk cannot be written; then `path` is unchanged."""
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
@@ -49,8 +49,8 @@ def write_json(path, value):
 
 
 def publish(partial, directory):
-    """Give a directory, which is whole, its name. One that has the name is removed; nobody has it for the
-    moment between."""
+    """Rename a complete directory `partial` to `directory`. An older one of that name is removed; for a
+    moment in between there is none."""
     for path in partial.iterdir():
         sync(path)
     sync(partial)
@@ -64,14 +64,14 @@ def publish(partial, directory):
 
 
 def append(file, row):
-    """One more line of a JSONL file, open for appending bytes without a buffer, which would try again at the
-    process's end. JSON has no NaN and no infinity: null instead. Raises BadInput when the disk does not take
-    it."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+    """Append a dictionary as one line to a JSONL file, and wait until it is on disk.
+
+    file: opened for appending bytes, without a buffer, which would try to write again when the process ends.
+    NaN and infinity, which JSON cannot represent, become null. Raises BadInput when the disk cannot be
+    written.
+    """
+    infinite = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    line = (json.dumps(row | dict.fromkeys(infinite), allow_nan=False) + "\n").encode()
     try:
         while line:
             line = line[file.write(line) :]
@@ -81,8 +81,8 @@ def append(file, row):
 
 
 def lock(directory):
-    """-> an open file. The system drops its lock when this process ends, however it does. Raises BadInput if
-    another process has it."""
+    """Lock a directory for this process -> an open file that holds the lock. The system releases it when the
+    process ends, however it ends. Raises BadInput if another process has the lock."""
     file = open(directory / "lock", "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child process inherits it
@@ -91,11 +91,30 @@ def lock(directory):
     return file
 
 
+def sha256(path):
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of_files(paths):
+    """One SHA-256 of the bytes of several files, in this order, in hexadecimal."""
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256(path)) for path in paths)).hexdigest()
+
+
+def digest(content):
+    """The first 16 hexadecimal digits of the SHA-256 of a text or bytes: tells whether something is the same."""
+    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:16]
+
+
 def json_lines(path):
-    """[("line 3", "PATH, line 3", value), ...] of a JSONL file's lines that are not empty. Raises BadInput
-    for a file that cannot be read or has no rows, a line that is not JSON and text that is not valid."""
+    """A JSONL file -> [("line 3", "PATH, line 3", value), ...] of its lines that are not empty.
+
+    Raises BadInput for a file that cannot be read or has no rows, for a line that is not JSON, and for text
+    with an unpaired surrogate, which UTF-8 cannot hold.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line ends
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold \u2028
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error
     rows = []

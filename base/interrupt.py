@@ -1,8 +1,8 @@
-"""SIGTERM and SIGINT (Ctrl-C): the loop ends at the next place where it can, its script saves and exits with
-code 75.
+"""SIGTERM and SIGINT (Ctrl-C): the loop ends at the next safe point; its script saves and exits with code 75.
 
-75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command with --resume auto goes on. The second
-signal of a kind has its usual effect: the process ends at once, with what is on disk whole (resume.py).
+75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command with --resume auto goes on. A second
+signal of the same kind has its usual effect: the process ends at once. What is on disk is still whole
+(run/resume.py).
 """
 
 import os
@@ -17,14 +17,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupt:
-    """From its making until `close` the two signals are only noted. torchrun hands one on to every rank, but
-    not at the same moment: `asked`, which every rank must call, is what they agree on."""
+    """From construction until `close` the two signals are only noted. torchrun passes a signal on to every
+    rank, but not at the same moment; `asked`, which every rank must call, is what the ranks agree on."""
 
     def __init__(self):
         self.pending, self.agreed = False, False
         self.before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def close(self):
+        """Restore the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -32,10 +33,10 @@ class Interrupt:
         self.pending = True
         signal.signal(number, signal.SIG_DFL)
         text = f"\n{signal.Signals(number).name}: saving and ending soon; once more ends at once\n"
-        os.write(sys.stderr.fileno(), text.encode())  # print may be what the signal came into
+        os.write(sys.stderr.fileno(), text.encode())  # print may be what was interrupted
 
     def asked(self):
-        """Whether any rank got a signal; once it is true it stays so."""
+        """Whether any rank got a signal -> bool, the same on every rank. Once true, it stays true."""
         flag = torch.tensor(float(self.pending))
         if dist.is_initialized() and not self.agreed:
             dist.all_reduce(flag, dist.ReduceOp.MAX)

@@ -1,6 +1,9 @@
 """Figures from what a run wrote.
 
-python -m base.plot runs/NAME          # draws runs/NAME/reward.png and runs/NAME/magnitudes.png again
+    python -m base.plot runs/NAME          # draws runs/NAME/reward.png and runs/NAME/magnitudes.png again
+
+The files read here were written by train.py and sft.py and may have been damaged since, so every reader
+raises BadInput. H heads, D head size.
 """
 
 import json
@@ -15,13 +18,10 @@ from base import durable
 from base.cli import BadInput, one_line_errors
 from base.durable import json_lines
 
-# What is read here was written by train.py and sft.py, and may have been damaged since: each reader raises
-# BadInput.
-
 
 def subplots(rows=1, columns=1, *, figsize, **how):
-    """A figure for a file and its axes. matplotlib is imported here: 0.5 s that who draws nothing does not
-    wait for."""
+    """-> a matplotlib figure to be saved, and its axes. how: further arguments of Figure.subplots. matplotlib
+    takes 0.5 s to import, so it is imported only here."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=figsize, layout="constrained")
@@ -29,7 +29,9 @@ def subplots(rows=1, columns=1, *, figsize, **how):
 
 
 def read_metrics(path, key):
-    """metrics.jsonl -> steps, and the number under `key` of each, null for none."""
+    """metrics.jsonl -> list of steps, and list of the numbers under `key`, None where a line has null.
+
+    Raises BadInput for a file that cannot be read and for a line without these numbers."""
     steps, values = [], []
     for _, where, row in json_lines(path):
         if not isinstance(row, dict) or type(row.get("step")) is not int or not _number(row.get(key, "")):
@@ -44,40 +46,36 @@ def _number(value):
 
 
 def held_out_accuracy(path):
-    """results.json -> {"before": ..., "after": ...}, each the accuracy on the first set of held-out prompts
-    or None."""
+    """results.json -> {"before": float or None, "after": float or None}: accuracy on the first set of
+    held-out prompts. Raises BadInput for a file that train.py did not write."""
+    fix = "remove it to draw the reward alone"
+    accuracy = {}
     try:
         results = json.loads(path.read_bytes())
-        first = {
-            when: next(iter((results[when] or {}).values()), {"accuracy": None})
-            for when in ("before", "after")
-        }
-        accuracy = {when: each["accuracy"] for when, each in first.items()}
+        for when in ("before", "after"):
+            sets = list((results[when] or {}).values())  # null: not evaluated; {}: no held-out prompts
+            accuracy[when] = sets[0]["accuracy"] if sets else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(
-            f"{path} is not what train.py leaves: {error!r}; remove it to draw the reward alone"
-        ) from error
+        raise BadInput(f"{path} is not what train.py leaves: {error!r}; {fix}") from error
     if not all(_number(value) for value in accuracy.values()):
-        raise BadInput(
-            f"{path} is not what train.py leaves: accuracy {accuracy}; remove it to draw the reward alone"
-        )
+        raise BadInput(f"{path} is not what train.py leaves: accuracy {accuracy}; {fix}")
     return accuracy
 
 
 def load_magnitudes(path):
-    """What save_magnitudes wrote."""
+    """The file that save_magnitudes wrote -> {name: magnitudes (H, D) fp32, name + ".selected": (H, D) bool}.
+
+    Raises BadInput for a file that cannot be read or holds other tensors."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error
     layers = range(sum(name.endswith("q_proj") for name in tensors))
-    wanted = {
-        f"model.layers.{i}.self_attn.{w}_proj{of}" for i in layers for w in "qk" for of in ("", ".selected")
-    }
+    names = [f"model.layers.{i}.self_attn.{which}_proj" for i in layers for which in "qk"]
+    wanted = {name + of for name in names for of in ("", ".selected")}
     if not tensors or tensors.keys() != wanted or any(tensor.dim() != 2 for tensor in tensors.values()):
-        raise BadInput(
-            f"{path} does not hold the magnitudes of Q and K; a run of train.py with --rule top leaves them"
-        )
+        fix = "a run of train.py with --rule top leaves them"
+        raise BadInput(f"{path} does not hold the magnitudes of Q and K; {fix}")
     return tensors
 
 
@@ -87,8 +85,8 @@ def _save(figure, path):
 
 
 def reward_curve(run):
-    """runs/NAME/metrics.jsonl (and results.json) -> reward.png: training reward and held-out accuracy before
-    and after."""
+    """runs/NAME/metrics.jsonl, and results.json if there is one -> runs/NAME/reward.png: training reward, and
+    held-out accuracy before and after. Raises BadInput."""
     steps, rewards = read_metrics(run / "metrics.jsonl", "reward")
     accuracy = held_out_accuracy(run / "results.json") if (run / "results.json").exists() else {}
     figure, axes = subplots(figsize=(7, 4))
@@ -104,7 +102,7 @@ def reward_curve(run):
 
 
 def loss_curve(run):
-    """metrics.jsonl of sft.py in the directory `run` -> loss.png: the loss of each step."""
+    """metrics.jsonl of sft.py in the directory `run` -> loss.png: the loss of each step. Raises BadInput."""
     figure, axes = subplots(figsize=(7, 4))
     axes.plot(*read_metrics(run / "metrics.jsonl", "loss"), color="tab:blue")
     axes.set(xlabel="training step", ylabel="cross entropy of the assistant's tokens, nats")
@@ -114,8 +112,8 @@ def loss_curve(run):
 
 
 def reward_bands(path, panels):
-    """{panel title: {label: runs x steps of rewards}} -> path: mean over runs, shaded by its standard
-    error."""
+    """{panel title: {label: rewards of each run, a list of lists (runs, steps)}} -> the PNG `path`: mean over
+    runs, with its standard error as a band. Raises BadInput when the disk cannot be written."""
     figure, grid = subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, sharey=True)
     for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
         for label, runs in curves.items():
@@ -123,9 +121,8 @@ def reward_bands(path, panels):
             steps, mean = range(1, rewards.size(1) + 1), rewards.mean(0)
             error = rewards.std(0) / len(runs) ** 0.5 if len(runs) > 1 else torch.zeros_like(mean)
             (line,) = axes.plot(steps, mean, label=f"{label} ({len(runs)} runs)")
-            axes.fill_between(
-                steps, mean - error, mean + error, alpha=0.2, color=line.get_color(), linewidth=0
-            )
+            look = {"alpha": 0.2, "color": line.get_color(), "linewidth": 0}
+            axes.fill_between(steps, mean - error, mean + error, **look)
         axes.set(xlabel="training step", title=title)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right", fontsize="small")
@@ -134,21 +131,22 @@ def reward_bands(path, panels):
 
 
 def save_magnitudes(path, magnitudes, masks):
-    """Magnitudes {name: (H, D)} and masks {name.weight: (H * D,)} of one step -> a safetensors file. Raises
-    BadInput when the disk does not take it."""
-    rows = {
-        f"{name}.selected": masks[f"{name}.weight"].view_as(m).contiguous() for name, m in magnitudes.items()
-    }
+    """Magnitudes {name: (H, D) fp32} and masks {name.weight: (H * D,) bool} of one step -> a safetensors
+    file, see load_magnitudes. Raises BadInput when the disk cannot be written."""
+    tensors = {}
+    for name, magnitude in magnitudes.items():
+        tensors[name] = magnitude.cpu()
+        tensors[f"{name}.selected"] = masks[f"{name}.weight"].view_as(magnitude).cpu().contiguous()
     try:
         with durable.replacing(path) as partial:
-            save_file({name: t.cpu() for name, t in {**magnitudes, **rows}.items()}, partial)
+            save_file(tensors, partial)
     except SafetensorError as error:
         raise BadInput(f"{path} cannot be written: {error}") from error
 
 
 def heatmap(run):
-    """runs/NAME/magnitudes.safetensors -> magnitudes.png: heads x dimensions, a panel per layer, Q and K side
-    by side."""
+    """runs/NAME/magnitudes.safetensors -> runs/NAME/magnitudes.png: heads x dimensions, a row of panels for
+    each layer, Q and K side by side. Raises BadInput."""
     tensors = load_magnitudes(run / "magnitudes.safetensors")
     layers = len(tensors) // 4
     figure, grid = subplots(layers, 2, figsize=(14, 1.0 + 1.3 * layers), squeeze=False)
@@ -164,8 +162,8 @@ def heatmap(run):
 
 
 def heads_and_dimensions(path, title, magnitudes, which, layers):
-    """The safetensors file `magnitudes` (save_magnitudes) -> the PNG `path`: heads x dimensions of Q or K
-    (`which`: "q" or "k"), a panel for each of `layers`, one below the other."""
+    """The file `magnitudes`, written by save_magnitudes -> the PNG `path`: heads x dimensions of Q or K
+    (`which`: "q" or "k"), a panel for each of `layers`, one below the other. Raises BadInput."""
     tensors = load_magnitudes(magnitudes)
     heads = len(tensors[f"model.layers.0.self_attn.{which}_proj"])
     height = 0.8 + 0.14 * heads  # inches of a panel
@@ -179,13 +177,12 @@ def heads_and_dimensions(path, title, magnitudes, which, layers):
 
 
 def _panel(axes, tensors, layer, which, dot):
-    """One layer's heads x dimensions. Colour: magnitude over the largest of its head (so every head is
-    readable); a red dot of `dot` square points marks a selected row."""
+    """One layer's heads x dimensions -> the image. Colour: the magnitude divided by the largest of its head,
+    so that every head is readable; a red dot of `dot` square points marks a selected row."""
     name = f"model.layers.{layer}.self_attn.{which}_proj"
     magnitude, selected = tensors[name], tensors[name + ".selected"]
-    image = axes.imshow(
-        magnitude / magnitude.amax(-1, keepdim=True), aspect="auto", cmap="viridis", vmin=0, vmax=1
-    )
+    relative = magnitude / magnitude.amax(-1, keepdim=True)
+    image = axes.imshow(relative, aspect="auto", cmap="viridis", vmin=0, vmax=1)
     heads, dims = torch.nonzero(selected, as_tuple=True)
     axes.scatter(dims, heads, s=dot, color="red", marker="o", linewidths=0)
     axes.set(ylabel=f"layer {layer}\nhead", yticks=range(0, len(magnitude), max(1, len(magnitude) // 4)))
@@ -193,7 +190,8 @@ def _panel(axes, tensors, layer, which, dot):
 
 
 def score_heatmap(path, title, rows, columns, scores):
-    """scores: {(row, column): per cent}; a pair without one stays empty -> the PNG `path`."""
+    """scores {(row, column): per cent}; a pair without a score stays empty -> the PNG `path`. Raises BadInput
+    when the disk cannot be written."""
     figure, axes = subplots(figsize=(2.5 + 0.9 * len(columns), 1.3 + 0.35 * len(rows)))
     grid = [[scores.get((row, column), float("nan")) for column in columns] for row in rows]
     image = axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=0, vmax=100)
@@ -201,9 +199,8 @@ def score_heatmap(path, title, rows, columns, scores):
     axes.set_xticklabels([f"{column:,}" for column in columns])
     axes.set_yticklabels(rows)
     for (row, column), score in scores.items():
-        axes.text(
-            columns.index(column), rows.index(row), f"{score:.1f}", ha="center", va="center", fontsize=8
-        )
+        x, y = columns.index(column), rows.index(row)
+        axes.text(x, y, f"{score:.1f}", ha="center", va="center", fontsize=8)
     axes.set_title(title, parse_math=False, fontsize=9)
     figure.colorbar(image, ax=axes, fraction=0.05)
     _save(figure, path)

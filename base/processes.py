@@ -1,6 +1,6 @@
-"""The processes of a run: which of them this is, how they meet, and that they end together, with one reason.
+"""The processes of a run: which one this is, how they connect, and how they end together, with one reason.
 
-torchrun starts one process for each GPU. Started by python alone, a script is one of one.
+torchrun starts one process, a rank, for each GPU. Started by python alone, a script is rank 0 of 1.
 """
 
 import json
@@ -16,8 +16,21 @@ from base.cli import BadInput, one_line, print_error, tell_torchrun
 
 
 def rank_and_world():
-    """This process's rank and the number of ranks, as torchrun gives them; (0, 1) without it."""
+    """-> this process's rank and the number of ranks, from torchrun's environment; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank_and_device():
+    """-> rank, world (number of ranks), torch.device: the GPU of this rank, or the CPU.
+
+    Without torchrun it first sets the environment variables of one process, which `connect` and vLLM read.
+    """
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    return *rank_and_world(), device
 
 
 def compute_dtype():
@@ -25,48 +38,34 @@ def compute_dtype():
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
-def rank_and_device():
-    """-> rank, world (number of ranks), device."""
-    if "RANK" not in os.environ:
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-        }
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    return *rank_and_world(), device
-
-
 def nodes():
-    """Machines that torchrun has started ranks on: its --nnodes."""
+    """The number of machines that torchrun has started ranks on: its --nnodes."""
     return int(os.environ.get("GROUP_WORLD_SIZE", 1))
 
 
 def check_restarts(resume, flags):
-    """Raises BadInput if torchrun is to start failed ranks again (--max-restarts) and --resume does not let
-    them go on, as they would with `flags`."""
+    """Raises BadInput if torchrun may restart failed ranks (--max-restarts) but `resume`, the value of
+    --resume, is empty. flags: what the message says to add."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not resume:
-        raise BadInput(f"torchrun's --max-restarts needs {flags}: ranks it starts again would begin anew")
+        raise BadInput(f"torchrun's --max-restarts needs {flags}: restarted ranks would begin anew")
 
 
 def deterministic(cuda):
-    """Have every operation that has a way to give the same bits twice take it, and name those that have none
-    in a warning. To be called before vLLM is imported."""
+    """Make every operation that can be deterministic so; those that cannot are named in a warning. To be
+    called before vLLM is imported."""
     if cuda:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "VLLM_BATCH_INVARIANT": "1"}
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def connect(device, timeout=timedelta(minutes=30)):
-    """init_process_group on every rank. From here on the first error of any rank is the last thing on the
-    screen: what the others then run into, since it is gone, is one line each. timeout: how long a rank waits
-    for the others.
+    """init_process_group, to be called on every rank. timeout: how long a rank waits for the others.
 
-    torchrun may start all ranks again; torch 2.13 keeps one store over all starts, in which they would find
-    the addresses of those that died. Hence a name of its own for each start.
+    From here on only the first error of any rank is printed in full. The others, which fail because that rank
+    is gone, print one line each that names it.
+
+    torchrun may restart all ranks. torch 2.13 keeps one store over all starts, in which they would find the
+    addresses of ranks that died; hence each start has its own prefix.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -76,30 +75,32 @@ def connect(device, timeout=timedelta(minutes=30)):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
     def hook(kind, error, traceback):
-        line = one_line(kind, error)
-        text = line or f"{kind.__name__}: {error}"
+        text = one_line(error)
         try:
-            first = json.loads(store.compare_set("first error", "", json.dumps([rank, text])))
-        except RuntimeError:  # whoever kept the store is gone as well
-            first = [rank, text]
-        if first[0] == rank:
-            print_error(line, kind, error, traceback)
-        elif first[1] != text:
-            print(f"rank {rank} ends, since rank {first[0]} did: {first[1]}", file=sys.stderr, flush=True)
-        tell_torchrun(first[1])
+            first = store.compare_set("first error", "", json.dumps([rank, text]))
+            first_rank, first_text = json.loads(first)
+        except RuntimeError:  # the process that kept the store is gone as well
+            first_rank, first_text = rank, text
+        if first_rank == rank:
+            print_error(kind, error, traceback)
+        elif first_text != text:
+            print(f"rank {rank} ends, since rank {first_rank} did: {first_text}", file=sys.stderr, flush=True)
+        tell_torchrun(first_text)
 
     sys.excepthook = hook
 
 
 def gather_or_fail(function, *arguments):
-    """Call on every rank -> what it returned, of each rank. A BadInput, or what a disk says, on any rank is a
-    BadInput on all of them, so that none waits for one that is gone."""
+    """Call function(*arguments) on every rank -> [what it returned on rank 0, on rank 1, ...], on every rank.
+
+    A BadInput or OSError on any rank becomes a BadInput on all, so that none waits for one that is gone.
+    """
     result = problem = None
     try:
         result = function(*arguments)
     except (OSError, BadInput) as error:
         problem = str(error)
-    except CheckpointException as error:  # torch's: what went wrong on which rank
+    except CheckpointException as error:  # torch's; .failures is {rank: (error, traceback)}
         problem = str(next(iter(error.failures.values()))[0])
     everyone = [(result, problem)] * rank_and_world()[1]
     if dist.is_initialized():
@@ -111,8 +112,11 @@ def gather_or_fail(function, *arguments):
 
 
 def on_rank_0(function):
-    """function() of rank 0, given to every rank; a BadInput on rank 0 is one on all. The first call connects
-    the ranks, after rank 0 has done its work, which may start processes, and take hours."""
+    """Call function() on rank 0 -> what it returned, on every rank. A BadInput on rank 0 is one on all.
+
+    The first call connects the ranks, but only after rank 0 has called the function, which may start
+    processes and take hours.
+    """
     rank, world = rank_and_world()
     if world == 1:
         return function()

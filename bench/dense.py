@@ -1,9 +1,10 @@
 """Plain forward and backward of model.py beside transformers' Qwen3: same weights, same tokens, in turn.
 
-python bench/dense.py            # the laptop's shape on a CPU, Qwen3-0.6B's on a GPU; fp32 and bf16
+    python bench/dense.py            # the laptop's shape on a CPU, Qwen3-0.6B's on a GPU; fp32 and bf16
 
-transformers runs its "sdpa" attention. A line per shape and dtype: seconds of each and ours / theirs (below
-1: ours is faster). On a GPU it also says which attention kernel ran and fails if it is not flash.
+transformers runs its "sdpa" attention. A line per shape and dtype: the seconds of each, and ours / theirs
+(below 1: ours is faster). On a GPU it also prints which attention kernels ran, and fails if none is flash
+attention.
 """
 
 import sys
@@ -25,7 +26,7 @@ from model import Qwen3
 @dataclass
 class Config:
     rounds: int = option(
-        12, "timed rounds of each; 1 for bf16 on a CPU, where it may take half a minute", least=1
+        12, "timed rounds of each; always 1 for bf16 on a CPU, where one may take half a minute", least=1
     )
 
 
@@ -46,14 +47,12 @@ for dtype in (torch.float32, torch.bfloat16):
     theirs = transformers_twin(ours, dtype, device)
     for rows, length in ((4, 512), (1, 4096)):
         ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
-        slow = (
-            device.type == "cpu" and dtype == torch.bfloat16
-        )  # CPUs without bf16 units take half a minute a run
-        mine, other = seconds(
-            partial(run, ours, ids), partial(run, theirs, ids), rounds=1 if slow else flags.rounds
-        )
+        slow = device.type == "cpu" and dtype == torch.bfloat16  # without bf16 units, half a minute a run
+        rounds = 1 if slow else flags.rounds
+        mine, other = seconds(partial(run, ours, ids), partial(run, theirs, ids), rounds=rounds)
         print(
-            f"{dtype!s:15} {rows} x {length}: ours {mine:.3f} s, transformers {other:.3f} s, ratio {mine / other:.2f}"
+            f"{dtype!s:15} {rows} x {length}: ours {mine:.3f} s, transformers {other:.3f} s, "
+            f"ratio {mine / other:.2f}"
         )
     if device.type == "cuda" and dtype == torch.bfloat16:
         with profile(activities=[ProfilerActivity.CUDA]) as record:

@@ -1,13 +1,12 @@
-"""Shares of a training step with the real engine: saliency, weight sync, prefill.
+"""What takes which share of a training step with the real engine: saliency, weight sync, prefill. Needs vLLM.
 
-    python bench/engine.py                        # assets/tiny, 16 prompts x 16 completions of the recall task
-    python bench/engine.py --model path/to/Qwen3  # needs vLLM
+    python bench/engine.py                        # assets/tiny, 16 prompts x 16 completions of recall
+    python bench/engine.py --model path/to/Qwen3
 
-Saliency is the time inside its own functions (sums of squares, magnitudes, rows, masks). The sync's memory is
-the peak of what is allocated during it. Prefill is what vLLM's own counters say.
+Saliency is the time inside its own functions (sums of squares, magnitudes, rows, masks). The memory of the
+sync is the peak of what is allocated during it. Prefill is what vLLM's own counters say.
 """
 
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import torch.distributed as dist
 from measure import peak_bytes, seconds, synchronize
 from shapes import card, train_on
 
 import saliency
+from base import processes
 from base.cli import one_line_errors, option, parse
 from model import Qwen3
 from prompts import chat, tasks
@@ -31,28 +30,20 @@ class Config:
     model: str = option("assets/tiny", "checkpoint directory")
     prompts: int = option(16, "groups of the step", least=1)
     completions: int = option(16, "completions of a prompt", least=2)
-    max_completion: int = option(24, "most tokens of a completion", least=1)
-    context: int = option(512, "vLLM's most tokens of a sequence", least=2)
+    max_completion: int = option(24, "maximum completion length, in tokens", least=1)
+    context: int = option(512, "maximum length of a sequence in vLLM, in tokens", least=2)
     checkpointing: bool = option(False, "recompute blocks in backward")
     rounds: int = option(5, "timed rounds", least=1)
 
 
 one_line_errors()
 config = parse(Config, __doc__)
-cuda = torch.cuda.is_available()
-device = torch.device("cuda" if cuda else "cpu")
-dtype = torch.bfloat16 if cuda else torch.float32
 
-from rollout import Rollout  # noqa: E402
+from rollout import Rollout  # noqa: E402 - importing vLLM takes seconds, and the flags are checked before
 
-os.environ |= {
-    "RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_RANK": "0",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0",
-}
-dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+_, _, device = processes.rank_and_device()
+dtype = processes.compute_dtype()
+processes.connect(device)
 engine = Rollout(config.model, config.context, str(dtype).removeprefix("torch."))
 model = Qwen3.from_pretrained(config.model, dtype, device)
 model.checkpointing = config.checkpointing
@@ -74,10 +65,8 @@ def rollout():
 
 before = counters()
 groups = rollout()
-after = counters()
-queried, cached = (
-    after[f"vllm:prefix_cache_{what}"] - before[f"vllm:prefix_cache_{what}"] for what in ("queries", "hits")
-)
+counted = {name: value - before[name] for name, value in counters().items()}
+queried, cached = counted["vllm:prefix_cache_queries"], counted["vllm:prefix_cache_hits"]
 
 
 def train():
@@ -99,8 +88,8 @@ spent = 0.0
 
 
 def timed(function):
-    """function, whose time is added to `spent`; on a GPU with the wait for it, which is more than it costs
-    there."""
+    """The function, with its time added to `spent`. On a GPU that includes waiting for it, which overstates
+    it."""
 
     def run(*args):
         global spent
@@ -148,23 +137,26 @@ saliency_seconds = min(shares) * tracked_seconds
 step = rollout_seconds + tracked_seconds + step_seconds + sync_seconds
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 block = engine.engine.llm_engine.vllm_config.cache_config.block_size
-whole = sum(
-    len(prompt) // block * block for prompt in prompts
-)  # a completion computes an incomplete last block itself
+# Each completion computes an incomplete last block itself.
+whole = sum(len(prompt) // block * block for prompt in prompts)
 rest = config.completions * sum(len(prompt) % block for prompt in prompts)
+memory = peak_bytes(sync) / size
 print(card(model.config), dtype)
 print(
-    f"step {step:.3f} s: rollout {rollout_seconds:.3f}, forward and backward {tracked_seconds:.3f}, AdamW {step_seconds:.4f}"
+    f"step {step:.3f} s: rollout {rollout_seconds:.3f}, forward and backward {tracked_seconds:.3f}, "
+    f"AdamW {step_seconds:.4f}"
 )
 print(
-    f"saliency (tracking, selecting, masking): {saliency_seconds:.4f} s, {saliency_seconds / step:.1%} of the step"
-)
-memory = peak_bytes(sync) / size
-print(
-    f"weight sync: {sync_seconds:.4f} s, {sync_seconds / step:.1%} of the step; its memory {memory:.2f} x the model"
+    f"saliency (tracking, selecting, masking): {saliency_seconds:.4f} s, "
+    f"{saliency_seconds / step:.1%} of the step"
 )
 print(
-    f"prefill: {queried:,.0f} prompt tokens asked for, {queried - cached:,.0f} computed, {rest:,} in incomplete last blocks "
-    f"of {block}, the others {(queried - cached - rest) / whole:.2f} x the prompts (each prompt once: 1.00)"
+    f"weight sync: {sync_seconds:.4f} s, {sync_seconds / step:.1%} of the step; "
+    f"its memory {memory:.2f} x the model"
+)
+print(
+    f"prefill: {queried:,.0f} prompt tokens asked for, {queried - cached:,.0f} computed, "
+    f"{rest:,} in incomplete last blocks of {block}, "
+    f"the others {(queried - cached - rest) / whole:.2f} x the prompts (each prompt once: 1.00)"
 )
 engine.close()

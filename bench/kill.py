@@ -1,17 +1,18 @@
-"""Is nothing lost by kill -9? A run of train.py is killed at random moments, again and again, and goes on by
---resume auto; in the end its metrics and weights must be, bit for bit, those of a run that was left alone.
+"""Does kill -9 lose anything? A run of train.py is killed at random moments, again and again, and goes on by
+--resume auto. In the end its metrics and weights must be, bit for bit, those of a run that was left alone.
 
     python bench/kill.py --kills 20
 
-The killed process does it itself: as the module of train.py's --reward this file makes the n-th call of a
-function start a timer of up to 50 ms that ends in SIGKILL, so that it strikes amid generating, backward, the
-optimizer's step, saving, or in what follows. KILL="save 3 0.02": 20 ms after the third os.replace begins;
-without a time, at once; with a signal's name after it that signal. Under torchrun it is the last rank, and
-only until torchrun starts the ranks again.
+The process kills itself. This file is also the module of train.py's --reward (kill:exact); there it makes
+call number n of a function start a timer of up to 50 ms that ends in SIGKILL. So the signal arrives during
+generation, backward, the optimizer's step or saving, or in what follows. KILL="save 3 0.02" means 20 ms after
+the third os.replace begins; without a time, at once; with the name of a signal after the time, that signal.
+Under torchrun it is the last rank that is killed, and only until torchrun starts the ranks again.
 
-Whenever it gets to its end all the same, it is compared and begun again. Prints a line for each life, with
-the steps in metrics.jsonl, and at last one JSON object: kills, places (how many of each), ends (how often it
-got there), equal_metrics, equal_weights (how many of these were equal). Exit code 1 if anything differs.
+A run that reaches its end before all kills are done is compared and started again. Prints a line for each
+process, with the number of steps in metrics.jsonl, and finally one JSON object: kills, places (the number of
+kills at each), ends (how many runs ended), equal_metrics, equal_weights (how many of these were equal). Exit
+code 1 if anything differs.
 """
 
 import json
@@ -29,13 +30,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from base import processes  # noqa: E402
 from base.cli import option, parse  # noqa: E402
 from prompts import rewards  # noqa: E402
 
 exact = rewards.exact  # --reward kill:exact
-# place -> how many calls of it random chooses from: about a step's
+# place -> number of its calls to draw from: about as many as a step makes
 CALLS = {"rollout": 3, "backward": 18, "step": 4, "save": 16}
-FLAGS = "--steps 6 --save-every 1 --prompts 4 --completions 4 --updates 2 --rule random --eval-prompts 0 --max-rounds 30"
+FLAGS = (
+    "--steps 6 --save-every 1 --prompts 4 --completions 4 --updates 2 --rule random --eval-prompts 0 "
+    "--max-rounds 30"
+)
 
 
 @dataclass
@@ -73,7 +78,7 @@ def arm(place, count, delay="0", name="SIGKILL"):
 
 
 def read(run):
-    """Metrics without the wall-clock keys, and the bytes of the exported weights."""
+    """-> metrics without those that depend on the clock, and the bytes of the exported weights."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [{key: m[key] for key in m if key not in ("seconds", "tokens_per_second")} for m in lines]
     return kept, (run / "checkpoint" / "model.safetensors").read_bytes()
@@ -85,34 +90,28 @@ def main():
     whole, killed = ROOT / "runs" / "kill-whole", ROOT / "runs" / "kill-killed"
     path = os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
 
-    def live(run, kill):
+    def train(run, kill):
         """-> whether the run reached its end."""
-        command = f"train.py --name {run.name} --reward kill:exact --resume auto {FLAGS}".split()
+        flags = f"--name {run.name} --reward kill:exact --resume auto {FLAGS}".split()
         environment = {**os.environ, "PYTHONPATH": path, "KILL": kill}
-        result = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        command = [sys.executable, "train.py", *flags]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if result.returncode not in (0, -signal.SIGKILL):
             sys.exit(result.stderr)
         return result.returncode == 0
 
     for run in (whole, killed):
         shutil.rmtree(run, ignore_errors=True)
-    live(whole, "")
+    train(whole, "")
     expected = read(whole)
     while places.total() < config.kills or killed.exists():
-        place = rng.choice(list(CALLS))
-        kill = (
-            f"{place} {rng.randint(1, CALLS[place])} {rng.uniform(0, 0.05):.4f}"
-            if places.total() < config.kills
-            else ""
-        )
-        ended = live(killed, kill)
+        place, kill = rng.choice(list(CALLS)), ""
+        if places.total() < config.kills:
+            kill = f"{place} {rng.randint(1, CALLS[place])} {rng.uniform(0, 0.05):.4f}"
+        ended = train(killed, kill)
         file = killed / "metrics.jsonl"
-        print(
-            f"{kill or 'left alone'}: {len(file.read_text().splitlines()) if file.exists() else 0} steps",
-            flush=True,
-        )
+        steps = len(file.read_text().splitlines()) if file.exists() else 0
+        print(f"{kill or 'left alone'}: {steps} steps", flush=True)
         if ended:
             metrics, weights = read(killed)
             ends.append((metrics == expected[0], weights == expected[1]))
@@ -127,8 +126,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-elif os.environ.get("KILL") and (
-    os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
-    and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-):
-    arm(*os.environ["KILL"].split())
+elif os.environ.get("KILL"):
+    rank, world = processes.rank_and_world()
+    if rank == world - 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        arm(*os.environ["KILL"].split())

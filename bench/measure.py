@@ -12,9 +12,9 @@ def synchronize():
 
 
 def seconds(*functions, rounds=5, least=4.0):
-    """Fastest time of each function, after a warm-up; `rounds` of them, more until `least` seconds have gone
-    by. They run in turn, every second round backwards, so that all see the machine in the same moods and none
-    always comes first."""
+    """The fastest time of each function, after a warm-up, of `rounds` rounds, or more until `least` seconds
+    have passed. The functions run in turn, in the opposite order every second round, so that changes of the
+    machine's speed meet all of them and none always comes first."""
     for function in functions:
         function()
     times = {function: [] for function in functions}
@@ -33,9 +33,9 @@ def seconds(*functions, rounds=5, least=4.0):
 def peak_bytes(function):
     """The most memory that was allocated at once during function(), beyond what was before.
 
-    On a GPU from the allocator's own counter. On a CPU from the profiler's record of every allocation of a
-    tensor, so without what libraries allocate for themselves. It does not see what gloo's threads free: that
-    counts as freed when its address is given out again.
+    On a GPU it comes from the allocator's own counter. On a CPU it comes from the profiler's record of every
+    allocation of a tensor, so without what libraries allocate for themselves. The record lacks what gloo's
+    threads free: that counts as freed when its address is used again.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -51,9 +51,8 @@ def peak_bytes(function):
         node = nodes.pop()
         nodes += node.children
         if node.name == "[memory]":
-            events.append(
-                (node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size)
-            )  # size < 0: freed
+            fields = node.extra_fields
+            events.append((node.start_time_ns, fields.ptr, fields.alloc_size))  # size < 0: freed
     now = peak = 0
     live = {}  # address -> bytes
     for _, address, size in sorted(events, key=lambda event: event[0]):
@@ -66,12 +65,11 @@ def peak_bytes(function):
 
 
 def attention_share(function):
-    """Share of function()'s time that attention kernels take, by the profiler."""
+    """The share of function()'s time that attention kernels take, by the profiler."""
     cuda = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
         function()
         synchronize()
-    times = {
-        e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in record.key_averages()
-    }
+    which = "self_device_time_total" if cuda else "self_cpu_time_total"
+    times = {event.key: getattr(event, which) for event in record.key_averages()}
     return sum(time for key, time in times.items() if "flash" in key) / sum(times.values())

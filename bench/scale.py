@@ -1,17 +1,19 @@
-"""A group forward and backward at real size: seconds, tokens/s, model FLOPs utilisation, peak memory. Needs
-no vLLM.
+"""A group forward and backward at real size: seconds, tokens/s, model FLOPs utilisation, peak memory, without
+vLLM.
 
     python bench/scale.py --shape 0.6B --prompts 8192 16384 32768        # random weights, bf16, one GPU
     python bench/scale.py --shape laptop --prompts 512 1024 --completion 64
 
-Weights and gradients are in bf16 and there is no optimizer: one GPU cannot hold a 4B model's masters and
-moments, which FSDP2 shards. FLOPs are the model's: 6 per weight and token (head: completion tokens only) and
-12 per head size, head and pair of tokens that attend; what --checkpointing computes again is not counted.
+Weights and gradients are in bf16 and there is no optimizer: one GPU cannot hold the fp32 weights and moments
+of a 4B model, which FSDP2 shards. FLOPs are the model's: 6 per weight and token (head: completion tokens
+only) and 12 per head size, head and pair of tokens that attend; what --checkpointing computes again is not
+counted.
 """
 
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,6 +23,7 @@ from measure import peak_bytes, seconds
 from shapes import build, card, draw_group, train_on
 from tqdm import tqdm
 
+from base import processes
 from base.cli import one_line_errors, option, parse
 from model import Qwen3
 from run import plan
@@ -44,7 +47,7 @@ one_line_errors()
 config = parse(Config, __doc__)
 torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+dtype = processes.compute_dtype()
 shape = build(config.shape)
 model = Qwen3.from_config(shape, dtype, device)
 model.checkpointing = config.checkpointing
@@ -52,18 +55,21 @@ block, _ = plan.parameter_counts(shape)
 name = torch.cuda.get_device_name() if device.type == "cuda" else ""
 peak_flops = next((1e12 * tflops for card_name, tflops in PEAK_TFLOPS.items() if card_name in name), None)
 G, R = config.completions, config.completion
+weights = [torch.full((R,), 1e-3, device=device) for _ in range(G)]
+
+
+def run(prompt, completions):
+    train_on(model, prompt, completions, weights, config.tokens_per_pass)
+    model.zero_grad()
+
+
 print(card(shape), dtype, "recomputing blocks" if config.checkpointing else "")
 out = open(config.out, "a") if config.out else None
 bar = tqdm(config.prompts, unit="length")
 for P in bar:
     prompt, completions = draw_group(shape, P, [R] * G, device)
-    weights = [torch.full((R,), 1e-3, device=device) for _ in range(G)]
-
-    def run():
-        train_on(model, prompt, completions, weights, config.tokens_per_pass)  # noqa: B023
-        model.zero_grad()
-
-    (taken,) = seconds(run, rounds=config.rounds)
+    step = partial(run, prompt, completions)
+    (taken,) = seconds(step, rounds=config.rounds)
     tokens, pairs = P + G * R, P * P / 2 + G * R * (P + R / 2)
     linear = 6 * (block * shape.num_hidden_layers * tokens + shape.vocab_size * shape.hidden_size * G * R)
     attention = 12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * pairs
@@ -77,7 +83,7 @@ for P in bar:
         "unshared_tokens_per_second": G * (P + R) / taken,
         "flops_utilisation": (linear + attention) / taken / peak_flops if peak_flops else None,
         "tflops": (linear + attention) / taken / 1e12,
-        "peak_bytes": peak_bytes(run),
+        "peak_bytes": peak_bytes(step),
     }
     utilisation = f"{result['flops_utilisation']:.1%}" if peak_flops else "unknown for this device"
     bar.write(

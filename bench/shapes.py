@@ -1,5 +1,5 @@
-"""What the measurements run: shapes with random weights, and one group forward and backward as train.py does
-it."""
+"""What the measurements run: shapes with random weights, and one group forward and backward as in
+train.py."""
 
 import platform
 
@@ -14,28 +14,24 @@ LAPTOP = Qwen3Config(256, 4, 8, 768, True, vocab_size=8192, num_key_value_heads=
 
 
 def build(name):
-    """ "laptop" or the name of a published size ("0.6B", "4B", ...) -> Qwen3Config."""
+    """The Qwen3Config of "laptop" or of a published size ("0.6B", "4B", ...)."""
     return LAPTOP if name == "laptop" else Qwen3Config.preset(name)
 
 
 def card(config):
-    """One line that says on what and with what the figures were measured."""
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    c = config
+    """One line that says on which machine and with which model the figures were measured."""
+    cuda, c = torch.cuda.is_available(), config
+    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     return (
-        f"{device}, torch {torch.__version__}, Python {platform.python_version()}; Qwen3 with {c.num_hidden_layers} layers, "
-        f"{c.hidden_size} wide, {c.num_attention_heads} query and {c.num_key_value_heads} key heads of {c.head_dim}, "
-        f"vocabulary {c.vocab_size:,}"
+        f"{device}, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"Qwen3 with {c.num_hidden_layers} layers, {c.hidden_size} wide, {c.num_attention_heads} query and "
+        f"{c.num_key_value_heads} key heads of {c.head_dim}, vocabulary {c.vocab_size:,}"
     )
 
 
 def transformers_twin(model, dtype, device):
     """transformers' Qwen3 with the weights of `model` (each with its own copy) and its "sdpa" attention."""
-    import transformers  # which the measurements that have no other side do without
+    import transformers  # not all measurements need it
 
     with torch.device(device):
         settings = {**model.config.to_dict(dtype), "bos_token_id": None, "eos_token_id": None}
@@ -47,13 +43,13 @@ def transformers_twin(model, dtype, device):
 
 def draw_group(config, prompt, lengths, device):
     """prompt ids (P,) and completions [(R_i,)] of random tokens."""
-    draw = lambda n: torch.randint(0, config.vocab_size, (n,), device=device)  # noqa: E731
-    return draw(prompt), [draw(n) for n in lengths]
+    ids = [torch.randint(0, config.vocab_size, (n,), device=device) for n in (prompt, *lengths)]
+    return ids[0], ids[1:]
 
 
 def train_on(model, prompt, completions, weights, tokens_per_pass):
-    """Forward and backward of sum(weights * log-probabilities), weights [(R_i,)]: gradients are left in the
-    model."""
+    """Forward and backward of sum(weights * log-probabilities), weights [(R_i,)]; the gradients are added to
+    the model's."""
     read = model.read(prompt)
     leaves = read.detach()
     for part in schedule.passes([len(c) for c in completions], tokens_per_pass):

@@ -1,20 +1,22 @@
-"""Does a long run stay as it began? 2,000 steps of train.py, small, that ends and goes on by --resume auto
-after each 100: memory, open files, processes and speed over all of them.
+"""Does a long run leak memory, files or processes, or slow down? Trains 2,000 small steps; after each 100 the
+process ends, and a new one goes on by --resume auto.
 
     python bench/soak.py --steps 2000 --life 100
-    python bench/soak.py --steps 700 --life 700 --warm 200      # one life, for its slope once caches have filled
+    python bench/soak.py --steps 700 --life 700 --warm 200    # one life, for its slope once caches are full
 
-Trainer and engine are one process; a worker of --reward-workers is beside it. After every step's line in
-metrics.jsonl the process is looked at in /proc. Prints a line for each life, and at last one JSON object:
+Trainer and engine are one process, with a worker of --reward-workers beside it. Whenever metrics.jsonl has a
+new line, the process is looked up in /proc. A life is the steps of one process. Prints a line for each life,
+and finally one JSON object:
 
-    steps, lives                  made
-    rss_mib                       resident memory at step --warm of a life, mean of the first and of the last three
-    rss_slope_mib                 MiB more after 1,000 steps, least squares within lives from step --warm on, mean over lives
-    rss_slope_error               its standard error over lives
-    files, processes              most open files of a life, most processes, in the first life and in the last
-    seconds_a_step                median over steps from --warm on, of the first three lives and of the last three
-    tokens_per_second             the same of what metrics.jsonl says
-Exit code 1 if open files or processes grew.
+    steps, lives         the number of each
+    rss_mib              resident memory at step --warm of a life, mean of the first and of the last three
+    rss_slope_mib        growth in MiB per 1,000 steps, least squares within lives from step --warm on, mean
+                         over lives
+    rss_slope_error      its standard error over lives
+    files, processes     maximum number of open files and of processes in the first life and in the last
+    seconds_a_step       median over steps from --warm on, of the first three lives and of the last three
+    tokens_per_second    the same of what metrics.jsonl says
+Exit code 1 if the number of open files or processes grew.
 """
 
 import json
@@ -42,9 +44,9 @@ FLAGS = (
 
 @dataclass
 class Config:
-    steps: int = option(2000, "steps in all", least=100)
+    steps: int = option(2000, "steps in total", least=100)
     life: int = option(100, "steps after which the process ends and another goes on", least=50)
-    warm: int = option(20, "first steps of a life that memory and speed are not of", least=0)
+    warm: int = option(20, "first steps of a life, left out of memory and speed", least=0)
     name: str = option("soak", "the run's directory in runs/, removed before and after")
 
 
@@ -52,10 +54,8 @@ def look(pid):
     """-> resident MiB, open files, and processes: this one and its children."""
     proc = Path("/proc", str(pid))
     resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    children = [
-        child for task in (proc / "task").iterdir() for child in (task / "children").read_text().split()
-    ]
-    return resident, len(os.listdir(proc / "fd")), 1 + len(children)
+    children = sum(len((task / "children").read_text().split()) for task in (proc / "task").iterdir())
+    return resident, len(os.listdir(proc / "fd")), 1 + children
 
 
 def lines_in(path):
@@ -64,22 +64,11 @@ def lines_in(path):
 
 def live(name, last):
     """Run train.py up to step `last` -> what `look` saw after each step."""
-    command = [
-        sys.executable,
-        "train.py",
-        "--name",
-        name,
-        *FLAGS,
-        "--steps",
-        str(last),
-        "--save-every",
-        "100000",
-    ]
+    flags = [*FLAGS, *f"--steps {last} --save-every 100000 --resume auto".split()]
+    command = [sys.executable, "train.py", "--name", name, *flags]
     metrics, seen = ROOT / "runs" / name / "metrics.jsonl", []
     before = lines_in(metrics)
-    process = subprocess.Popen(
-        [*command, "--resume", "auto"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         time.sleep(0.02)
         done = lines_in(metrics) - before
@@ -106,25 +95,27 @@ for life in lives:
     slopes.append(1000 * numpy.polyfit(range(len(resident)), resident, 1)[0])
 
 
-def ends(value):  # of the first three lives and of the last three
+def first_and_last(value):
+    """value(which lives) of the first three lives and of the last three."""
     return [round(value(part), 3) for part in (slice(3), slice(-3, None))]
 
 
-most = [[max(moment[i] for moment in life) for life in lives] for i in (1, 2)]
+def median_of(value):
+    """The median of value(line of metrics.jsonl), of the first three lives and of the last three."""
+    return first_and_last(lambda part: median(value(line) for life in warm[part] for line in life))
+
+
+most_files, most_processes = [[max(moment[i] for moment in life) for life in lives] for i in (1, 2)]
 report = {
     "steps": len(lines),
     "lives": len(lives),
-    "rss_mib": ends(lambda part: mean(life[config.warm][0] for life in lives[part])),
+    "rss_mib": first_and_last(lambda part: mean(life[config.warm][0] for life in lives[part])),
     "rss_slope_mib": round(mean(slopes), 2),
     "rss_slope_error": round(stdev(slopes) / len(slopes) ** 0.5, 2) if len(slopes) > 1 else None,
-    "files": [most[0][0], most[0][-1]],
-    "processes": [most[1][0], most[1][-1]],
-    "seconds_a_step": ends(
-        lambda part: median(line["seconds"]["total"] for life in warm[part] for line in life)
-    ),
-    "tokens_per_second": ends(
-        lambda part: median(line["tokens_per_second"] for life in warm[part] for line in life)
-    ),
+    "files": [most_files[0], most_files[-1]],
+    "processes": [most_processes[0], most_processes[-1]],
+    "seconds_a_step": median_of(lambda line: line["seconds"]["total"]),
+    "tokens_per_second": median_of(lambda line: line["tokens_per_second"]),
 }
 print(json.dumps(report, indent=1))
 shutil.rmtree(run)

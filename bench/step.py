@@ -1,15 +1,14 @@
-"""One group forward and backward: our shared prompt beside one row per completion, which is what TRL's
-trainer does.
+"""One group forward and backward: our shared prompt beside one row per completion, as in TRL's trainer.
 
     python bench/step.py                      # tables, results.json and a figure, 10 minutes on 2 CPU cores
     python bench/step.py --shape 0.6B         # on a GPU, in bf16
 
 The other side is transformers' Qwen3 ("sdpa" attention) on rows [prompt | completion], with logits for the
-completion only. Same weights, same tokens, same loss, run in turn; both keep their activations, or where it
-says so both recompute blocks. Activation memory is the peak of what is allocated during forward and backward
-less the gradients, which both need. At P = 0 there is nothing to share: ours is then model.logprobs, a row
-per completion too, without its first token, which nothing predicts. P = 1 is the least that goes the shared
-way.
+completion only. Both have the same weights, tokens and loss, and run in turn; both keep their activations, or
+both recompute blocks where the table says so. Activation memory is the peak of what is allocated during
+forward and backward, less the gradients, which both need. At P = 0 there is nothing to share: ours is then
+model.logprobs, also with a row per completion, without its first token, which nothing predicts. P = 1 is the
+shortest shared prompt.
 """
 
 import json
@@ -29,6 +28,7 @@ from measure import attention_share, peak_bytes, seconds
 from shapes import build, card, draw_group, train_on, transformers_twin
 from tqdm import tqdm
 
+from base import processes
 from base.cli import one_line_errors, option, parse
 from model import Qwen3
 
@@ -37,7 +37,7 @@ from model import Qwen3
 class Config:
     shape: str = option("laptop", "laptop, or the name of a published size")
     rounds: int = option(
-        1, "timed rounds of each, after a warm-up; more of those that are quick (4 seconds in all)", least=1
+        1, "timed rounds of each, after a warm-up; more if they are quick (4 seconds in total)", least=1
     )
     out: str = option("runs/bench-step", "directory for results.json and step.png")
     seed: int = option(0, "seed of weights and tokens")
@@ -47,7 +47,7 @@ one_line_errors()
 config = parse(Config, __doc__)
 torch.manual_seed(config.seed)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+dtype = processes.compute_dtype()
 shape = build(config.shape)
 ours = Qwen3.from_config(shape, dtype, device)
 theirs = transformers_twin(ours, dtype, device)
@@ -68,15 +68,14 @@ def dense_logprobs(prompt, completions):
     no prompt."""
     ids, mask = rows_of(prompt, completions)
     first = max(1, len(prompt))
-    logits = theirs(ids, attention_mask=mask, logits_to_keep=ids.size(1) - first + 1, use_cache=False).logits[
-        :, :-1
-    ]
+    kept = ids.size(1) - first + 1
+    logits = theirs(ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits[:, :-1]
     logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None])[..., 0]
     return [row[: len(prompt) + len(completion) - first] for row, completion in zip(logprobs, completions)]
 
 
 def rows_logprobs(completions):
-    """The same without a prompt by ours, in our dense layout."""
+    """The same, without a prompt, by our model in the dense layout."""
     ids, mask = rows_of(completions[0][:0], completions)
     mask = mask.bool()
     mask[:, 0] = False
@@ -106,9 +105,8 @@ def compare(P, lengths, tokens_per_pass=2**30, recompute=False):
 
     with torch.no_grad():
         mine = ours.group_logprobs(prompt, completions) if P else rows_logprobs(completions)
-        difference = max(
-            (a - b).abs().max().item() for a, b in zip(mine, dense_logprobs(prompt, completions))
-        )
+        pairs = zip(mine, dense_logprobs(prompt, completions))
+        difference = max((a - b).abs().max().item() for a, b in pairs)
     mine, other = seconds(run_ours, run_theirs, rounds=config.rounds)
     mine_memory, other_memory = (peak_bytes(run) - gradient_bytes for run in (run_ours, run_theirs))
     tokens, other_tokens = len(prompt) + sum(lengths), len(lengths) * (len(prompt) + max(lengths))
@@ -129,7 +127,8 @@ def line(r):
     a, b = r["ours"], r["theirs"]
     note = "  both recompute" if r["recompute"] else ""
     return (
-        f"{r['P']:5} {r['G']:3} {r['R']!s:>6} {a['seconds']:8.3f} {b['seconds']:8.3f} {b['seconds'] / a['seconds']:7.2f} "
+        f"{r['P']:5} {r['G']:3} {r['R']!s:>6} "
+        f"{a['seconds']:8.3f} {b['seconds']:8.3f} {b['seconds'] / a['seconds']:7.2f} "
         f"{a['bytes'] / 2**20:8.0f} {b['bytes'] / 2**20:8.0f} {b['bytes'] / a['bytes']:7.2f} "
         f"{a['tokens']:7} {b['tokens']:7} {r['microseconds_per_token_without_attention']:9.1f} "
         f"{r['largest_difference']:8.0e}{note}"
@@ -152,7 +151,7 @@ for case in cases:
     bar.update()
     tqdm.write(line(table[-1]))
 tqdm.write(
-    "* microseconds a token of ours, attention kernels left out: constant if time is linear in P + sum(R)"
+    "* microseconds per token of ours, without attention kernels: constant if time is linear in P + sum(R)"
 )
 tqdm.write("at a fixed budget of 256 completion tokens a pass, blocks recomputed on both sides:")
 growth = []
@@ -166,10 +165,8 @@ results = {"card": card(shape), "dtype": str(dtype), "seed": config.seed, "table
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 sizes = [r["G"] for r in growth]
-for who, label, colour in (
-    ("theirs", "a row per completion", "tab:red"),
-    ("ours", "shared prompt, in passes", "tab:blue"),
-):
+lines = ("theirs", "a row per completion", "tab:red"), ("ours", "shared prompt, in passes", "tab:blue")
+for who, label, colour in lines:
     left.plot(sizes, [r[who]["seconds"] for r in growth], "o-", color=colour, label=label)
     right.plot(sizes, [r[who]["bytes"] / 2**20 for r in growth], "o-", color=colour, label=label)
 left.set(xlabel="completions G", ylabel="seconds, forward and backward", ylim=0)

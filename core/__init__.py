@@ -1,2 +1,1 @@
-"""What model and training stand on: attention, checkpoints, ranks that share weights and tokens, schedules,
-memory."""
+"""What model and training stand on: attention, checkpoint, parallel, schedule, memory."""

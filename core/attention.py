@@ -1,8 +1,8 @@
 """Where tokens meet: rotary positions, causal attention, and a group's attention to the prompt it shares.
 
-The keys and values of a prompt exist once. A completion's queries attend to them and, causally, to its own:
-two attention calls whose results are merged by their log-sum-exp, so that nothing is ever repeated per
-completion or masked away.
+The keys and values of a prompt exist once. A completion's queries attend to the prompt's keys and, causally,
+to their own completion's: two attention calls whose results are merged by their log-sum-exp. Nothing is
+repeated for each completion, and nothing is computed only to be masked.
 
 Shapes: B sequences, T tokens, H query heads, Hk key/value heads, D head size, P prompt tokens, G completions
 of R_i tokens, N = sum(R_i), R = max(R_i). Tokens come before heads: (B, T, H, D).
@@ -13,12 +13,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------------- rotary positions
+# ------------------------------------------------------------------------------------------- rotary positions
 
 
 def rope_frequencies(config):
-    """Inverse frequencies (D/2,) fp32 and the factor on cos and sin (1.0 without YaRN; YaRN is arXiv
-    2309.00071)."""
+    """Qwen3Config -> inverse frequencies (D/2,) fp32 on the CPU, and the factor on cos and sin, 1.0 without
+    YaRN (arXiv 2309.00071, sections 3.2 and 3.4)."""
     dim, base, yarn = config.head_dim, config.rope_theta, config.rope_scaling
     wavelengths = base ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
     if yarn is None:
@@ -46,8 +46,8 @@ def rope_frequencies(config):
 
 
 def rope_tables(config, positions, dtype):
-    """positions (T,) -> cos and sin (T, 1, D) in `dtype`, computed in fp32. Dimension d turns together with d
-    + D/2."""
+    """positions (T,) int64 -> cos and sin, each (T, 1, D) in `dtype`, computed in fp32. Dimensions d and
+    d + D/2 are a pair (RoPE, arXiv 2104.09864)."""
     frequencies, factor = rope_frequencies(config)
     angles = positions[:, None].float() * frequencies.to(positions.device, non_blocking=True)  # (T, D/2)
     angles = torch.cat((angles, angles), dim=-1)[:, None]
@@ -55,21 +55,20 @@ def rope_tables(config, positions, dtype):
 
 
 def rotate(x, cos, sin):
-    """Apply RoPE to x (B, T, heads, D)."""
+    """x (B, T, heads, D) -> the same shape and dtype with RoPE applied; cos and sin are rope_tables'."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------------------- attention
 
 
 def causal_attention(q, k, v, lengths=None):
-    """q (B, T, H, D), k and v (B, T, Hk, D) -> (B, T, H, D), each sequence on its own. Flash kernels on CPU
-    and GPU.
+    """q (B, T, H, D), k and v (B, T, Hk, D) -> (B, T, H, D) in their dtype; each sequence attends to itself.
 
-    `lengths`: a row is documents of so many tokens one after the other, and each attends to itself only. One
-    call per document: no mask of T x T, no work between documents, and it runs everywhere (PyTorch's
-    varlen_attn is CUDA's alone).
+    lengths: token counts of the documents that follow each other in a row; each attends to itself only. One
+    call for each document needs no mask of T x T, does no work between documents, and runs everywhere
+    (PyTorch's varlen_attn is for CUDA only). SDPA uses flash kernels on CPU and GPU.
     """
     if lengths:
         documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
@@ -80,31 +79,35 @@ def causal_attention(q, k, v, lengths=None):
 
 
 class Layout:
-    """Where the tokens of a group's completions are, as they lie one after the other in a row of N. Documents
-    that follow each other in a row, and nothing before them, are completions of a prompt of length 0.
+    """Index tensors for a group's completions, which lie one after the other in a row of N tokens. Documents
+    in a row are treated as completions of a prompt of length 0.
 
-    lengths: R_i. positions (N,): every completion continues at P. slots (N,): place in a right-padded (G, R)
-    batch. predicted: the tokens that this rank's Share of the N predicts (all of them, if it is not shared),
-    predictors: by which of [last prompt token | its tokens].
+    lengths: R_1 to R_G. shape: (G, R).
+    positions (N,): RoPE positions; every completion continues at P.
+    slots (N,): a token's place in a right-padded batch (G, R), flattened.
+    predicted (n,): the tokens whose log-probabilities this rank computes; without context parallelism, all N.
+    predictors (n,): for each of them, the row that predicts it, of [last prompt token | this rank's tokens]
+    (parallel.Share.predictions).
     """
 
     def __init__(self, prompt_length, lengths, device, share):
         self.lengths, self.shape = lengths, (len(lengths), max(lengths))
         sizes = torch.tensor(lengths)
         starts = sizes.cumsum(0) - sizes  # (G,) first token of each completion among the N
-        offsets = torch.arange(sum(lengths)) - starts.repeat_interleave(
-            sizes
-        )  # (N,) place within its completion
+        tokens = torch.arange(sum(lengths))  # (N,)
+        offsets = tokens - starts.repeat_interleave(sizes)  # (N,) place within its completion
         owner = torch.arange(len(lengths)).repeat_interleave(sizes)  # (N,) which completion
-        predicted, predictors = share.predictions(torch.where(offsets == 0, 0, torch.arange(sum(lengths))))
+        # A token is predicted by the one before it, row `token` of [last prompt token | N tokens]; the first
+        # of a completion by the prompt's last, row 0.
+        predicted, predictors = share.predictions(torch.where(offsets == 0, 0, tokens))
         self.positions, self.predicted, self.predictors, self.slots = (
             index.to(device, non_blocking=True)
             for index in (prompt_length + offsets, predicted, predictors, owner * max(lengths) + offsets)
         )
 
     def pad(self, x, own=slice(None)):
-        """(1, N, ...) -> (G, R, ...), zeros behind every completion; if x is only the tokens `own`, zeros for
-        the others."""
+        """x (1, N, ...) -> (G, R, ...), with zeros after each completion. own: the slice of the N tokens that
+        x has; the other tokens are zeros, too."""
         (G, R), slots = self.shape, self.slots[own]
         if len(slots) == G * R:  # equal lengths: nothing to pad, nothing to copy
             return x.view(G, R, *x.shape[2:])
@@ -113,7 +116,7 @@ class Layout:
         return padded.view(G, R, *x.shape[2:])
 
     def unpad(self, x):
-        """(G, R, ...) -> (1, N, ...)"""
+        """x (G, R, ...) -> (1, N, ...): `pad` undone."""
         flat = x.flatten(0, 1)
         return (flat if len(self.slots) == len(flat) else flat[self.slots])[None]
 
@@ -121,10 +124,12 @@ class Layout:
 class GroupAttention(torch.autograd.Function):
     """q (1, N, H, D), k and v (1, N, Hk, D), prompt_k and prompt_v (1, P, Hk, D), Layout -> (1, N, H, D).
 
-    softmax over [prompt | own] from the softmax over each: with l the log-sum-exp of the scores, out = sum of
-    exp(l_part - l) * out_part, l = logaddexp of both. A flash kernel's backward recomputes probabilities as
-    exp(score - l) and needs of the forward only out and l: given the merged ones, it returns for each part
-    its share of the whole gradient, exactly. On a GPU the flash kernel takes bf16 and fp16 only.
+    The softmax over [prompt | own completion] follows from the softmax over each part. With l_part the
+    log-sum-exp of a part's scores and l the logaddexp of both, out = sum of exp(l_part - l) * out_part.
+
+    A flash kernel's backward recomputes probabilities as exp(score - l), and of the forward's results needs
+    only out and l. Given the merged out and l, its result for a part is that part's contribution to the
+    gradient of the whole softmax, exactly. On a GPU the flash kernel takes only bf16 and fp16.
     """
 
     @staticmethod
@@ -134,8 +139,8 @@ class GroupAttention(torch.autograd.Function):
         own, own_lse, own_rest = flash(pad(q), pad(k), pad(v), causal=True)
         own, own_lse = unpad(own), unpad(own_lse)
         lse = torch.logaddexp(far_lse, own_lse)  # (1, N, H) fp32
-        far_share, own_share = (far_lse - lse).exp()[..., None], (own_lse - lse).exp()[..., None]
-        out = (far * far_share + own * own_share).to(q.dtype)
+        far_weight, own_weight = (far_lse - lse).exp()[..., None], (own_lse - lse).exp()[..., None]
+        out = (far * far_weight + own * own_weight).to(q.dtype)
         ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
         ctx.layout, ctx.rests = layout, (far_rest, own_rest)
         return out
@@ -145,19 +150,21 @@ class GroupAttention(torch.autograd.Function):
         q, k, v, prompt_k, prompt_v, out, lse = ctx.saved_tensors
         pad, unpad, (far_rest, own_rest) = ctx.layout.pad, ctx.layout.unpad, ctx.rests
         grad = grad.contiguous()
-        far_q, prompt_k, prompt_v = flash_backward(
-            grad, q, prompt_k, prompt_v, out, lse, far_rest, causal=False
-        )
+        far = flash_backward(grad, q, prompt_k, prompt_v, out, lse, far_rest, causal=False)
+        far_grad_q, grad_prompt_k, grad_prompt_v = far
         # Padding: its scores and log-sum-exp are zeros, so its probabilities are finite and its gradients 0.
         own = flash_backward(pad(grad), pad(q), pad(k), pad(v), pad(out), pad(lse), own_rest, causal=True)
-        own_q, k, v = map(unpad, own)
-        return far_q + own_q, k, v, prompt_k, prompt_v, None
+        own_grad_q, grad_k, grad_v = map(unpad, own)
+        return far_grad_q + own_grad_q, grad_k, grad_v, grad_prompt_k, grad_prompt_v, None
 
 
 def flash(q, k, v, causal):
     """One flash kernel: q (B, T, H, D), k and v (B, S, Hk, D) -> out (B, T, H, D), log-sum-exp of the scaled
-    scores (B, T, H) fp32, and what else the kernel's backward wants. PyTorch's public attention call keeps
-    the log-sum-exp to itself, hence the operators behind it; both know grouped queries."""
+    scores (B, T, H) fp32, and a list of what else the kernel's backward needs.
+
+    PyTorch's public attention call does not return the log-sum-exp, so this calls the operators behind it.
+    They take grouped queries (Hk < H) as they are.
+    """
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     if q.is_cuda:
         out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, 0.0, causal)
@@ -169,8 +176,8 @@ def flash(q, k, v, causal):
 
 
 def flash_backward(grad, q, k, v, out, lse, rest, causal):
-    """Gradients of q, k and v, shaped like them. `out` and `lse` may be of a softmax over more keys than
-    k."""
+    """grad (B, T, H, D), and flash's q, k, v, out, lse and rest -> gradients of q, k and v, shaped like them.
+    `out` and `lse` may be those of a softmax over more keys than k."""
     heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out, lse)]
     heads_first[5] = heads_first[5].contiguous()  # (B, H, T), the kernel's layout
     if q.is_cuda:
@@ -178,7 +185,6 @@ def flash_backward(grad, q, k, v, out, lse, rest, causal):
         backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
         gradients = backward(*heads_first, *lengths, 0.0, causal, state, unused)
     else:
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *heads_first, 0.0, causal
-        )
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        gradients = backward(*heads_first, 0.0, causal)
     return tuple(gradient.transpose(1, 2) for gradient in gradients)

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint directories: config.json and safetensors, in and out.
+"""Hugging Face checkpoint directories: config.json and safetensors, read and written.
 
 A model here is any module with a Qwen3Config as `.config` whose parameters have Hugging Face's names; they
 may be sharded by FSDP2. transformers and vLLM load what is written as it is.
@@ -20,10 +20,9 @@ from torch.distributed.tensor import DTensor
 from base import durable
 from base.cli import BadInput
 
-DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names of what weights may be stored in
+DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names of the dtypes that weights may have
 SHARD_BYTES = 5 * 10**9  # size of one safetensors file, Hugging Face's default
-# Files beside the weights that make a directory usable by transformers and vLLM; they go with the model
-# unchanged.
+# Files beside the weights that transformers and vLLM need; they are copied unchanged.
 COMPANIONS = (
     "tokenizer.json tokenizer_config.json generation_config.json chat_template.jinja vocab.json merges.txt "
     "added_tokens.json special_tokens_map.json"
@@ -42,8 +41,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """The keys of Hugging Face's config.json that Qwen3 depends on; `rope_scaling` is None or a YaRN
-    dictionary."""
+    """The keys of Hugging Face's config.json that Qwen3 depends on. rope_scaling: None or YaRN's settings."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -63,7 +61,7 @@ class Qwen3Config:
 
     @classmethod
     def preset(cls, name):
-        """A published size by name: "0.6B" ... "32B", and "-Base" after it for the base model."""
+        """A published size by name: "0.6B" ... "32B", with "-Base" for the base model. Raises BadInput."""
         size = name.removesuffix("-Base")
         if size not in SIZES:
             raise BadInput(f"no Qwen3 preset {name!r}; there are {', '.join(SIZES)}, each also with -Base")
@@ -72,23 +70,20 @@ class Qwen3Config:
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Read `directory`/config.json. Raises BadInput when it is missing, unreadable or not a dense
-        Qwen3."""
+        """Read `directory`/config.json. Raises BadInput if it is missing, unreadable or not a dense Qwen3."""
         path = Path(directory) / "config.json"
         if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
-            raise BadInput(
-                f"{directory} is not a checkpoint: it has no config.json; give a Hugging Face model directory"
-            )
+            problem = "is not a checkpoint: it has no config.json"
+            raise BadInput(f"{directory} {problem}; give a Hugging Face model directory")
         return cls.from_dict(read_object(path), path)
 
     @classmethod
     def from_dict(cls, raw, path="config"):
-        """Hugging Face's dictionary -> Qwen3Config, with rope in the old (rope_theta, rope_scaling) or new
-        (rope_parameters) form. Raises BadInput naming the first thing that is not supported."""
-        if raw.get("model_type") != "qwen3":
-            raise BadInput(
-                f"{path}: model_type {raw.get('model_type')!r} is not supported, only dense 'qwen3'"
-            )
+        """Hugging Face's dictionary -> Qwen3Config. RoPE may be in the old form (rope_theta, rope_scaling) or
+        the new (rope_parameters). Raises BadInput, which names the first thing that is not supported."""
+        model_type = raw.get("model_type")
+        if model_type != "qwen3":
+            raise BadInput(f"{path}: model_type {model_type!r} is not supported, only dense 'qwen3'")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         layers = raw.get("layer_types") or []
         for key, value, kind in (("rope_scaling", rope, dict), ("layer_types", layers, list)):
@@ -115,54 +110,39 @@ class Qwen3Config:
         if kind == "yarn" and "factor" not in rope:
             raise BadInput(f"{path}: YaRN needs a factor")
         if kind == "yarn":
-            rope.setdefault(
-                "original_max_position_embeddings",
-                raw.get("max_position_embeddings", cls.max_position_embeddings),
-            )
+            original = raw.get("max_position_embeddings", cls.max_position_embeddings)
+            rope.setdefault("original_max_position_embeddings", original)
         names = [name for name in cls.__dataclass_fields__ if name not in ("rope_theta", "rope_scaling")]
-        # Sizes must be said: a default that differs from transformers' would be another model.
-        required = {name for name in names if name not in cls.__dict__} | {
-            "num_key_value_heads",
-            "vocab_size",
-        }
+        # Sizes must be given: a default that differs from transformers' would be another model.
+        required = {name for name in names if name not in cls.__dict__}
+        required |= {"num_key_value_heads", "vocab_size"}
         missing = sorted(required - raw.keys())
         if missing:
             raise BadInput(f"{path}: {', '.join(missing)} missing")
-        check_numbers({name: raw[name] for name in names if name in raw}, path)
+        known = {name: raw[name] for name in names if name in raw}
+        check_numbers(known, path)
         scaling = {"rope_type": "yarn", **rope} if kind == "yarn" else None
         if scaling:
             check_numbers(scaling, path)
-        config = cls(
-            **{name: raw[name] for name in names if name in raw},
-            rope_theta=float(theta),
-            rope_scaling=scaling,
-        )
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise BadInput(
-                f"{path}: {config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key heads"
-            )
+        config = cls(**known, rope_theta=float(theta), rope_scaling=scaling)
+        queries, keys = config.num_attention_heads, config.num_key_value_heads
+        if queries % keys:
+            raise BadInput(f"{path}: {queries} query heads cannot share {keys} key heads")
         return config
 
     def to_dict(self, dtype=torch.float32):
-        """The config.json that transformers and vLLM read (rope in the old form, which both old and new ones
-        take)."""
-        name = str(dtype).removeprefix("torch.")
+        """The config.json that transformers and vLLM read. RoPE is in the old form, which all their versions
+        take."""
         fixed = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"}
-        return {
-            **fixed,
-            "attention_bias": False,
-            "use_sliding_window": False,
-            "torch_dtype": name,
-            **asdict(self),
-        }
+        fixed |= {"attention_bias": False, "use_sliding_window": False}
+        return {**fixed, "torch_dtype": str(dtype).removeprefix("torch."), **asdict(self)}
 
     def context(self, asked, directory):
-        """--context: `asked` tokens, or 0 for all the model has -> tokens. Raises BadInput for more than it
-        has."""
-        if asked > self.context_length:
-            raise BadInput(
-                f"--context {asked} is more than the {self.context_length} tokens of {directory}; it needs YaRN"
-            )
+        """--context `asked` -> tokens: `asked`, or for 0 all that the model has. Raises BadInput for more
+        than that; `directory` is for the message."""
+        limit = self.context_length
+        if asked > limit:
+            raise BadInput(f"--context {asked} is more than the {limit} tokens of {directory}; it needs YaRN")
         return asked or self.context_length
 
     @property
@@ -171,13 +151,12 @@ class Qwen3Config:
         yarn = self.rope_scaling
         if yarn is None:
             return self.max_position_embeddings
-        return max(
-            int(yarn["factor"] * yarn["original_max_position_embeddings"]), self.max_position_embeddings
-        )
+        extended = int(yarn["factor"] * yarn["original_max_position_embeddings"])
+        return max(extended, self.max_position_embeddings)
 
 
-LARGEST = 2**20  # of any size: products of three are still numbers that torch can hold
-# key of config.json, or of its YaRN settings: (type, least, most)
+LARGEST = 2**20  # of any size, so that torch can still hold a product of three
+# {key of config.json or of its YaRN settings: (type, least, most)}
 NUMBERS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), (int, 1, LARGEST)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (int, 1, LARGEST)),
@@ -188,14 +167,12 @@ NUMBERS = {
     **dict.fromkeys(("rms_norm_eps", "initializer_range"), (float, 0, 1)),
     "factor": (float, 1, 1e6),
 }
-OPTIONAL_NUMBERS = (
-    "beta_fast beta_slow attention_factor mscale mscale_all_dim".split()
-)  # of YaRN: more than 0, or null
+# YaRN's: more than 0, or null.
+OPTIONAL_NUMBERS = "beta_fast beta_slow attention_factor mscale mscale_all_dim".split()
 
 
 def check_numbers(values, path):
-    """Raises BadInput for the first of config.json's values that has another type than Qwen3's, or a size
-    none has."""
+    """Raises BadInput for the first of config.json's values that has a wrong type or is out of range."""
     for key, value in values.items():
         number = type(value) in (int, float) and math.isfinite(value)
         if key in NUMBERS:
@@ -218,7 +195,8 @@ def check_numbers(values, path):
 
 
 def read_object(path):
-    """A file of one JSON object -> dict. Raises BadInput."""
+    """A file with one JSON object -> dict. Raises BadInput for a file that is missing or holds something
+    else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8 and not JSON are ValueErrors
@@ -229,15 +207,19 @@ def read_object(path):
 
 
 def generation_config(directory):
-    """`directory`/generation_config.json, {} without one. vLLM reads it when it starts. Raises BadInput."""
+    """`directory`/generation_config.json -> dict, {} if there is none. vLLM reads it when it starts. Raises
+    BadInput as read_object."""
     path = Path(directory) / "generation_config.json"
     return read_object(path) if path.exists() else {}
 
 
 def check_weights(model, directory):
-    """That the tensors of `directory` are the parameters of `model` (which may be on the meta device), by
-    reading headers only -> {tensor name: file}. Raises BadInput for unreadable files and for tensors that are
-    missing, misshapen, unexpected or not of floating point."""
+    """Check that the tensors of `directory` are the parameters of `model`, which may be on the meta device.
+    Only headers are read -> {tensor name: file}.
+
+    Raises BadInput for unreadable files, and for tensors that are missing, unexpected, of another shape or
+    not of floating point.
+    """
     files = weight_files(Path(directory))
     parameters = dict(model.named_parameters())
     if model.config.tie_word_embeddings:
@@ -246,34 +228,33 @@ def check_weights(model, directory):
     if missing or unexpected:
         what, names = ("lacks", missing) if missing else ("has unexpected", unexpected)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise BadInput(
-            f"{directory}: the checkpoint {what} tensor {names[0]}{more}; is it the model of config.json?"
-        )
+        tensor = f"tensor {names[0]}{more}"
+        raise BadInput(f"{directory}: the checkpoint {what} {tensor}; is it the model of config.json?")
     for name, stored in stored_tensors(files):
+        file, dtype = files[name], stored.get_dtype()
         wanted, found = list(parameters[name].shape), stored.get_shape()
         if wanted != found:
-            raise BadInput(f"{files[name]}: {name} has shape {found}, config.json makes it {wanted}")
-        if stored.get_dtype() not in DTYPES:
-            raise BadInput(
-                f"{files[name]}: {name} is of {stored.get_dtype()}; weights are of {', '.join(DTYPES)}"
-            )
+            raise BadInput(f"{file}: {name} has shape {found}, config.json makes it {wanted}")
+        if dtype not in DTYPES:
+            raise BadInput(f"{file}: {name} is of {dtype}; weights are of {', '.join(DTYPES)}")
     return files
 
 
 @torch.no_grad()
 def load_weights(model, directory):
-    """Fill `model` from safetensors, one tensor at a time; of a sharded parameter each rank reads only its
-    own rows."""
+    """Fill `model` in place from safetensors, one tensor at a time, converted to the parameters' dtype. Of a
+    sharded parameter each rank reads only its own rows. Raises BadInput as check_weights, and for values that
+    are not finite."""
     parameters = dict(model.named_parameters())
     for name, stored in stored_tensors(check_weights(model, directory)):
-        local, first = local_rows(parameters[name])
+        local, first = weight_shard(parameters[name])
         local.copy_(stored[first : first + len(local)])
         if not local.isfinite().all():
             raise BadInput(f"{directory}: {name} has values that are not finite")
 
 
 def stored_tensors(files):
-    """{tensor name: file} -> (name, safetensors slice) one after the other, each file opened once."""
+    """{tensor name: file} -> yields (name, safetensors slice), each file opened once. Raises BadInput."""
     for file in sorted(set(files.values())):
         with open_safetensors(file) as tensors:
             for name in sorted(name for name in files if files[name] == file):
@@ -285,12 +266,13 @@ def stored_tensors(files):
 
 
 def save_checkpoint(model, directory, dtype=None, companions_from=None):
-    """Write a Hugging Face directory: config.json, safetensors in shards of at most 5 GB with an index if
-    several.
+    """Write a Hugging Face directory: config.json, and safetensors in shards of at most 5 GB, with an index
+    if there are several.
 
-    Every rank must call it (sharded parameters are gathered one at a time); rank 0 writes to a temporary name
-    beside `directory`, has it on disk and renames. `companions_from`: directory whose tokenizer files are
-    copied along.
+    dtype: of the weights on disk; default: the model's. companions_from: directory whose tokenizer files are
+    copied. Every rank must call it, as sharded parameters are gathered, one at a time. Rank 0 writes to a
+    temporary name beside `directory`, syncs it to disk and renames it. Raises BadInput for weights that
+    cannot be written.
     """
     directory = Path(directory)
     writer = not dist.is_initialized() or dist.get_rank() == 0
@@ -309,9 +291,8 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None):
         partial.mkdir(parents=True)
     parameters, index = dict(model.named_parameters()), {}
     for i, names in enumerate(shards):
-        file = (
-            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        )
+        numbered = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = numbered if len(shards) > 1 else "model.safetensors"
         tensors = {}
         for name in names:
             tensor = full_tensor(parameters[name])
@@ -321,7 +302,7 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None):
         if writer:
             try:
                 save_file(tensors, partial / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # its kind of OSError
+            except SafetensorError as error:  # what safetensors raises instead of an OSError
                 raise BadInput(f"{partial / file} cannot be written: {error}") from error
     if not writer:
         return
@@ -337,13 +318,13 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None):
 
 
 def full_tensor(parameter):
-    """The whole value of a parameter, gathered when it is an FSDP2 DTensor (then every rank must call)."""
+    """The whole value of a parameter, detached. An FSDP2 DTensor is gathered, so every rank must call it."""
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
-def local_rows(parameter):
-    """This rank's rows of a parameter and the index of the first: FSDP2 splits dimension 0 like torch.chunk,
-    over the last dimension of its mesh."""
+def weight_shard(parameter):
+    """-> this rank's rows of a parameter, and the index of the first. FSDP2 splits dimension 0 like
+    torch.chunk, over the last dimension of its mesh."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
     rank, world = parameter.device_mesh.get_local_rank(-1), parameter.device_mesh.size(-1)
@@ -351,7 +332,7 @@ def local_rows(parameter):
 
 
 def weight_files(directory):
-    """Tensor name -> safetensors file of a checkpoint directory, sharded or not. Raises BadInput."""
+    """A checkpoint directory, sharded or not -> {tensor name: safetensors file}. Raises BadInput."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if index.exists():
         names = read_object(index).get("weight_map")
@@ -360,9 +341,8 @@ def weight_files(directory):
         for name, file in names.items():
             # A plain name: an index must not make us read outside of its directory.
             if not (isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file):
-                raise BadInput(
-                    f"{index}: {name} must be in a .safetensors file beside the index, not in {file!r:.60}"
-                )
+                what = "must be in a .safetensors file beside the index"
+                raise BadInput(f"{index}: {name} {what}, not in {file!r:.60}")
         for file in sorted(set(names.values())):
             if not (directory / file).exists():
                 raise BadInput(f"{directory / file} is missing, but {index.name} names it")
@@ -374,6 +354,7 @@ def weight_files(directory):
 
 
 def open_safetensors(file):
+    """-> safetensors' handle of the file. Raises BadInput."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What does not fit shows at once, and in words."""
+"""Running out of memory: found before the first step, and explained in words."""
 
 from contextlib import contextmanager
 
@@ -10,29 +10,30 @@ from core import schedule
 
 @contextmanager
 def explain(what, fix):
-    """An out-of-memory error in here, CUDA's or a CPU's, becomes a BadInput that says in training on what,
-    and what to lower."""
+    """Context manager: an out-of-memory error inside it, CUDA's or a CPU's, becomes a BadInput. what: what
+    was being trained on; fix: the flags to lower."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        raise BadInput(
-            f"out of memory in training on {what}: lower {fix}; --plan shows what takes how much"
-        ) from error
+        plan = "--plan shows what takes the memory"
+        raise BadInput(f"out of memory in training on {what}: lower {fix}; {plan}") from error
 
 
 def explained(config, prompt_tokens):
-    """`explain` for a group of train.py."""
+    """`explain` for a group of train.py. config: train.py's Config."""
     what = f"{prompt_tokens} prompt tokens and up to {config.tokens_per_pass} completion tokens a pass"
-    flags = f"--tokens-per-pass or --context ({config.context}), or use --checkpointing, more ranks or --context-parallel"
-    return explain(what, flags)
+    flags = f"--tokens-per-pass or --context ({config.context})"
+    return explain(what, f"{flags}, or use --checkpointing, more ranks or --context-parallel")
 
 
 def rehearse(config, model, reference, prompt_tokens):
-    """The worst that can come, for nothing but its memory: the longest prompt and one pass of the most
-    completions, forward and backward. Gradients of 0 are added to the model's. Raises BadInput where it does
-    not fit."""
+    """Forward and backward of the largest group that can come, to see that it fits in memory: the longest
+    prompt, and the pass that takes the most. It adds gradients of 0 to the model's.
+
+    config: train.py's Config; reference: the KL term's model, or None. Raises BadInput if it does not fit.
+    """
     lengths = schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass)
     ids = torch.zeros(max(prompt_tokens, *lengths), dtype=torch.int64, device=next(model.parameters()).device)
     completions = [ids[:length] for length in lengths]

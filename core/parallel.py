@@ -4,16 +4,17 @@
     group = context_group("cuda", 8)                # eight neighbours train on the same prompt
     model = Qwen3.from_pretrained(directory, mesh=mesh, context=group)
 
-Context parallelism is DeepSpeed-Ulysses (arXiv 2309.14509) for a group that shares its prompt. The n ranks of
-a context group are given the same prompt and completions. Outside attention a rank holds its share of the
-tokens with all heads; in attention all tokens with its share of the heads; an all-to-all before attention and
-one after it exchange the two. The prompt's keys and values stay as attention had them, so completions find
-those of their heads on their own rank. What grows with tokens is thus 1/n on each rank: activations, keys and
-values, and their gradients.
+Context parallelism is DeepSpeed-Ulysses (arXiv 2309.14509) for completions that share a prompt. The n ranks
+of a context group are given the same prompt and completions. Outside attention a rank holds its share of the
+tokens, with all heads; in attention it holds all tokens, with its share of the heads. An all-to-all before
+attention and one after it exchange the two. The prompt's keys and values stay as attention had them, so
+completions find those of their heads on their own rank. What grows with tokens is thus 1/n on each rank:
+activations, keys and values, and their gradients.
 
-Log-probabilities are made whole on every rank. So each computes the same loss, and the gradient that enters
-through its own tokens is its part of the whole. Gradients of weights add up over all ranks, whether they
-trained on one prompt or on two.
+Log-probabilities are gathered on every rank of a context group, so each computes the same loss and the same
+statistics. A sum of statistics over all ranks therefore counts a group n times, and is divided by n
+(run/metrics.py). Gradients are not divided: a rank's backward reaches the weights only through its own
+tokens, so the ranks' gradients are parts that add up to the group's.
 """
 
 from itertools import pairwise
@@ -25,22 +26,21 @@ from base.cli import BadInput
 
 
 def weight_mesh(device_type, replicate=1):
-    """DeviceMesh of all ranks for fully_shard: (ranks,), or (replicate, ranks / replicate), of which FSDP2
-    shards over the second dimension and averages over both. None for one process on a CPU, where nothing is
-    sharded."""
+    """-> the DeviceMesh of all ranks for fully_shard: (ranks,), or (replicate, ranks / replicate), of which
+    FSDP2 shards over the second dimension and averages gradients over both. None for one process on a CPU,
+    where nothing is sharded."""
     world = dist.get_world_size()
     if device_type == "cpu" and world == 1:
         return None
     if replicate == 1:
         return dist.init_device_mesh(device_type, (world,))
-    return dist.init_device_mesh(
-        device_type, (replicate, world // replicate), mesh_dim_names=("replicate", "shard")
-    )
+    shape = replicate, world // replicate
+    return dist.init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def context_group(device_type, ranks):
-    """ProcessGroup of the `ranks` neighbours, of which this is one, that train on the same prompts; None if
-    ranks is 1."""
+    """-> the ProcessGroup of this rank and its neighbours, `ranks` in total, which train on the same prompts;
+    None if ranks is 1."""
     if ranks == 1:
         return None
     shape = dist.get_world_size() // ranks, ranks
@@ -48,24 +48,22 @@ def context_group(device_type, ranks):
 
 
 def check_heads(ranks, model_config):
-    """Raises BadInput when the heads cannot be dealt to `ranks` of a context group, each with its queries'
-    keys."""
+    """Raises BadInput unless the Qwen3Config's key heads can be divided evenly among `ranks` of a context
+    group."""
     heads = model_config.num_key_value_heads
     if heads % ranks:
-        raise BadInput(
-            f"--context-parallel {ranks} does not divide the model's {heads} key heads, which its ranks share"
-        )
+        problem = f"does not divide the model's {heads} key heads"
+        raise BadInput(f"--context-parallel {ranks} {problem}, which its ranks share")
 
 
 class Share:
-    """The tokens of T, from `start` to before `end`, that this rank of a context group holds; without a
-    group, all."""
+    """A rank's share of T tokens in a context group: those from `start` to before `end`, the slice `own`.
+    Without a group, all tokens."""
 
     def __init__(self, tokens, group=None):
         ranks, rank = (group.size(), group.rank()) if group else (1, 0)
-        bounds = [
-            tokens * r // ranks for r in range(ranks + 1)
-        ]  # the last rank has the last token, if others have none
+        # With fewer tokens than ranks some shares are empty, but never the last rank's.
+        bounds = [tokens * r // ranks for r in range(ranks + 1)]
         self.group, self.tokens, self.is_last = group, tokens, rank == ranks - 1
         self.sizes = [end - start for start, end in pairwise(bounds)]
         self.start, self.end = bounds[rank], bounds[rank + 1]
@@ -80,9 +78,10 @@ class Share:
         return Exchange.apply(x, self, False) if self.group else x
 
     def predictions(self, predictors):
-        """predictors (T,): which of [the prompt's last token | the T tokens] predicts each token -> indices
-        (n,) of the tokens that this rank predicts, and by which (n,) of [the prompt's last token, on the last
-        rank | its own tokens]."""
+        """predictors (T,) int64: which row of [the prompt's last token | the T tokens] predicts each token.
+
+        -> two (n,) int64: the tokens that this rank predicts, and the row that predicts each, of [the
+        prompt's last token, only on the last rank | this rank's own tokens]."""
         own = (predictors > self.start) & (predictors <= self.end)
         first = (predictors == 0) & self.is_last
         predicted = (own | first).nonzero()[:, 0]
@@ -90,25 +89,24 @@ class Share:
         return predicted, rows[predicted]
 
     def whole(self, x, predicted):
-        """What each rank knows of its predicted tokens, x (n,) -> of all, (T,), on every rank;
-        differentiable."""
-        return (
-            Whole.apply(x.new_zeros(self.tokens).index_copy(0, predicted, x), self.group) if self.group else x
-        )
+        """Each rank's values of its predicted tokens, x (n,) -> those of all T tokens, (T,), on every rank of
+        the group; differentiable."""
+        if not self.group:
+            return x
+        return Whole.apply(x.new_zeros(self.tokens).index_copy(0, predicted, x), self.group)
 
 
 class Exchange(torch.autograd.Function):
-    """Share.to_heads and Share.to_tokens: each is the gradient of the other. gloo and NCCL both take shares
-    of any size."""
+    """Share.to_heads and Share.to_tokens; each is the other's backward. Shares may differ in size, which gloo
+    and NCCL both allow."""
 
     @staticmethod
     def forward(ctx, x, share, to_heads):
         ctx.share, ctx.to_heads = share, to_heads
         ranks, own, heads = len(share.sizes), share.end - share.start, x.shape[2:]
         if to_heads:
-            sent = (
-                x[0].unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 1)
-            )  # (ranks * own, heads / ranks, ...)
+            by_rank = x[0].unflatten(1, (ranks, -1)).transpose(0, 1)  # (ranks, own, heads / ranks, ...)
+            sent = by_rank.flatten(0, 1)
             received = x.new_empty(1, share.tokens, *sent.shape[1:])
             dist.all_to_all_single(received[0], sent, share.sizes, [own] * ranks, group=share.group)
             return received
@@ -122,8 +120,8 @@ class Exchange(torch.autograd.Function):
 
 
 class Whole(torch.autograd.Function):
-    """Sum over the ranks of a group. All go on to compute the same of it, so that the gradient is everyone's
-    already."""
+    """Sum over the ranks of a group. Every rank computes the same loss from the sum, so the gradient that
+    comes back is already the whole one on each: backward sums nothing."""
 
     @staticmethod
     def forward(ctx, x, group):

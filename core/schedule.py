@@ -1,20 +1,19 @@
-"""Which rank trains which group, which completions, or documents of sft.py, go through the network together,
-and how the learning rate moves.
+"""Which rank trains which group, what goes through the network together, and how the learning rate changes.
 
-Everything here is arithmetic on lengths that every rank knows, so ranks agree without a word. FSDP2 gathers
-weights by collectives, hence all ranks must call the model equally often: they hold equally many groups, and
-train the k-th of each in equally many passes.
+Everything here is arithmetic on lengths that every rank knows, so ranks agree without communicating. FSDP2
+gathers weights by collectives, hence all ranks must call the model equally often: they train the same number
+of groups, and the k-th group of each rank in the same number of passes.
 """
 
 import math
 
 
 def assign(tokens, ranks):
-    """Assign groups of `tokens[i]` tokens to ranks, equally many to each -> for each rank its indices, the
-    longest first.
+    """Assign groups to ranks, the same number to each -> for each rank the indices of its groups, the longest
+    first.
 
-    The next longest group goes to the rank with the fewest tokens that still has room. len(tokens) must be a
-    multiple of ranks.
+    tokens: list of int, the tokens of each group; its length must be a multiple of `ranks`. The next longest
+    group goes to the rank that has the fewest tokens so far and still has room.
     """
     room = len(tokens) // ranks
     assignments = [[] for _ in range(ranks)]
@@ -27,12 +26,12 @@ def assign(tokens, ranks):
 
 
 def passes(lengths, budget, at_least=1):
-    """Cut completions into passes of at most `budget` tokens -> lists of indices, the longest completions
-    first.
+    """Divide completions into passes of at most `budget` tokens -> lists of indices, the longest first.
 
-    A pass counts as if all were as long as its longest, since it is padded for attention to itself: a long
-    completion does not make memory of short ones beside it. A completion longer than the budget gets a pass
-    of its own. at_least: how many passes there must be; the largest are halved until there are.
+    lengths: tokens of each completion. Each completion of a pass counts as many tokens as its longest, since
+    attention pads them, so short completions are not put beside a long one. A completion longer than the
+    budget gets a pass of its own. at_least: how many passes there must be; the largest are halved until there
+    are that many, or one for each completion.
     """
     parts = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -47,17 +46,19 @@ def passes(lengths, budget, at_least=1):
 
 
 def fullest(length, completions, budget):
-    """Lengths of the pass that takes the most memory of all that `passes` makes of completions up to `length`
-    tokens."""
+    """-> the lengths of the completions in the pass that takes the most memory, of all that `passes` could
+    make of `completions` completions of up to `length` tokens."""
     tokens = min(completions * length, max(length, budget))
     count = -(-tokens // length)
     return [tokens // count] * count
 
 
 def packs(lengths, budget, multiple):
-    """Documents of `lengths[i]` tokens -> packs (lists of indices) of at most `budget` tokens, as many as a
-    multiple of `multiple`, of which len(lengths) must be one. First fit, the longest first; a longer document
-    has a pack of its own."""
+    """Documents of `lengths[i]` tokens -> packs, lists of indices, of at most `budget` tokens each.
+
+    First fit, the longest first; a document longer than the budget has a pack of its own. The number of packs
+    is a multiple of `multiple`, and len(lengths) must be one.
+    """
     parts, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         k = next((k for k, free in enumerate(room) if lengths[i] <= free), len(parts))
@@ -73,13 +74,15 @@ def packs(lengths, budget, multiple):
 
 
 def work_for_rank(groups, rank, ranks, budget):
-    """What `rank` trains, in order: [(group, passes over its completions), ...], the longest group first.
+    """What `rank` of `ranks` trains, in order -> [(group, passes over its completions), ...], the longest
+    group first.
 
-    groups: all of an update, each with .tokens (prompt and completions) and .lengths (of G completions each).
+    groups: all groups of an update, each with .tokens (prompt and completions) and .lengths (of its
+    completions). budget: completion tokens of a pass.
     """
     assignments = assign([group.tokens for group in groups], ranks)
     result = []
-    for indices in zip(*assignments):  # what the ranks train at the same time
+    for indices in zip(*assignments):  # the groups that the ranks train at the same time
         most = max(len(passes(groups[i].lengths, budget)) for i in indices)
         group = groups[indices[rank]]
         result.append((group, passes(group.lengths, budget, most)))
@@ -87,11 +90,10 @@ def work_for_rank(groups, rank, ranks, budget):
 
 
 def warmup_factor(step, warmup):
-    """What the learning rate of step 1, 2, ... is multiplied by: up to 1 over `warmup` steps, linearly."""
+    """-> the learning rate's factor in step 1, 2, ...: linearly up to 1 over `warmup` steps."""
     return min(1.0, step / max(1, warmup))
 
 
 def cosine_factor(done, steps):
-    """What the learning rate is multiplied by after `done` of `steps` steps: a cosine from 1 down to a
-    tenth."""
+    """-> the learning rate's factor after `done` of `steps` steps: a cosine from 1 down to a tenth."""
     return 0.55 + 0.45 * math.cos(math.pi * (done / steps))

@@ -1,16 +1,16 @@
-"""Clamps: dimensions of Q and K that are held at a value while a model runs, in vLLM or in our own.
+"""Clamps: dimensions of Q and K that are held at a value while a model runs, in vLLM or in model.py.
 
     clamp = choose(magnitudes, means, fraction=0.3, rule="top")
     save("top.safetensors", clamp, {"rule": "top"})              # what the evaluations' --clamp reads
-    rollout.clamp(clamp)                                         # from now on; rollout.clamp({}) lets go
+    rollout.clamp(clamp)                                         # from now on; rollout.clamp({}) ends it
 
 A clamp is {"model.layers.0.self_attn.q_proj": (H * D,) fp32, "...k_proj": (Hk * D,) fp32, ...} for every
 layer: the value that a dimension of the projection's output is held at, NaN where it is left alone. H query
 heads, Hk key heads, D head size.
 """
 
-import hashlib
 import json
+from functools import partial
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,22 +23,22 @@ from base.cli import BadInput
 
 class Means:
     """Context manager: the global mean of each projection's output, over all tokens, heads and dimensions of
-    what our model reads inside it. After it .values is {"model.layers.0.self_attn.q_proj": float,
-    ...k_proj..., ...}."""
+    what our model reads inside it. Afterwards .values is {"model.layers.0.self_attn.q_proj": float,
+    ...k_proj..., ...}.
+    """
 
     def __init__(self, model):
         self.model, self.sums, self.counts = model, {}, {}
 
     def __enter__(self):
-        self.handles = []
-        for name, module in self.model.named_modules():
-            if name.endswith(("q_proj", "k_proj")):
-                self.handles.append(
-                    module.register_forward_hook(lambda m, args, out, name=name: self._add(name, out))
-                )
+        self.handles = [
+            module.register_forward_hook(partial(self._add, name))
+            for name, module in self.model.named_modules()
+            if name.endswith(("q_proj", "k_proj"))
+        ]
         return self
 
-    def _add(self, name, output):
+    def _add(self, name, module, arguments, output):
         self.sums[name] = self.sums.get(name, 0) + output.sum(dtype=torch.float64)
         self.counts[name] = self.counts.get(name, 0) + output.numel()
 
@@ -50,7 +50,7 @@ class Means:
 
 def choose(magnitudes, means, fraction, rule, generator=None):
     """saliency's magnitudes {name: (H, D)} and Means.values -> the clamp that holds the rows which
-    saliency.select_rows chooses by `rule` at their projection's mean; rule "untouched": one that holds
+    saliency.select_rows selects by `rule` at their projection's mean; rule "untouched": one that holds
     none."""
     free = {name: torch.full((magnitude.numel(),), torch.nan) for name, magnitude in magnitudes.items()}
     if rule == "untouched":
@@ -59,12 +59,12 @@ def choose(magnitudes, means, fraction, rule, generator=None):
     return {name: values.masked_fill(masks[f"{name}.weight"], means[name]) for name, values in free.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def save(path, clamp, about):
-    """A safetensors file with the dictionary `about`, how the clamp was chosen, in its metadata. Raises
-    BadInput when the disk does not take it."""
+    """A safetensors file with the dictionary `about`, which says how the clamp was chosen, in its metadata.
+    Raises BadInput when the disk does not take it."""
     try:
         with durable.replacing(path) as partial:
             save_file(clamp, partial, {"about": json.dumps(about)})
@@ -73,11 +73,12 @@ def save(path, clamp, about):
 
 
 def load(path, config):
-    """-> clamp, about; about has a hash of the clamp too. Raises BadInput for what is no clamp of this
+    """-> clamp, about; about also has a hash of the clamp. Raises BadInput unless the file is a clamp of this
     Qwen3Config."""
     try:
         with safe_open(path, "pt") as file:
-            clamp, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            clamp = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+            metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise BadInput(f"--clamp {path} cannot be read: {error}") from error
     try:
@@ -93,7 +94,8 @@ def load(path, config):
     }
     if {name: (tuple(values.shape), values.dtype) for name, values in clamp.items()} != wanted:
         raise BadInput(
-            f"--clamp {path} is of a model with other layers or heads; make one of this checkpoint by studies/perturb.py"
+            f"--clamp {path} is of a model with other layers or heads; "
+            "make one of this checkpoint by studies/perturb.py"
         )
-    digest = hashlib.sha256(b"".join(clamp[name].numpy().tobytes() for name in wanted)).hexdigest()[:16]
-    return clamp, {**about, "values": digest}
+    values = b"".join(clamp[name].numpy().tobytes() for name in wanted)
+    return clamp, {**about, "values": durable.digest(values)}

@@ -1,11 +1,11 @@
 """vLLM over the ranks of an evaluation: items in, finished samples out, each written when it is done.
 
-A script (eval_ruler.py) makes items and a function that scores them; an item is a dictionary
+A script (eval_ruler.py) makes items and a function that scores them. An item is a dictionary:
     id, task, length   which sample it is (id: unique text); task and length say where its score is averaged
-    prompt_ids         token ids, or a function that gives them: called only on the rank whose turn it is, when it is;
-                       where the seeds' prompts differ, {seed: token ids}
-    max_tokens         most tokens of its completion
-    expected           the right answer or answers, as JSON has them
+    prompt_ids         token ids, or a function that returns them, called only on the rank that needs them
+                       and only when it does; where the prompts differ between seeds, {seed: token ids}
+    max_tokens         maximum number of tokens of its completion
+    expected           the right answer or answers, as JSON values
 and whatever its scorer needs.
 """
 
@@ -28,16 +28,22 @@ NON_THINKING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
 PAPER = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # LongAct's: the whole distribution
 
 # Requests in the engine at once: more than a GPU runs together, few enough that their prompts fit in memory.
-# A CPU reads all prompts it is given before it answers the first, so there fewer means results sooner, at the
-# same speed.
+# A CPU reads all the prompts it is given before it answers the first, so fewer requests give results sooner,
+# at the same speed.
 IN_FLIGHT = 512 if torch.cuda.is_available() else 32
 
 
 class Engine:
-    """vLLM over a checkpoint, one per `tensor_parallel` ranks. context_length: most tokens of prompt and
-    completion; rope_scaling: YaRN instead of the checkpoint's own; share: of the GPU's memory; clamp: values
-    that dimensions of Q and K are held at (clamp.py), None for a plain engine; in_flight: most requests at
-    once. Raises BadInput if it cannot start."""
+    """vLLM over a checkpoint, one engine per `tensor_parallel` ranks.
+
+    context_length: maximum number of tokens of prompt and completion. rope_scaling: YaRN instead of the
+    checkpoint's own. memory_share: of the GPU's memory. clamp: values that dimensions of Q and K are held at
+    (evals/clamp.py), None for a plain engine. in_flight: maximum number of requests at once. Raises BadInput
+    if vLLM cannot start.
+
+    number, engines: which engine this rank belongs to, of how many. leader: whether this rank is the engine's
+    first.
+    """
 
     def __init__(
         self,
@@ -45,7 +51,7 @@ class Engine:
         context_length,
         tensor_parallel=1,
         rope_scaling=None,
-        share=0.9,
+        memory_share=0.9,
         clamp=None,
         in_flight=IN_FLIGHT,
     ):
@@ -54,36 +60,29 @@ class Engine:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         from rollout import Rollout  # importing vLLM takes seconds, and the user's input is checked before
 
+        options = (dtype(), 0, tensor_parallel, memory_share, rope_scaling)
         try:
-            self.rollout = Rollout(
-                *(checkpoint, context_length, dtype(), 0, tensor_parallel, share, rope_scaling),
-                eager=clamp is not None,
-            )
+            self.rollout = Rollout(checkpoint, context_length, *options, eager=clamp is not None)
         except ValueError as error:
-            raise BadInput(
-                f"vLLM cannot start with {context_length} tokens: {str(error).splitlines()[0]}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"vLLM cannot start with {context_length} tokens: {reason}") from error
         if clamp is not None:
             self.rollout.clamp(clamp)
         rank, world = processes.rank_and_world()
-        self.share, self.shares, self.leader = (
-            rank // tensor_parallel,
-            world // tensor_parallel,
-            rank % tensor_parallel == 0,
-        )
+        self.number, self.engines = rank // tensor_parallel, world // tensor_parallel
+        self.leader = rank % tensor_parallel == 0
 
     def stream(self, requests):
         """requests: iterable of (key, prompt ids, keywords of SamplingParams) -> yields (key, token ids,
-        whether it stopped by itself), each when it is done."""
+        whether the completion ended by itself), each when it is done."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine, requests, keys = self.rollout.engine.llm_engine, enumerate(requests), {}
+        how = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
         while True:
             for number, (key, prompt_ids, sampling) in itertools.islice(requests, self.in_flight - len(keys)):
-                params = SamplingParams(
-                    **sampling, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-                )
+                params = SamplingParams(**sampling, **how)
                 engine.add_request(str(number), {"prompt_token_ids": prompt_ids}, params)
                 keys[str(number)] = key
             if not keys:
@@ -91,11 +90,8 @@ class Engine:
             for output in engine.step():
                 if output.finished:
                     completion = output.outputs[0]
-                    yield (
-                        keys.pop(output.request_id),
-                        list(completion.token_ids),
-                        completion.finish_reason == "stop",
-                    )
+                    stopped = completion.finish_reason == "stop"
+                    yield keys.pop(output.request_id), list(completion.token_ids), stopped
 
     def close(self):
         """Shut vLLM down, and with it the process group."""
@@ -103,40 +99,39 @@ class Engine:
 
 
 def dtype():
-    """Name of the dtype that an evaluation computes in."""
+    """The name of the dtype that an evaluation computes in."""
     return str(processes.compute_dtype()).removeprefix("torch.")
 
 
-def evaluate(engine, results, items, total, seeds, sampling, stop_ids, tokenizer, score):
-    """Every item of `items` (an iterable of `total`) once per seed, except what `results` has; each is
-    written when done.
+def sampling_text(sampling):
+    """The parameters of a sampling, for a report."""
+    return ", ".join(f"{key} {value:g}" for key, value in sampling.items())
 
-    score(item, prediction) -> float. A sample's random numbers depend on its id and seed only. Results are
-    complete on rank 0 when it returns.
-    """
-    whole = Counter(item for item, _ in results.done)
-    left = total - sum(n >= seeds for n in whole.values())
-    mine = len(range(engine.share, left, engine.shares))
-    bar = tqdm(
-        total=mine * seeds,
-        desc="evaluate",
-        unit="sample",
-        disable=processes.rank_and_world()[0] != 0,
-        smoothing=0.05,
-    )
+
+def evaluate(engine, results, items, total, seeds, sampling, stop_ids, tokenizer, score):
+    """Complete and score every item of `items` (an iterable of `total`) once per seed, except what `results`
+    has; each sample is written when it is done.
+
+    score(item, prediction) -> float. A sample's random numbers depend on its id and seed only. When this
+    returns, the results are complete on rank 0."""
+    seeds_done = Counter(item for item, _ in results.done)
+    unfinished = total - sum(n >= seeds for n in seeds_done.values())
+    share = len(range(engine.number, unfinished, engine.engines))  # this engine's items
+    rank, world = processes.rank_and_world()
+    bar = tqdm(total=share * seeds, desc="evaluate", unit="sample", disable=rank != 0, smoothing=0.05)
 
     def requests():
-        unfinished = (item for item in items if whole[item["id"]] < seeds)
-        for item in itertools.islice(unfinished, engine.share, None, engine.shares):
+        left = (item for item in items if seeds_done[item["id"]] < seeds)
+        for item in itertools.islice(left, engine.number, None, engine.engines):
             ids = item["prompt_ids"]() if callable(item["prompt_ids"]) else item["prompt_ids"]
             for seed in range(seeds):
                 if (item["id"], seed) in results.done:
                     bar.update()
                     continue
-                number = int.from_bytes(hashlib.sha256(f"{item['id']} {seed}".encode()).digest()[:7])
-                limits = {"max_tokens": item["max_tokens"], "stop_token_ids": stop_ids, "seed": number}
-                own = ids[seed] if isinstance(ids, dict) else ids
-                yield (item, seed, len(own)), own, {**sampling, **limits}
+                vllm_seed = int.from_bytes(hashlib.sha256(f"{item['id']} {seed}".encode()).digest()[:7])
+                limits = {"max_tokens": item["max_tokens"], "stop_token_ids": stop_ids, "seed": vllm_seed}
+                prompt_ids = ids[seed] if isinstance(ids, dict) else ids
+                yield (item, seed, len(prompt_ids)), prompt_ids, {**sampling, **limits}
 
     for (item, seed, prompt_tokens), ids, finished in engine.stream(requests()):
         prediction = tokenizer.decode(ids, skip_special_tokens=True)
@@ -150,9 +145,9 @@ def evaluate(engine, results, items, total, seeds, sampling, stop_ids, tokenizer
             "completion_tokens": len(ids),
             "finished": finished,
         }
-        if engine.leader:  # ranks of one engine all have the same
+        if engine.leader:  # all ranks of an engine have the same completions
             results.write(record)
         bar.update()
     bar.close()
-    if processes.rank_and_world()[1] > 1:
+    if world > 1:
         dist.barrier()

@@ -1,6 +1,5 @@
 """GSM8K (arXiv 2110.14168): its file, prompts and answers. The evaluation: eval_gsm8k.py."""
 
-import hashlib
 import re
 from decimal import Decimal
 
@@ -8,52 +7,56 @@ from base.cli import BadInput
 from base.durable import json_lines
 
 # Wei et al. 2022 (arXiv 2201.11903), table 20, as published.
-EXEMPLARS = """Q: There are 15 trees in the grove. Grove workers will plant trees in the grove today. After they are done, \
-there will be 21 trees. How many trees did the grove workers plant today?
-A: There are 15 trees originally. Then there were 21 trees after some more were planted. So there must have been \
-21 - 15 = 6. The answer is 6.
+EXEMPLARS = """\
+Q: There are 15 trees in the grove. Grove workers will plant trees in the grove today. After they are \
+done, there will be 21 trees. How many trees did the grove workers plant today?
+A: There are 15 trees originally. Then there were 21 trees after some more were planted. So there must \
+have been 21 - 15 = 6. The answer is 6.
 
 Q: If there are 3 cars in the parking lot and 2 more cars arrive, how many cars are in the parking lot?
 A: There are originally 3 cars. 2 more cars arrive. 3 + 2 = 5. The answer is 5.
 
-Q: Leah had 32 chocolates and her sister had 42. If they ate 35, how many pieces do they have left in total?
-A: Originally, Leah had 32 chocolates. Her sister had 42. So in total they had 32 + 42 = 74. After eating 35, they had \
-74 - 35 = 39. The answer is 39.
+Q: Leah had 32 chocolates and her sister had 42. If they ate 35, how many pieces do they have left in \
+total?
+A: Originally, Leah had 32 chocolates. Her sister had 42. So in total they had 32 + 42 = 74. After eating \
+35, they had 74 - 35 = 39. The answer is 39.
 
-Q: Jason had 20 lollipops. He gave Denny some lollipops. Now Jason has 12 lollipops. How many lollipops did Jason give to \
-Denny?
-A: Jason started with 20 lollipops. Then he had 12 after giving some to Denny. So he gave Denny 20 - 12 = 8. The answer is 8.
+Q: Jason had 20 lollipops. He gave Denny some lollipops. Now Jason has 12 lollipops. How many lollipops \
+did Jason give to Denny?
+A: Jason started with 20 lollipops. Then he had 12 after giving some to Denny. So he gave Denny 20 - 12 = \
+8. The answer is 8.
 
-Q: Shawn has five toys. For Christmas, he got two toys each from his mom and dad. How many toys does he have now?
-A: Shawn started with 5 toys. If he got 2 toys each from his mom and dad, then that is 4 more toys. 5 + 4 = 9. The answer \
-is 9.
+Q: Shawn has five toys. For Christmas, he got two toys each from his mom and dad. How many toys does he \
+have now?
+A: Shawn started with 5 toys. If he got 2 toys each from his mom and dad, then that is 4 more toys. 5 + 4 \
+= 9. The answer is 9.
 
-Q: There were nine computers in the server room. Five more computers were installed each day, from monday to thursday. How \
-many computers are now in the server room?
-A: There were originally 9 computers. For each of 4 days, 5 more computers were added. So 5 * 4 = 20 computers were added. \
-9 + 20 is 29. The answer is 29.
+Q: There were nine computers in the server room. Five more computers were installed each day, from monday \
+to thursday. How many computers are now in the server room?
+A: There were originally 9 computers. For each of 4 days, 5 more computers were added. So 5 * 4 = 20 \
+computers were added. 9 + 20 is 29. The answer is 29.
 
-Q: Michael had 58 golf balls. On tuesday, he lost 23 golf balls. On wednesday, he lost 2 more. How many golf balls did he \
-have at the end of wednesday?
-A: Michael started with 58 golf balls. After losing 23 on tuesday, he had 58 - 23 = 35. After losing 2 more, he had \
-35 - 2 = 33 golf balls. The answer is 33.
+Q: Michael had 58 golf balls. On tuesday, he lost 23 golf balls. On wednesday, he lost 2 more. How many \
+golf balls did he have at the end of wednesday?
+A: Michael started with 58 golf balls. After losing 23 on tuesday, he had 58 - 23 = 35. After losing 2 \
+more, he had 35 - 2 = 33 golf balls. The answer is 33.
 
 Q: Olivia has $23. She bought five bagels for $3 each. How much money does she have left?
-A: Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. So she has 23 - 15 dollars left. 23 - 15 \
-is 8. The answer is 8."""
+A: Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. So she has 23 - 15 \
+dollars left. 23 - 15 is 8. The answer is 8."""
 
-INSTRUCTION = (
-    'Think step by step. End with a line of the form "#### answer", the answer as a plain number.'  # ours
-)
+# Ours.
+INSTRUCTION = 'Think step by step. End with a line of the form "#### answer", the answer as a plain number.'
 
-# What follows the marker must be a whole number: no part of a fraction (1/2, 1 1/2), a time (3:00), a power
-# (2^10, 1e3), a sum (2 + 3) or a range (2-3). Possessive quantifiers (*+): a model may write thousands of
-# spaces.
+# What follows the marker must be a complete number, not part of a fraction (1/2, 1 1/2), a time (3:00), a
+# power (2^10, 1e3), a sum (2 + 3) or a range (2-3). The quantifiers are possessive (*+), since a model may
+# write thousands of spaces.
 ANSWER = re.compile(
     r"(?:####(?:[\s*]*+[Aa]nswer:?)?|[Tt]he (?:final )?answer is:?|\\boxed\{)"
     r"[\s*]*+(-?)[\s*]*+\\?[$€£]?\s*+(-?[\d.,]*\d)"
     r"(?![.,]?\d|[eE][+-]?\d|[ \t]*+(?:\d|\\[dt]?frac|(?:[/:^×*+-]|x|\\times|\\cdot)[ {$]*+\d))"
 )
+LATEX = {"{,}": ",", "\\,": "", "\\!": "", "\u2212": "-"}  # thousands and spaces of LaTeX; a minus sign
 
 
 def base_prompt(question):
@@ -66,7 +69,7 @@ def chat_prompt(question):
 
 
 def base_answer(completion):
-    """A base model goes on with questions of its own: what it says before the first."""
+    """What a base model says before it goes on with questions of its own."""
     return completion.split("\nQ:")[0]
 
 
@@ -77,38 +80,27 @@ def number(text):
 
 
 def extract(text):
-    """The last number that follows ####, "The answer is" or \\boxed{; None if there is none. Signs of
-    currency, asterisks, commas, LaTeX's spaces and what follows the number (a unit, %, a sentence) do not
-    matter."""
-    for written, plain in (
-        ("{,}", ","),
-        ("\\,", ""),
-        ("\\!", ""),
-        ("\u2212", "-"),
-    ):  # LaTeX's thousands; a minus
+    """The last number that follows ####, "The answer is" or \\boxed{; None if there is none. Currency signs,
+    asterisks, commas, LaTeX's spaces and what follows the number (a unit, %, a sentence) do not matter."""
+    for written, plain in LATEX.items():
         text = text.replace(written, plain)
     found = ANSWER.findall(text)
     return number("".join(found[-1])) if found else None
 
 
 def read(path):
-    """The official JSONL: {"question", "answer": "reasoning #### 18"} a line -> list of (id, question,
-    Decimal). Raises BadInput with the line's number."""
+    """The official JSONL, a line of which is {"question", "answer": "reasoning #### 18"} -> list of (id,
+    question, Decimal). Raises BadInput with the line's number."""
     rows = []
     for name, where, row in json_lines(path):
-        if not isinstance(row, dict) or not all(
-            isinstance(row.get(key), str) for key in ("question", "answer")
-        ):
+        texts = [row.get(key) for key in ("question", "answer")] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
             raise BadInput(f'{where} must be an object with the texts "question" and "answer"')
-        gold = number(row["answer"].split("####")[-1].strip()) if "####" in row["answer"] else None
-        if gold is None or not row["question"].strip():
+        question, answer = texts
+        gold = number(answer.split("####")[-1].strip()) if "####" in answer else None
+        if gold is None or not question.strip():
             raise BadInput(
                 f'{where}: "answer" must end with #### and a number, and "question" must not be empty'
             )
-        rows.append((name, row["question"], gold))
+        rows.append((name, question, gold))
     return rows
-
-
-def digest(rows):
-    """A hash of what `read` gives."""
-    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]

@@ -1,12 +1,13 @@
-"""LongBench v2 (arXiv 2412.15204): its file, its prompts, its answers. The evaluation: eval_longbench.py.
+"""LongBench v2 (arXiv 2412.15204): its file and its prompts. How an answer is read:
+rewards.stated_choice. The evaluation: eval_longbench.py.
 
     entries, digest = longbench.index("data.json")          # 503 entries: where each item lies in the file
     item = longbench.read_item("data.json", entries[0])     # one item, with its document of up to 8 MB
     longbench.fill(longbench.ZERO_SHOT, item)               # the user's message
 
-Behaviour of github.com/THUDM/LongBench (pred.py, result.py, prompts/) at 2e00731, in our own code. The file
-(465 MB, a JSON list) is never held as a whole: `index` reads it once, checks every item and remembers its
-place.
+It behaves as github.com/THUDM/LongBench (pred.py, result.py, prompts/) at 2e00731; the code is our own. The
+file (465 MB, a JSON list) is never in memory as a whole: `index` reads it once, checks every item and
+remembers its place.
 """
 
 import codecs
@@ -36,7 +37,8 @@ TEXT = "Please read the following text and answer the question{} below.\n\n<text
 ZERO_SHOT = TEXT.format("") + QUESTION + FORMAT
 COT = TEXT.format("s") + QUESTION + "Let’s think step by step:"
 COT_ANSWER = (
-    "Please read the following text and answer the questions below.\n\nThe text is too long and omitted here.\n\n"
+    "Please read the following text and answer the questions below.\n\n"
+    "The text is too long and omitted here.\n\n"
     + QUESTION
     + "Let’s think step by step: $COT$\n\nBased on the above, what is the single, most likely answer choice? "
     + FORMAT
@@ -47,13 +49,13 @@ OFFICIAL_ITEMS, OFFICIAL_LENGTHS = 503, {"short": 180, "medium": 215, "long": 10
 CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")
 CHUNK = 1 << 20  # bytes read at a time
 
-# ------------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 
 
 def fill(template, item, reasoning=""):
-    """A template with an item's texts, stripped, in the official order: each replaces all its placeholders,
-    those inside texts that were filled in before too, as the official code does. reasoning: the first
-    stage's, for COT_ANSWER."""
+    """A template filled with an item's texts, stripped. As in the official code, and in its order, each text
+    replaces all its placeholders, also those inside texts that were filled in before. reasoning: of the first
+    stage, for COT_ANSWER."""
     texts = {"$DOC$": item["context"], "$Q$": item["question"]}
     texts |= {f"$C_{choice[-1]}$": item[choice] for choice in CHOICES} | {"$COT$": reasoning}
     for placeholder, text in texts.items():
@@ -62,20 +64,17 @@ def fill(template, item, reasoning=""):
 
 
 def encoder(tokenizer, thinking):
-    """-> a function: the user's message (text), max_input -> token ids (list) with the chat template around
-    it.
+    """-> a function (the user's message, max_input) -> list of token ids, with the chat template around it.
 
-    Of a message of more than `max_input` tokens the middle is left out, before the template comes: the first
-    max_input // 2 and the last (max_input + 1) // 2 stay and become text again. That text may have a few
-    tokens more than it was made of, where the halves meet. The message is encoded without its template, once:
-    it begins with a letter after a line end and ends before a special token, and no token of Qwen's crosses
-    either (see the tests). A special token that a document spells, such as <|im_end|>, stays text; in the
-    official code it ends the user's turn, or is lost if the prompt is cut.
+    Of a message of more than `max_input` tokens the middle is left out before the template is added: the
+    first max_input // 2 and the last (max_input + 1) // 2 tokens stay and become text again. That text may
+    have a few tokens more than it was made of, where the halves meet. The message is encoded without its
+    template, once: it begins with a letter after a line end and ends before a special token, and none of
+    Qwen's tokens crosses either (see the tests). A special token that a document spells, such as <|im_end|>,
+    stays text; in the official code it ends the user's turn, or is lost if the prompt is cut.
     """
-    before, after = (
-        _ids(tokenizer, part)
-        for part in chat.render([{"role": "user", "content": "\0"}], thinking).split("\0")
-    )
+    template = chat.render([{"role": "user", "content": "\0"}], thinking)
+    before, after = (_ids(tokenizer, part) for part in template.split("\0"))
     plain = copy.deepcopy(tokenizer)
     plain.encode_special_tokens = True  # as text
 
@@ -89,31 +88,34 @@ def encoder(tokenizer, thinking):
 
 
 def _ids(tokenizer, text):
-    # A batch of one, since only batches let other threads run; the fast kind, which does not say where in the
-    # text they are.
+    # A batch of one, since only batches let other threads run; the fast kind, which leaves out the tokens'
+    # places in the text.
     return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def ahead(function, keys, workers, depth):
     """Yields function(key), a list of int, for each key in order; `workers` threads keep up to `depth` keys
     ahead."""
+
+    def compact(key):
+        return array("I", function(key))  # a list takes nine times the memory
+
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         for key in keys:
-            waiting.append(
-                pool.submit(lambda key=key: array("I", function(key)))
-            )  # a list takes nine times the memory
+            waiting.append(pool.submit(compact, key))
             if len(waiting) > depth:
                 yield waiting.popleft().result().tolist()
         while waiting:
             yield waiting.popleft().result().tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------- file
+# ------------------------------------------------------------------------------------------------------- file
 
 
 class Entry(NamedTuple):
-    """An item without its texts. document: hash of its context; start, size: its place in the file, bytes."""
+    """An item without its texts. document: hash of its context; start, size: its place in the file, in
+    bytes."""
 
     id: str
     difficulty: str
@@ -125,9 +127,11 @@ class Entry(NamedTuple):
 
 
 def index(path):
-    """All items of a LongBench v2 file -> (list of Entry, hash of the file). Raises BadInput for a file that
-    is no JSON list, for a malformed item (by its _id), and for 503 items that are not the official ones by
-    their length classes."""
+    """All items of a LongBench v2 file -> (list of Entry, hash of the file).
+
+    Raises BadInput for a file that is not a JSON list, for a malformed item (it names its _id), and for 503
+    items whose length classes are not those of the official ones.
+    """
     entries, ids, digest = [], set(), hashlib.sha256()
     for number, (item, start, size) in enumerate(stream(path, digest), 1):
         label = f" (_id {reprlib.repr(item['_id'])})" if "_id" in item else ""
@@ -137,29 +141,25 @@ def index(path):
             raise BadInput(f"{where}: an earlier item has the same _id; remove one")
         ids.add(item["_id"])
         document = hashlib.sha256(item["context"].encode()).hexdigest()
-        entries.append(
-            Entry(item["_id"], item["difficulty"], item["length"], item["answer"], document, start, size)
-        )
+        kept = [item[key] for key in ("_id", "difficulty", "length", "answer")]
+        entries.append(Entry(*kept, document, start, size))
     if not entries:
         raise BadInput(f"{path} has no items")
     lengths = counts(entries)["length"]
     if len(entries) == OFFICIAL_ITEMS and lengths != OFFICIAL_LENGTHS:
         raise BadInput(
-            f"{path} has {OFFICIAL_ITEMS} items, {_listed(lengths)}; LongBench v2 has {_listed(OFFICIAL_LENGTHS)}: "
-            "download its data.json again"
+            f"{path} has {OFFICIAL_ITEMS} items, {_listed(lengths)}; "
+            f"LongBench v2 has {_listed(OFFICIAL_LENGTHS)}: download its data.json again"
         )
     return entries, digest.hexdigest()[:16]
 
 
-def dealt(entries, engines):
-    """The entries in an order in which those of one document follow each other, for vLLM's prefix cache, when
-    the order is dealt to `engines` engines in turn. Documents come by their hash, so that each engine has
-    long ones and short ones."""
-    entries, order, first = (
-        sorted(entries, key=lambda entry: (entry.document, entry.id)),
-        [None] * len(entries),
-        0,
-    )
+def by_document(entries, engines):
+    """The entries in an order in which those of one document follow each other on each engine, for vLLM's
+    prefix cache, when `engines` engines take them in turn. Documents are sorted by their hash, so that each
+    engine gets long ones and short ones."""
+    entries = sorted(entries, key=lambda entry: (entry.document, entry.id))
+    order, first = [None] * len(entries), 0
     for engine in range(engines):
         after = first + len(range(engine, len(entries), engines))
         order[engine::engines] = entries[first:after]
@@ -203,40 +203,34 @@ SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 
 
 def stream(path, digest=None, chunk=CHUNK):
-    """Yields (object, start, size) for each object of the JSON list in the file: where it is, in bytes. Of
-    the file no more is in memory than a chunk and twice an object. digest: a hash that takes in the file's
-    bytes. Raises BadInput for a file that is not a list of objects."""
+    """Yields (object, start, size) for each object of the JSON list in the file; start and size are its
+    place, in bytes. No more of the file is in memory than a chunk and twice an object. digest: a hash object
+    that is updated with the file's bytes. Raises BadInput for a file that is not a list of objects."""
     decoder, decode, number = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")().decode, 0
-    text, at, place, ended = (
-        "",
-        0,
-        0,
-        False,
-    )  # text[at:] is read and not yet understood; it begins at byte `place`
+    # text[at:] is read and not yet parsed; it begins at byte `place`.
+    text, at, place, ended = "", 0, 0, False
 
     def more():
         nonlocal text, at, ended
-        # A long object's second half is read at once, since every attempt parses it from its start.
+        # At least as much as is there already, since every attempt parses an object from its start.
         block = file.read(max(chunk, len(text) - at))
         if digest:
             digest.update(block)
         text, at, ended = text[at:] + decode(block, not block), 0, not block
 
     def following(*wanted):
-        """Skips space and returns the next character, or "the end" of the file; it must be one of
-        `wanted`."""
+        """Skip white space -> the next character, or "the end" of the file; it must be one of `wanted`."""
         nonlocal at, place
         while (stop := SPACE.match(text, at).end()) == len(text) and not ended:
             more()
         at, place = stop, place + stop - at
         found = text[at : at + 1] or "the end"
         if found not in wanted:
-            after, shown = (
-                f"after item {number}, " if number else "",
-                found if found.isprintable() else repr(found),
-            )
+            after = f"after item {number}, " if number else ""
+            shown = found if found.isprintable() else repr(found)
             raise BadInput(
-                f"{path} is not a JSON list of objects: {after}byte {place} is {shown}, not {' or '.join(wanted)}"
+                f"{path} is not a JSON list of objects: {after}byte {place} is {shown}, "
+                f"not {' or '.join(wanted)}"
             )
         return found
 
@@ -249,8 +243,8 @@ def stream(path, digest=None, chunk=CHUNK):
                 try:
                     value, stop = decoder.raw_decode(text, at)
                 except json.JSONDecodeError as error:
-                    # The chunk's end cut it off if the error is there, or is a string's, which is placed at
-                    # its start.
+                    # The end of the chunk cut the object off if the error is near it, or if a string did not
+                    # end; that error is placed where the string starts.
                     if ended or not (error.msg.startswith("Unterminated") or error.pos > len(text) - 16):
                         raise
                     more()

@@ -1,14 +1,14 @@
 """What an evaluation leaves: results that outlive the process, in a directory that holds
+
 settings.json      everything that the scores depend on; a directory with other settings is refused
-results.jsonl      one finished sample a line: id, task, length, seed, expected, prediction, score, prompt_tokens,
-                   completion_tokens, finished (it stopped by itself). Ranks above 0 write
+results.jsonl      one finished sample a line: id, task, length, seed, expected, prediction, score,
+                   prompt_tokens, completion_tokens, finished (it ended by itself). Ranks above 0 write
                    results.<rank>.jsonl, which rank 0 takes in at the end, or when an interrupted run is
                    started again
 results.json       settings, versions, machine, scores with standard errors (the script's)
 lock               held by the operating system for the evaluation that writes here; the empty file stays
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -21,59 +21,60 @@ from pathlib import Path
 import torch
 
 from base import durable, processes
-from base.cli import BadInput
+from base.cli import BadInput, brief
 
 
 class Results:
-    """The finished samples of an evaluation in the directory `out`; done: set of (id, seed), some of
-    `expected`.
+    """The finished samples of an evaluation in the directory `out`. .done: the set of their (id, seed).
 
-    expected: {(id, seed): (task, length)} of all its samples. Raises BadInput if the directory holds
-    something else, results of other settings or samples, or if another evaluation is writing there: rank 0
-    holds the directory's lock as long as it lives.
-    """
+    expected: {(id, seed): (task, length)} of all samples of the evaluation. Raises BadInput if the directory
+    holds something else, or results of other settings or samples, or if another evaluation is writing there:
+    rank 0 holds the directory's lock as long as it lives."""
 
     def __init__(self, out, settings, expected):
-        self.out, self.expected = Path(out), expected
-        self.done = processes.on_rank_0(lambda: self._start(settings))
+        self.out, self.settings, self.expected = Path(out), settings, expected
+        self.done = processes.on_rank_0(self._start)
         self.file = None
 
-    def _start(self, settings):
+    def _start(self):
         settings_file = self.out / "settings.json"
         self.lock = lock_results(self.out, "settings.json", "evaluation")
         if settings_file.exists():
-            difference = different(read_settings(settings_file), settings)
-            if difference:
+            if difference := different(read_settings(settings_file), self.settings):
                 raise BadInput(
-                    f"{self.out} holds results of other settings: {difference}; choose another --out or remove it"
+                    f"{self.out} holds results of other settings: {difference}; "
+                    "choose another --out or remove it"
                 )
         elif list(self.out.glob("results*.jsonl")):
             raise BadInput(
-                f"{self.out} has results and no settings.json: nobody knows of what; choose another --out"
+                f"{self.out} has results and no settings.json: settings unknown; choose another --out"
             )
         else:
-            durable.write_json(settings_file, settings)
+            durable.write_json(settings_file, self.settings)
         return {(record["id"], record["seed"]) for record in self._collect()}
 
     def _collect(self):
-        """All finished samples, in results.jsonl and in order; the ranks' own files are taken in."""
+        """All finished samples, sorted; they are then all in results.jsonl, and the other ranks' files
+        removed."""
         files = sorted(self.out.glob("results*.jsonl"))
         records = {(record["id"], record["seed"]): record for file in files for record in read_results(file)}
         if others := records.keys() - self.expected.keys():
             item, seed = min(others)
             raise BadInput(
-                f"{self.out} holds a sample that is not of this evaluation: {item}, seed {seed}; remove its line"
+                f"{self.out} holds a sample that is not of this evaluation: {item}, seed {seed}; "
+                "remove its line"
             )
         for key, record in records.items():
             if (found := (record["task"], record["length"])) != self.expected[key]:
                 raise BadInput(
-                    f"{self.out} holds {key[0]} as one of {brief(found)}, not {brief(self.expected[key])}; remove its line"
+                    f"{self.out} holds {key[0]} as one of {brief(found)}, not {brief(self.expected[key])}; "
+                    "remove its line"
                 )
-        # Numbered ids sort by number this way.
-        order = sorted(
-            records, key=lambda key: (records[key]["task"], records[key]["length"], len(key[0]), key)
-        )
-        records = [records[key] for key in order]
+
+        def place(key):  # numbered ids are in the order of their numbers
+            return records[key]["task"], records[key]["length"], len(key[0]), key
+
+        records = [records[key] for key in sorted(records, key=place)]
         durable.write(self.out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         for file in files:
             if file.name != "results.jsonl":
@@ -81,29 +82,36 @@ class Results:
         return records
 
     def write(self, record):
+        """One more finished sample, on any rank. Raises BadInput when the disk does not take it."""
         if self.file is None:
             rank = processes.rank_and_world()[0]
-            self.file = open(
-                self.out / (f"results.{rank}.jsonl" if rank else "results.jsonl"), "ab", buffering=0
-            )
+            name = f"results.{rank}.jsonl" if rank else "results.jsonl"
+            self.file = open(self.out / name, "ab", buffering=0)
         durable.append(self.file, record)
 
     def read(self):
-        """All samples; for rank 0, after `run`. Raises BadInput if one has no result."""
+        """All samples; for rank 0, after engine.evaluate. Raises BadInput if one has no result."""
         records = self._collect()
         if missing := self.expected.keys() - {(record["id"], record["seed"]) for record in records}:
             item, seed = min(missing)
             raise BadInput(
-                f"{self.out} has no result of {len(missing)} of {len(self.expected)} samples, such as {item}, seed {seed}; "
-                "the same command makes them"
+                f"{self.out} has no result of {len(missing)} of {len(self.expected)} samples, "
+                f"such as {item}, seed {seed}; the same command makes them"
             )
         return records
 
+    def write_report(self, tensor_parallel, report):
+        """results.json: settings, versions and machine, then what the dictionary `report` says -> its
+        path."""
+        path = self.out / "results.json"
+        durable.write_json(path, {"settings": self.settings, **environment(tensor_parallel), **report})
+        return path
+
 
 def lock_results(out, mark, what):
-    """Make the directory `out`, or enter it if it is empty, has a file `mark` or was claimed before -> its
-    lock, see durable.lock. Raises BadInput if it is something else, as `what` (evaluation) has no place in
-    it, cannot be written, or is claimed by another process."""
+    """Make the directory `out`, or use it if it is empty, has a file `mark` or was locked before -> its lock,
+    see durable.lock. Raises BadInput if it holds other files, and no `what` (such as "evaluation"), if it
+    cannot be written, or if another process has its lock."""
     try:
         if out.exists():
             names = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"}
@@ -124,13 +132,8 @@ def different(old, new):
     return ""
 
 
-def brief(value):
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
 def results_file(path):
-    """The results.jsonl that `path` is, or the directory of. Raises BadInput if there is none."""
+    """The results.jsonl at `path`, which is the file or its directory. Raises BadInput if there is none."""
     path = Path(path)
     file = path / "results.jsonl" if path.is_dir() else path
     if not file.exists():
@@ -139,10 +142,9 @@ def results_file(path):
 
 
 def read_results(path):
-    """The objects of a results file, which are in it once each. Raises BadInput as read_lines, and for a
-    sample's second line."""
-    seen = set()
-    for number, record in enumerate(records := read_lines(path, wrong_in), 1):
+    """The samples of a results file. Raises BadInput as read_lines does, and for a sample's second line."""
+    records, seen = read_lines(path, wrong_in), set()
+    for number, record in enumerate(records, 1):
         key = record["id"], record["seed"]
         if key in seen:
             raise BadInput(
@@ -154,8 +156,8 @@ def read_results(path):
 
 def read_lines(path, wrong_in):
     """The objects of a JSONL file. A last line that a killed process left unfinished is left out, with a
-    warning. Raises BadInput for a file that cannot be read, or a line of which wrong_in(object) says what is
-    wrong."""
+    warning. wrong_in(object): what is wrong with it, "" if nothing is. Raises BadInput for a file that cannot
+    be read and for a line with something wrong in it."""
     try:
         *lines, rest = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -175,22 +177,22 @@ def read_lines(path, wrong_in):
 
 
 KINDS = {
-    **{
-        "id": (str,),
-        "task": (str,),
-        "length": (int, str),
-        "seed": (int,),
-        "prediction": (str,),
-        "score": (int, float),
-    },
-    **{"prompt_tokens": (int,), "completion_tokens": (int,), "finished": (bool,)},
+    "id": (str,),
+    "task": (str,),
+    "length": (int, str),
+    "seed": (int,),
+    "prediction": (str,),
+    "score": (int, float),
+    "prompt_tokens": (int,),
+    "completion_tokens": (int,),
+    "finished": (bool,),
 }
-MOST = {"score": 1}  # of other numbers 2^53, from which on floats leave integers out
-HALF = re.compile("[\ud800-\udfff]")  # of a character, a lone surrogate, which no terminal shows
+MOST = {"score": 1}  # other numbers: 2^53, above which floats cannot hold every integer
+SURROGATE = re.compile("[\ud800-\udfff]")  # unpaired: no terminal can show it
 
 
 def wrong_in(record):
-    """What keeps a line of a results file from being one; "" if nothing does."""
+    """What is wrong with a line of a results file; "" if nothing is."""
     if not isinstance(record, dict):
         return "no JSON object"
     for key, kinds in KINDS.items():
@@ -198,37 +200,32 @@ def wrong_in(record):
             return f"no {key}"
         value = record[key]
         number = type(value) in (int, float)
-        if type(value) not in kinds or (number and not 0 <= value <= MOST.get(key, 2**53)):  # NaN is neither
+        if type(value) not in kinds or (
+            number and not 0 <= value <= MOST.get(key, 2**53)
+        ):  # NaN is refused too
             return f"{key} is {brief(value)}"
-        if isinstance(value, str) and HALF.search(value):
-            return f"{key} has half a character"
+        if isinstance(value, str) and SURROGATE.search(value):
+            return f"{key} has an unpaired surrogate"
     return ""
 
 
 def read_settings(path):
-    """Raises BadInput for what is no settings.json."""
+    """The settings of an evaluation. Raises BadInput for a file that is not its settings.json."""
     try:
         settings = json.loads(path.read_bytes())
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error
-    if (
-        not isinstance(settings, dict)
-        or not isinstance(name := settings.get("checkpoint"), str)
-        or HALF.search(name)
-    ):
+    checkpoint = settings.get("checkpoint") if isinstance(settings, dict) else None
+    if not isinstance(checkpoint, str) or SURROGATE.search(checkpoint):
         raise BadInput(f'{path} is not an evaluation\'s: it must be an object with the "checkpoint"')
     return settings
 
 
 def weights_fingerprint(checkpoint):
     """A hash of all safetensors files: some seconds for 8B parameters, which are about to be read anyway."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return durable.digest_of_files(sorted(Path(checkpoint).glob("*.safetensors")))[:16]
 
 
 def environment(tensor_parallel):
@@ -244,9 +241,8 @@ def environment(tensor_parallel):
     git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent.parent)]
     asked = ["describe", "--always"], ["status", "--porcelain", "--untracked-files=no"]
     try:
-        commit, changed = (
-            subprocess.run(git + a, capture_output=True, text=True, check=True).stdout.strip() for a in asked
-        )
+        answers = [subprocess.run(git + a, capture_output=True, text=True, check=True).stdout for a in asked]
+        commit, changed = map(str.strip, answers)
         commit += "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
         commit = None

@@ -1,5 +1,8 @@
-"""Rows -> ChatML -> token ids. Where rows come from: sources.py; how answers are judged: rewards.py; tasks
-made on the fly: tasks.py."""
+"""Rows -> Qwen3's chat format (ChatML) -> token ids.
+
+Rows come from prompts/sources.py or prompts/tasks.py; answers are scored by prompts/rewards.py. A message is
+{"role": "system", "user" or "assistant", "content": text}.
+"""
 
 from pathlib import Path
 
@@ -9,14 +12,14 @@ from base.cli import BadInput
 
 NO_THOUGHT = "<think>\n\n</think>\n\n"  # how Qwen3 begins an answer without thinking
 
-# ------------------------------------------------------------------------------------------------------------- ChatML
+# ----------------------------------------------------------------------------------------------------- ChatML
 
 
 def chat_parts(messages, thinking):
-    """Messages -> the text Qwen3's chat template gives, up to and including the start of the assistant's
-    turn, in parts: [(text, whether it is a control token), ...].
+    """Messages -> the text of Qwen3's chat template up to and including the start of the assistant's turn, in
+    parts: [(text, whether it is a control token), ...].
 
-    With thinking the model opens <think> itself; without, an empty thinking block is already there. Earlier
+    With thinking the model opens <think> itself; without, the text ends with an empty thinking block. Earlier
     assistant turns lose their thinking. Tools are not supported.
     """
     parts = []
@@ -29,23 +32,24 @@ def chat_parts(messages, thinking):
 
 
 def render(messages, thinking):
-    """Messages -> the text of chat_parts."""
+    """Messages -> the text of chat_parts, joined."""
     return "".join(text for text, _ in chat_parts(messages, thinking))
 
 
 def answer_text(completion, thinking):
-    """What is scored of a completion: the text after the last </think>; nothing if thinking never ended."""
+    """A completion's text -> the part that is scored: what follows the last </think>, or "" if thinking never
+    ended."""
     if thinking and "</think>" not in completion:
         return ""
     return completion.split("</think>")[-1].strip()
 
 
-# ------------------------------------------------------------------------------------------------------------- tokens
+# ----------------------------------------------------------------------------------------------------- tokens
 
 
 def load_tokenizer(directory, vocab_size):
-    """`directory`/tokenizer.json; refuses one whose ids the model's embedding does not have. Raises
-    BadInput."""
+    """-> the Tokenizer of `directory`/tokenizer.json. Raises BadInput if it is missing, is not a Qwen
+    tokenizer, or has token ids beyond the model's `vocab_size`."""
     path = Path(directory) / "tokenizer.json"
     if not path.exists():
         raise BadInput(f"{path} is missing; a checkpoint needs its tokenizer beside it")
@@ -53,13 +57,12 @@ def load_tokenizer(directory, vocab_size):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise BadInput(f"{path} cannot be read: {error}") from error
-    tokenizer.no_truncation()  # what is too long is for us to refuse, not for the file to cut
+    tokenizer.no_truncation()  # settings of the file: long texts are ours to refuse
     tokenizer.no_padding()
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
-        raise BadInput(
-            f"{path} has token id {largest}, but the model's vocab_size is {vocab_size}: not its tokenizer"
-        )
+        problem = f"has token id {largest}, but the model's vocab_size is {vocab_size}"
+        raise BadInput(f"{path} {problem}: not its tokenizer")
     for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         if tokenizer.token_to_id(token) is None:
             raise BadInput(f"{path} has no token {token}: not a Qwen tokenizer")
@@ -67,15 +70,17 @@ def load_tokenizer(directory, vocab_size):
 
 
 def stop_ids(tokenizer):
-    """The two tokens after which a Qwen model has nothing more to say."""
+    """-> the ids of the two tokens that end a Qwen model's completion."""
     return [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
 
 
 def encode_parts(tokenizer, parts):
-    """[(text, whether it is a control token), ...] -> token ids of each part. What looks like a control token
-    within a text, such as <|im_end|> in a document about chats, becomes letters: nobody ends a turn by
-    quoting how turns end."""
-    tokenizer.encode_special_tokens = True  # tokenizers' name for: as any other text
+    """[(text, whether it is a control token), ...] -> list of token ids of each part.
+
+    What looks like a control token within a text, such as <|im_end|> in a document about chats, is encoded
+    as ordinary text: a document cannot end a turn.
+    """
+    tokenizer.encode_special_tokens = True  # the library's name for: encode them as ordinary text
     ids = [
         [tokenizer.token_to_id(text)] if control else tokenizer.encode(text, add_special_tokens=False).ids
         for text, control in parts
@@ -85,8 +90,8 @@ def encode_parts(tokenizer, parts):
 
 
 def encode_prompt(tokenizer, row, thinking, limit, truncate=False):
-    """Row -> prompt token ids (list of int). Raises BadInput when they are more than `limit`; with
-    `truncate`, the middle of the longest message is left out instead, as LongBench does."""
+    """Row -> prompt token ids, a list of int. Raises BadInput if there are more than `limit`; with `truncate`
+    the middle of the longest message is left out instead, as LongBench does (arXiv 2308.14508)."""
     prompt = row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     parts = encode_parts(tokenizer, chat_parts(messages, thinking))
@@ -101,12 +106,11 @@ def encode_prompt(tokenizer, row, thinking, limit, truncate=False):
 
 
 def encode_conversation(tokenizer, messages):
-    """Messages that end with the assistant's -> token ids, and which of them are trained on: what the
-    assistant says, its thinking and <|im_end|>.
+    """Messages that end with the assistant's -> token ids (list of int), and for each whether it is trained
+    on (list of bool): what the assistant says, its thinking, and <|im_end|>.
 
-    Every assistant turn stands as it is generated: it thinks if its content has </think>, else it follows an
-    empty thinking block. (Where several turns think, Qwen3's template would hide the earlier thoughts from
-    the later turns.)
+    Every assistant turn stands as it would be generated: with its thinking if its content has </think>, else
+    after an empty thinking block. (Qwen3's template would remove the thinking of all turns but the last.)
     """
     ids, trained = [], []
     for i, message in enumerate(messages):

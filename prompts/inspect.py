@@ -16,19 +16,18 @@ from prompts import chat, sources
 
 @dataclass
 class Config:
-    file: str = option(
-        "", "JSONL or Parquet of prompts or of chats, see sources.py; or hf://ORG/NAME/PATH", positional=True
-    )
-    model: str = option("assets/tiny", "checkpoint directory whose tokenizer counts")
+    file: str = option("", "file of prompts or of chats, see prompts/sources.py", positional=True)
+    model: str = option("assets/tiny", "checkpoint directory whose tokenizer counts the tokens")
     thinking: bool = option(False, "render prompts with Qwen3's thinking template")
 
 
 def inspect(config):
+    """Print what is in config.file. Raises BadInput for a file or a checkpoint that cannot be used."""
     if not config.file:
         raise BadInput("name a file: python -m prompts.inspect FILE")
     tokenizer = chat.load_tokenizer(config.model, math.inf)
     rows = sources.read(config.file, sources.any_row)
-    lengths, said = [], 0  # tokens of each row; of the assistant in all
+    lengths, said = [], 0  # tokens of each row; the assistant's in total
     for row in tqdm(rows, unit="row", leave=False):
         ids, trained = encode_row(tokenizer, row, config.thinking)
         lengths.append(len(ids))
@@ -37,11 +36,9 @@ def inspect(config):
     for key in ("data_source", "ability"):
         for value, count in Counter(str(row[key]) for row in rows if key in row).most_common():
             print(f"  {key} {value}: {count:,}")
-    print(
-        f"tokens of a row by {config.model}: {min(lengths):,} to {max(lengths):,}, {sum(lengths):,} in all",
-        end="",
-    )
-    print(f", of them {said:,} the assistant's" if said else "")
+    assistant = f", of which {said:,} are the assistant's" if said else ""
+    total = f"{sum(lengths):,} in total{assistant}"
+    print(f"tokens of a row by {config.model}: {min(lengths):,} to {max(lengths):,}, {total}")
     print(histogram(lengths), end="")
     for i in sorted({0, len(rows) // 2, len(rows) - 1}):
         title = f"--- {rows[i]['id']}, {lengths[i]:,} tokens "
@@ -53,14 +50,15 @@ def inspect(config):
 
 
 def encode_row(tokenizer, row, thinking):
-    """A chat or a prompt -> token ids, and which of them SFT trains on (none of a prompt)."""
+    """A chat or a prompt -> token ids (list of int), and for each whether SFT trains on it ([] for a
+    prompt)."""
     if "messages" in row:
         return chat.encode_conversation(tokenizer, row["messages"])
     return chat.encode_prompt(tokenizer, row, thinking, math.inf), []
 
 
 def histogram(lengths):
-    """Lengths -> lines of text bars, one for each power of two they reach from the least to the most."""
+    """Lengths -> lines of text with a bar for each power of two from the shortest to the longest."""
     bins = Counter(max(0, n - 1).bit_length() for n in lengths)  # bin b: 2^(b-1) < n <= 2^b
     lines = ""
     for b in range(min(bins), max(bins) + 1):
@@ -70,7 +68,7 @@ def histogram(lengths):
 
 
 def shortened(text, most=1200):
-    """The text, of a long one its beginning and end."""
+    """A text of up to `most` characters unchanged; of a longer one its beginning and end."""
     if len(text) <= most:
         return text
     return f"{text[: most // 2]}\n[... {len(text) - most // 2 * 2:,} characters ...]\n{text[-(most // 2) :]}"

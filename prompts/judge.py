@@ -1,29 +1,29 @@
-"""A language model as judge of what the rules give 0: --reward judge:by_source.
+"""A language model that judges answers to which the rules give 0: --reward judge:by_source.
 
-QwenLong-L1's reward is the larger of rule and judge. Any OpenAI-compatible endpoint will do, such as a second
-vLLM:
+QwenLong-L1's reward is the larger of rule and judge (arXiv 2505.17667). Any OpenAI-compatible
+endpoint will do, such as a second vLLM:
 
     vllm serve Qwen2.5-1.5B-Instruct --port 8001
-    LONGACT_JUDGE_URL=http://localhost:8001/v1 LONGACT_JUDGE_MODEL=Qwen2.5-1.5B-Instruct torchrun train.py \\
-        --reward judge:by_source ...
+    export LONGACT_JUDGE_URL=http://localhost:8001/v1 LONGACT_JUDGE_MODEL=Qwen2.5-1.5B-Instruct
+    torchrun train.py --reward judge:by_source ...
 
-Settings come from the environment: a reward is given an answer and a row, and torchrun hands the environment
-to all ranks.
+Settings come from the environment, since a reward function is given only an answer and a row. torchrun passes
+the environment on to all ranks.
 
-    LONGACT_JUDGE_URL      where it is, up to and with /v1
-    LONGACT_JUDGE_MODEL    its name there
-    LONGACT_JUDGE_AWAY     what to do when it does not answer: "stop" ends the run (default); "rule" goes on with the rule's
-                           score and asks again a minute later. Then answers of one group may be scored in two
-                           ways.
+    LONGACT_JUDGE_URL      address of the endpoint, up to and including /v1
+    LONGACT_JUDGE_MODEL    the model's name there
+    LONGACT_JUDGE_AWAY     what to do when the judge does not answer. "stop" (default) ends the run. "rule"
+                           uses the rule's score and asks again a minute later; then answers of one group may
+                           be scored in two ways
     LONGACT_JUDGE_TIMEOUT  seconds a request may take (60); it is tried four times, 1, 2 and 4 seconds apart
-    LONGACT_JUDGE_CACHE    SQLite file that keeps every reply, on a local disk (runs/judge.sqlite); ranks and runs may share
-                           it, and it survives a kill
+    LONGACT_JUDGE_CACHE    SQLite file that keeps every reply, on a local disk (runs/judge.sqlite). Ranks and
+                           runs may share it, and it survives a kill
     LONGACT_JUDGE_KEY      sent as bearer token, if set
 
-Only text and numbers are judged, and of an answer only what follows "the answer is". Published code counts a
-"YES" anywhere in the reply, so that an answer may bring its own; here the reply must end with [[YES]], and an
-answer that is long, or has "[[" or "<|" in it, is not asked about: the endpoint reads <|im_end|> as the end
-of what we say.
+Only text and numbers are judged, and of an answer only what follows "the answer is". Published code accepts a
+"YES" anywhere in the reply, so an answer can bring its own. Here the reply must end with [[YES]]. An answer
+that is long, or contains "[[" or "<|", is not sent: the endpoint would read <|im_end|> as the end of our
+message.
 """
 
 import functools
@@ -49,7 +49,8 @@ from prompts import rewards
 SYSTEM = """You are an expert in verifying if two answers are the same.
 Your input is a problem and two answers, Answer 1 and Answer 2. You need to check if they are equivalent.
 Your task is to determine if two answers are equivalent, without attempting to solve the original problem.
-Compare the answers to verify they represent identical values or meaning, even when written in different forms or notations.
+Compare the answers to verify they represent identical values or meaning, \
+even when written in different forms or notations.
 
 Your output must follow the following format:
 1) Provide an explanation for why the answers are equivalent or not.
@@ -57,68 +58,67 @@ Your output must follow the following format:
 """
 USER = "\nProblem: {}\nAnswer 1: {}\nAnswer 2: {}\n"
 JUDGED = (rewards.contains, rewards.numeric)
-LONGEST = 300  # characters of an answer that is asked about: what is longer argues with the judge
+LONGEST = 300  # characters of an answer that is sent: a longer one argues with the judge
 VERDICT = re.compile(r"\[\[(YES|NO)\]\][\s.*]*$")
-REST = 60  # seconds to leave a judge alone that did not answer
+REST = 60  # seconds until a judge that did not answer is asked again
 
 
 def by_source(answer, row):
-    """rewards.by_source, or the judge's verdict on what it gives 0 (1.0 if any of row["answer"] is judged the
-    same)."""
+    """Answer text, row -> rewards.by_source's 1.0; where that gives 0.0, the judge's verdict: 1.0 if it finds
+    the answer equivalent to any of row["answer"], else 0.0. Raises BadInput."""
     rule = rewards.by_source(answer, row)
     if rewards.SOURCES[rewards.source(row)] not in JUDGED:
         return rule
-    problem, said = question(row), " ".join(rewards.claim(answer).split())
+    problem, said = question(row), " ".join(rewards.stated_answer(answer).split())
     if rule == 1 or not said or len(said) > LONGEST or "[[" in said or "<|" in said:
         return rule
-    same = (judge().same(problem, said, rewards.claim(gold) or gold) for gold in rewards.golds(row))
-    return float(any(same))
+    golds = (rewards.stated_answer(gold) or gold for gold in rewards.golds(row))
+    return float(any(judge().same(problem, said, gold) for gold in golds))
 
 
 def question(row):
-    """row["question"], or what stands between </text> and the request for a format in DocQA's prompts."""
+    """row["question"], or in DocQA's prompts the text between </text> and the request for a format. Raises
+    BadInput if there is neither."""
     if "question" in row:
         return row["question"]
     prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
     _, marker, rest = prompt.rpartition("</text>")
     problem, end, _ = rest.partition("Format your response as follows:")
     if not marker or not end:
-        raise BadInput(
-            'the judge needs "question", or a prompt with "</text>" and "Format your response as follows:"'
-        )
+        wanted = 'a prompt with "</text>" and "Format your response as follows:"'
+        raise BadInput(f'the judge needs "question", or {wanted}')
     return problem.strip()
 
 
 def check_reward():
+    """Called by rewards.load_reward. Raises BadInput for wrong settings, and as Judge.check."""
     judge().check()
 
 
 @functools.cache
 def judge():
-    """The Judge that the environment describes. Raises BadInput for what is missing there."""
+    """-> the Judge that the environment describes. Raises BadInput for a setting that is missing or wrong."""
     settings = {"away": "stop", "timeout": "60", "cache": "runs/judge.sqlite", "key": ""}
     for name in ("url", "model", *settings):
         settings[name] = os.environ.get(f"LONGACT_JUDGE_{name.upper()}", settings.get(name))
         if settings[name] is None:
-            raise BadInput(f"LONGACT_JUDGE_{name.upper()} is not set; judge.py says what the judge needs")
+            variable = f"LONGACT_JUDGE_{name.upper()}"
+            raise BadInput(f"{variable} is not set; prompts/judge.py says what the judge needs")
     if settings["away"] not in ("stop", "rule"):
         raise BadInput(f"LONGACT_JUDGE_AWAY must be stop or rule, not {settings['away']!r}")
+    timeout, url = settings["timeout"], settings["url"]
     try:
-        settings["timeout"] = float(settings["timeout"])
+        settings["timeout"] = float(timeout)
     except ValueError as error:
-        raise BadInput(
-            f"LONGACT_JUDGE_TIMEOUT must be a number of seconds, not {settings['timeout']!r}"
-        ) from error
+        raise BadInput(f"LONGACT_JUDGE_TIMEOUT must be a number of seconds, not {timeout!r}") from error
     if not 0 < settings["timeout"] <= 86400:
-        raise BadInput(
-            f"LONGACT_JUDGE_TIMEOUT must be more than 0 and at most a day, not {settings['timeout']:g}"
-        )
-    if not settings["url"].startswith(("http://", "https://")):
-        raise BadInput(f"LONGACT_JUDGE_URL must begin with http:// or https://, not {settings['url']!r}")
-    if not _is_address(settings["url"]):
-        raise BadInput(f"LONGACT_JUDGE_URL must be http://HOST:PORT/v1 or the like, not {settings['url']!r}")
+        raise BadInput(f"LONGACT_JUDGE_TIMEOUT must be more than 0 and at most a day, not {timeout}")
+    if not url.startswith(("http://", "https://")):
+        raise BadInput(f"LONGACT_JUDGE_URL must begin with http:// or https://, not {url!r}")
+    if not _is_address(url):
+        raise BadInput(f"LONGACT_JUDGE_URL must be http://HOST:PORT/v1 or the like, not {url!r}")
     if not (settings["key"].isascii() and settings["key"].isprintable()):
-        raise BadInput("LONGACT_JUDGE_KEY has characters that a header cannot hold, such as a line end")
+        raise BadInput("LONGACT_JUDGE_KEY has characters that a header cannot have, such as a line end")
     return Judge(**settings)
 
 
@@ -126,21 +126,21 @@ def _is_address(url):
     try:
         parts = urllib.parse.urlsplit(url)
         return bool(parts.hostname and parts.port != 0 and url.isprintable() and " " not in url)
-    except ValueError:  # brackets that do not close, a port that is no number
+    except ValueError:  # brackets that do not close, a port that is not a number
         return False
 
 
 def text(value):
-    """A text of the endpoint's, without half characters, which no file holds. Raises TypeError for anything
-    else."""
+    """A string of the endpoint's reply -> the same with "?" for unpaired surrogates, which UTF-8 cannot hold.
+    Raises TypeError for anything but a string."""
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is no text")
+        raise TypeError(f"{value!r:.80} is not a string")
     return value.encode(errors="replace").decode()
 
 
 @dataclass
 class Judge:
-    """One endpoint with its cache. pauses: seconds to wait before each further try."""
+    """One endpoint and its cache of replies. pauses: seconds to wait before each further try."""
 
     url: str
     model: str
@@ -159,32 +159,27 @@ class Judge:
         self._sql("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, request TEXT, reply TEXT)")
 
     def _sql(self, statement, *values):
-        """Runs and commits a statement -> its first row, or None. Raises BadInput when the file cannot be
-        used."""
+        """Run and commit a statement -> its first row, or None. Raises BadInput for an unusable file."""
         try:
-            with (
-                closing(sqlite3.connect(self.cache, timeout=60)) as file,
-                file,
-            ):  # seconds to wait for another rank's write
+            file = sqlite3.connect(self.cache, timeout=60)  # seconds to wait for another rank's write
+            with closing(file), file:  # close it; commit
                 return file.execute(statement, values).fetchone()
         except sqlite3.Error as error:
             raise BadInput(f"LONGACT_JUDGE_CACHE {self.cache} cannot be used: {error}") from error
 
     def check(self):
-        """Raises BadInput when the endpoint does not serve the model; when it is away, unless that is
-        allowed."""
+        """Raises BadInput if the endpoint does not serve the model, or does not answer though away is
+        "stop"."""
         listed = self._ask("/models", None)
-        served = (
-            [self.model]
-            if listed is None
-            else self._take(listed, lambda r: [text(model["id"]) for model in r["data"]])
-        )
+        if listed is None:
+            return
+        served = self._take(listed, lambda reply: [text(model["id"]) for model in reply["data"]])
         if self.model not in served:
             raise BadInput(f"LONGACT_JUDGE_MODEL {self.model}: {self.url} serves {', '.join(served)}")
 
     def same(self, problem, answer, gold):
-        """Are the two answers the same? False also when the reply has no verdict, or the judge is away and
-        may be."""
+        """Whether the judge finds `answer` and `gold` equivalent. False also if its reply has no verdict, or
+        if it does not answer and away is "rule". Raises BadInput."""
         messages = [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": USER.format(problem, answer, gold)},
@@ -206,19 +201,17 @@ class Judge:
         try:
             return part(response)
         except (KeyError, IndexError, TypeError) as error:
-            raise BadInput(
-                f"the judge at {self.url} answers in another form: {str(response)[:200]}"
-            ) from error
+            shown = str(response)[:200]
+            raise BadInput(f"the judge at {self.url} answers in another form: {shown}") from error
 
     def _ask(self, path, body):
-        """-> the endpoint's answer, decoded; None when it is away and may be. Raises BadInput when it refuses
-        a request."""
+        """-> the endpoint's reply, decoded from JSON; None if it does not answer and away is "rule". Raises
+        BadInput if it refuses the request, or does not answer and away is "stop"."""
         if time.monotonic() < self.resting_until:
             return None
-        headers = {
-            "Content-Type": "application/json",
-            **({"Authorization": f"Bearer {self.key}"} if self.key else {}),
-        }
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.url.rstrip("/") + path, body and body.encode(), headers)
         for pause in (0, *self.pauses):
             time.sleep(pause)
@@ -230,14 +223,10 @@ class Judge:
                 if error.code != 429 and error.code < 500:
                     raise BadInput(f"the judge at {self.url} refuses: {problem}") from error
             except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-                problem = error  # no connection, cut off, no JSON
+                problem = error  # no connection, cut off, not JSON
+        what = f"the judge at {self.url} does not answer: {problem}"
         if self.away == "stop":
-            raise BadInput(
-                f"the judge at {self.url} does not answer: {problem}; LONGACT_JUDGE_AWAY=rule goes on without it"
-            )
-        print(
-            f"the judge at {self.url} does not answer: {problem}; the rule alone scores for {REST} s",
-            file=sys.stderr,
-        )
+            raise BadInput(f"{what}; LONGACT_JUDGE_AWAY=rule goes on without it")
+        print(f"{what}; the rule alone scores for {REST} s", file=sys.stderr)
         self.resting_until = time.monotonic() + REST
         return None

@@ -1,4 +1,4 @@
-"""The prompts of a run: those it draws from, those held out, and that every one of them can be used."""
+"""The rows of a run: those it trains on and those held out, each checked before anything takes time."""
 
 import math
 import random
@@ -10,27 +10,25 @@ from base.cli import BadInput
 from prompts import sources, tasks
 
 
-def prompts(config, encode, limit, score_all, main):
-    """-> (source, held_out, tokens of the longest prompt): source[i] is the i-th row drawn; held_out is
-    {name: rows}.
+def for_training(config, encode, limit, score_all, main):
+    """train.py's Config -> source, held_out, longest: source[i] is the i-th row drawn; held_out is {name:
+    list of rows}; longest is the tokens of the longest prompt.
 
-    encode: row -> token ids, of at most `limit` or else BadInput, another limit by keyword; limit: tokens
-    that the context leaves for a prompt; main: whether to print what there is; score_all: see scoring.py.
-    Each row is scored once with an empty answer: one that the reward cannot use shows now, not in hours.
-    Raises BadInput as `files` and the reward, and when a held-out prompt is too long.
+    encode: row -> token ids; raises BadInput for more than `limit`, or than its keyword `limit`. limit:
+    tokens that the context leaves for a prompt. score_all: as scoring.start returns it. main: whether to
+    print what there is. Every row is scored once with an empty answer, so that a row which the reward cannot
+    use is found now and not hours later. Raises BadInput as `rows_of_files` and the reward, and for a
+    held-out prompt that is too long.
     """
     if config.data:
         measure = lambda row: len(encode(row, limit=math.inf))  # noqa: E731
         how = config.data_rows, config.seed, measure, limit, config.truncate_prompts, main
-        rows_of, longest, lines = files(config.data, sources.prompt_row, *how)
-        source = sources.Mixture(rows_of, config.data_weights, config.seed)
+        files, longest, lines = rows_of_files(config.data, sources.prompt_row, *how)
+        source = sources.Mixture(files, config.data_weights, config.seed)
         held_out = {path: sources.read(path, sources.prompt_row) for path in config.eval_data}
-        both = ((path, sources.shared(rows, rows_of)) for path, rows in held_out.items())
-        lines += [
-            f"data: {count:,} held-out prompts of {path} are trained on as well"
-            for path, count in both
-            if count
-        ]
+        for path, rows in held_out.items():
+            if count := sources.shared(rows, files):
+                lines.append(f"data: {count:,} held-out prompts of {path} are trained on as well")
         if main:
             print("\n".join(lines))
     else:
@@ -39,19 +37,21 @@ def prompts(config, encode, limit, score_all, main):
         for filler in (config.eval_filler or [config.filler]) if config.eval_prompts else []:
             held_out_source = tasks.Source(config.task, "held out", config.facts, filler)
             held_out[f"filler {filler}"] = [held_out_source[i] for i in range(config.eval_prompts)]
-        rows_of, longest = [[source[0]]], len(encode(source[0]))
-    score_all([("", row) for rows in (*rows_of, *held_out.values()) for row in rows])
+        files, longest = [[source[0]]], len(encode(source[0]))
+    score_all([("", row) for rows in (*files, *held_out.values()) for row in rows])
     for row in (row for rows in held_out.values() for row in rows):
         encode(row)
     return source, held_out, longest
 
 
-def files(paths, parse_row, counts, seed, measure, limit, keep_long=False, progress=True):
-    """Files -> (rows of each that training draws from, tokens of the longest, lines about them for the user).
+def rows_of_files(paths, parse_row, counts, seed, measure, limit, keep_long=False, progress=True):
+    """Files -> files, longest, lines: for each file the list of its rows that training draws from; the tokens
+    of the longest row; lines of text about them for the user.
 
-    counts: how many rows of each file, chosen by the seed (0: all; none for all of all). measure(row): its
-    tokens. Rows of more than `limit` tokens are dropped, counted and replaced by others, unless keep_long.
-    Raises BadInput when a file has too few, or none is left of it.
+    parse_row: one of prompts/sources.py. counts: how many rows of each file, chosen by the seed; 0 for all of
+    a file, [] for all of all. measure(row): its tokens. Rows of more than `limit` tokens are dropped,
+    counted, and replaced by others if there is a count; with keep_long they are kept. Raises BadInput for a
+    file with too few rows that fit, or none.
     """
     if counts and len(counts) != len(paths):
         raise BadInput(f"--data-rows has {len(counts)} numbers for {len(paths)} files")
@@ -70,14 +70,11 @@ def files(paths, parse_row, counts, seed, measure, limit, keep_long=False, progr
                 longest = max(longest, min(tokens, limit))
             if len(fit) == count:  # 0 is never reached
                 break
+        room = f"the {limit} tokens that the context leaves"
         if not fit:
-            raise BadInput(
-                f"{path}: not one of {len(rows)} rows fits in the {limit} tokens that the context leaves"
-            )
+            raise BadInput(f"{path}: not one of {len(rows)} rows fits in {room}")
         if len(fit) < count:
-            raise BadInput(
-                f"--data-rows {count}: only {len(fit)} rows of {path} fit in the {limit} tokens that are left"
-            )
+            raise BadInput(f"--data-rows {count}: only {len(fit)} rows of {path} fit in {room}")
         files.append(fit)
         note = f", {over} over {limit:,} tokens {'cut' if keep_long else 'dropped'}" if over else ""
         lines.append(f"data: {len(fit):,} of {len(rows):,} rows of {name}{note}")

@@ -1,22 +1,25 @@
-"""Rewards: (answer text, row) -> float; 1.0 means correct. The row is the one the prompt came from (data.py).
+"""Rewards: (answer text, row) -> float; 1.0 means correct. The row is the prompt's (prompts/sources.py).
 
---reward module:function chooses one; yours too. Those here give 0.0 or 1.0, whatever the answer is:
+--reward module:function chooses one, of these or your own. Those here return 0.0 or 1.0 for any answer:
 
-    rewards:exact      the whole answer is one of row["answer"]: SQuAD's exact match
-    rewards:contains   what follows the last "the answer is" contains one of them: sub-EM in one direction, of short answers
+    rewards:exact      the whole answer is one of row["answer"] (SQuAD's exact match)
+    rewards:contains   what follows the last "the answer is" contains one of them, and few other words
     rewards:numeric    what follows the last "the answer is" is that number
-    rewards:choice     "The correct answer is (B)", the last of them
-    rewards:boxed      the content of the last \\boxed{} is one of row["answer"]: exact match
-    rewards:by_source  contains, numeric, choice or boxed, by row["data_source"] as in DocQA-RL-1.6K and MemAgent's files
-    rewards:published  the same as QwenLong-L1 and MemAgent score it, with the holes that a policy learns to use; to compare
-    judge:by_source    by_source, and where it gives 0 to text or a number, a language model is asked (judge.py)
+    rewards:choice     the last "The correct answer is (B)" has the right letter
+    rewards:boxed      the content of the last \\boxed{} is one of row["answer"] (exact match)
+    rewards:by_source  contains, numeric, choice or boxed, by row["data_source"] as in DocQA-RL-1.6K and
+                       MemAgent's files
+    rewards:published  the same as QwenLong-L1 and MemAgent score it, with the holes that a policy learns to
+                       exploit; for comparison
+    judge:by_source    by_source; where it gives 0 to text or a number, a language model is asked
+                       (prompts/judge.py)
 
-The answer is the text after the last </think> (data.answer_text). With --thinking, which QwenLong-L1 requires
-of its base model, the answer is empty when thinking never ended, and an empty answer scores 0.
+The answer is the text after the last </think> (chat.answer_text). With --thinking, which QwenLong-L1 requires
+of its base model, the answer is empty if thinking never ended, and an empty answer scores 0.
 
-row["answer"]: an accepted answer or a list of them, bare or as the sentence that the prompt asks for ("The
-correct answer is (B)"), as DocQA-RL-1.6K has it. One that cannot be read, like a number without digits,
-raises BadInput.
+row["answer"] is an accepted answer or a list of them, each bare or as the sentence that the prompt asks for
+("The correct answer is (B)"), as in DocQA-RL-1.6K. One that a rule cannot read, such as a number without
+digits, raises BadInput.
 """
 
 import copy
@@ -29,25 +32,25 @@ from decimal import Decimal
 
 from base.cli import BadInput
 
-# --------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------------- text
 
-EXTRA_WORDS = 8  # that an answer may have beyond those wanted: room for a sentence, not for a list of guesses (our choice)
+# Words that an answer may have beyond those wanted: room for a sentence, not for a list of guesses (our
+# choice).
+EXTRA_WORDS = 8
 
 
 def exact(answer, row):
-    """1.0 if the answer is one of row["answer"] up to case, punctuation, articles and white space (SQuAD's
-    EM), except that 1.5 is not 15, -5 not 5, and what consists of articles and punctuation only must be the
-    same."""
+    """1.0 if the answer is one of row["answer"] up to case, punctuation, articles and white space: SQuAD's
+    exact match (arXiv 1606.05250), except that 1.5 is not 15, -5 is not 5, and texts that consist only of
+    articles and punctuation must be equal."""
     return float(normalize(answer) in {normalize(gold) for gold in golds(row)} - {""})
 
 
 def contains(answer, row):
-    """1.0 if what follows the last "the answer is" has the words of one of row["answer"] in a row, and at
-    most EXTRA_WORDS others. yes and no must come first, and not both."""
-    said, wanted = (
-        normalize(stated_answer(answer)),
-        [normalize(stated_answer(gold) or gold) for gold in golds(row)],
-    )
+    """1.0 if what follows the last "the answer is" has the words of one of row["answer"] in sequence, and at
+    most EXTRA_WORDS others. A "yes" or "no" that is wanted must be the first word, and not both may occur."""
+    said = normalize(stated_answer(answer))
+    wanted = [normalize(stated_answer(gold) or gold) for gold in golds(row)]
     return float(any(_contains(said, gold) for gold in wanted))
 
 
@@ -66,19 +69,19 @@ def boxed(answer, row):
 
 
 def golds(row):
+    """The accepted answers of a row -> list of str."""
     return row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
 
 
 def stated_answer(text):
-    """What follows the last "the answer is", without bold marks and a final full stop; empty if nothing
-    does."""
+    """What follows the last "the answer is", without bold marks and a final full stop; "" without one."""
     parts = re.split("the answer is", text.replace("**", ""), flags=re.IGNORECASE)
     return parts[-1].strip(" \n:.") if len(parts) > 1 else ""
 
 
 def last_boxed(text):
-    """The content of the last \\boxed{...}, braces within it in pairs; empty if there is none or it does not
-    close."""
+    """The content of the last \\boxed{...}, which may contain pairs of braces; "" if there is none or it does
+    not close."""
     start = text.rfind("\\boxed{") + len("\\boxed{")
     depth = 1
     for place in range(start, len(text)) if "\\boxed{" in text else ():
@@ -89,20 +92,21 @@ def last_boxed(text):
 
 
 def normalize(text):
-    """SQuAD's normalisation, with decimal points and signs kept as words, and never empty where the text is
-    not."""
+    """SQuAD's normalisation, but decimal points and signs are kept, as words, and a text that is not empty
+    never becomes empty."""
     numbers = re.sub(r"(?<=\d)\.(?=\d)", "point", re.sub(r"(?<!\w)[-\u2212](?=\.?\d)", "minus", text))
     return squad_normalize(numbers) or text.strip().lower()
 
 
 def squad_normalize(text):
+    """Lower case, without punctuation and articles, single spaces."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-# ------------------------------------------------------------------------------------------------- numbers and choices
+# ---------------------------------------------------------------------------------------- numbers and choices
 
-# A numeral that is no part of a fraction, a time, a power or a word, and what scales it.
+# A numeral that is not part of a fraction, a time, a power or a word, and what scales it.
 NUMBER = re.compile(
     r"(?<![\w.,/^:])([-\u2212]?)\s?[$€£¥]?\s?([-\u2212]?)"
     r"(\d{1,3}+(?:,\d{3})++(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)(?![.,]?\d|\s*[/^:*×]\s*\d|\w)"
@@ -110,23 +114,23 @@ NUMBER = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 SCALE = {"": 1, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-TOLERANCE = Decimal("0.0015")  # relative, of numbers that are not whole; QwenLong-L1's
+TOLERANCE = Decimal("0.0015")  # relative, for numbers that are not whole; QwenLong-L1's
 LETTER = re.compile(r"the correct answer is:?\s*\(?([A-D])(?![A-Za-z])", re.IGNORECASE)
 
 
 def numeric(answer, row):
     """1.0 if the first number after the last "the answer is" is one of row["answer"]: equal, or within 0.15%
-    where one is not whole. The sign counts; so does the size, but 12.5% is also 0.125. It is read, never
-    evaluated."""
+    if one of the two is not whole. Sign and scale count, but 12.5% is also 0.125. The text is never evaluated
+    as code. Raises BadInput for a row["answer"] without a number."""
     wanted = [_readings(stated_answer(gold) or gold) for gold in golds(row)]
     if not all(wanted):
-        raise BadInput(f'"answer" {row["answer"]!r:.80} is no number, which rewards:numeric needs')
+        raise BadInput(f'"answer" {row["answer"]!r:.80} has no number, which rewards:numeric needs')
     said = _readings(stated_answer(answer))
     return float(any(_equal(a, b) for a in said for gold in wanted for b in gold))
 
 
 def _readings(text):
-    """The first number of a text as Decimals: none, one, or for a percentage two."""
+    """The first number of a text -> list of Decimal: [] without one, two for a percentage, else one."""
     found = NUMBER.search(text[:200])
     if not found:
         return []
@@ -144,15 +148,16 @@ def _equal(a, b):
 
 
 def choice(answer, row):
-    """1.0 if the last "The correct answer is (B)" of the answer has the letter of row["answer"]."""
+    """1.0 if the last "The correct answer is (B)" of the answer has the letter of row["answer"]. Raises
+    BadInput for a row["answer"] that is not one of A to D."""
     wanted = {(LETTER.findall(gold) or [gold.strip(" ().")])[-1].upper() for gold in golds(row)}
     if not wanted <= set("ABCD"):
-        raise BadInput(f'"answer" {row["answer"]!r:.80} is none of A to D, which rewards:choice needs')
+        raise BadInput(f'"answer" {row["answer"]!r:.80} is not one of A to D, which rewards:choice needs')
     said = LETTER.findall(answer.replace("*", ""))
     return float(bool(said) and said[-1].upper() in wanted)
 
 
-# ---------------------------------------------------------------------------------------------------------- by source
+# -------------------------------------------------------------------------------------------------- by source
 
 SOURCES = {  # part of a row's "data_source" -> its reward
     "long_toc_choices": choice,
@@ -164,23 +169,24 @@ SOURCES = {  # part of a row's "data_source" -> its reward
 
 
 def by_source(answer, row):
-    """The reward that row["data_source"] names, see SOURCES. Raises BadInput for another."""
+    """The reward of row["data_source"], see SOURCES. Raises BadInput for a source that is not there."""
     return SOURCES[source(row)](answer, row)
 
 
 def source(row):
+    """The key of SOURCES that is in row["data_source"]. Raises BadInput if none is."""
     for name in SOURCES:
         if name in str(row.get("data_source")):
             return name
     raise BadInput(f'"data_source" {row.get("data_source")!r} is not known; known are {", ".join(SOURCES)}')
 
 
-# --------------------------------------------------------------------------------------------------------- as published
+# ----------------------------------------------------------------------------------------------- as published
 
 
 def stated_choice(response):
-    """The letter a response gives, by LongBench v2's two patterns; None if it gives none. The second also
-    reads "The correct answer is All of them" as A: kept, since published scores have it."""
+    """The letter that a response gives, by LongBench v2's two patterns (arXiv 2412.15204); None without one.
+    The second pattern also reads "The correct answer is All of them" as A; kept, as in published scores."""
     response = response.replace("*", "")
     for pattern in (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"):
         if match := re.search(pattern, response):
@@ -189,19 +195,19 @@ def stated_choice(response):
 
 
 def published(answer, row):
-    """QwenLong-L1's rule rewards for the sources of DocQA-RL-1.6K, MemAgent's for hotpotqa. For comparison
-    only.
+    """QwenLong-L1's rule rewards (arXiv 2505.17667) for the sources of DocQA-RL-1.6K, MemAgent's (arXiv
+    2507.02259) for hotpotqa. For comparison only. Raises BadInput for another source.
 
     One thing is not theirs: QwenLong-L1 evaluates the model's number as Python; here it is read with float().
     """
-    if source(row) == "hotpotqa":
-        # The last 300 characters, exact match after `_strip_math`. Golds are lowercased as the answer is (our
-        # reading).
+    name = source(row)
+    if name == "hotpotqa":
+        # The last 300 characters, exact match after `_strip_math`. That golds are lowercased like the answer
+        # is our reading.
         said = last_boxed(answer[-300:].lower())
         return float(bool(said) and _strip_math(said) in [_strip_math(gold.lower()) for gold in golds(row)])
-    rule = {"long_toc_choices": _published_choice, "docmath": _published_number}.get(
-        source(row), _published_text
-    )
+    rules = {"long_toc_choices": _published_choice, "docmath": _published_number}
+    rule = rules.get(name, _published_text)
     return float(any(rule(answer, gold) for gold in golds(row)))
 
 
@@ -212,18 +218,18 @@ def _published_choice(answer, gold):
 def _published_text(answer, gold):
     if "the answer is" not in answer:
         return False
-    said, gold = (
-        squad_normalize(t.replace("*", "").rsplit("the answer is", 1)[-1].strip(" .\n"))
-        for t in (answer, gold)
-    )
+
+    def stated(text):
+        return squad_normalize(text.replace("*", "").rsplit("the answer is", 1)[-1].strip(" .\n"))
+
+    said, gold = stated(answer), stated(gold)
     return gold in said or said in gold
 
 
 def _published_number(answer, gold):
     gold = gold if "the answer is" in gold.lower() else f"the answer is {gold}"
-    said, gold = (
-        re.search(r"the answer is ([=≈`%$°£€¥]*-?[0-9.,]+)", text, re.IGNORECASE) for text in (answer, gold)
-    )
+    pattern = re.compile(r"the answer is ([=≈`%$°£€¥]*-?[0-9.,]+)", re.IGNORECASE)
+    said, gold = pattern.search(answer), pattern.search(gold)
     if not said or not gold:
         return False
     try:
@@ -240,32 +246,33 @@ def _published_number(answer, gold):
 
 
 def _strip_math(text):
-    """MATH's normalisation, of which MemAgent uses this."""
+    """The part of MATH's normalisation that MemAgent uses."""
     text = text.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac").replace(" .", " 0.")
     for left_out in ("\n", "\\!", "\\left", "\\right", "^{\\circ}", "^\\circ", "\\$", "\\%", " "):
         text = text.replace(left_out, "")
     return text
 
 
-# ------------------------------------------------------------------------------------------------------ loading, calling
+# ------------------------------------------------------------------------------------------- loading, calling
 
-
-OURS = {"rewards": "prompts.rewards", "judge": "prompts.judge"}  # what may be named without their room
+# Modules that --reward may name without their room.
+OURS = {"rewards": "prompts.rewards", "judge": "prompts.judge"}
 
 
 def load_reward(spec):
-    """The function that "module:function" names. If the module has a function check_reward(), it is called
-    now, to raise BadInput for what it needs and does not find. Raises BadInput when there is no such module
-    or function."""
+    """-> the function that "module:function" names. Raises BadInput if there is no such module or function.
+
+    If the module has a function check_reward(), it is called now; it raises BadInput if something is missing
+    that the reward needs.
+    """
     module_name, _, name = spec.partition(":")
     module_name = OURS.get(module_name, module_name)
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, name)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise BadInput(
-            f"--reward {spec}: {error}; write module:function, the module on PYTHONPATH"
-        ) from error
+        fix = "write module:function, the module on PYTHONPATH"
+        raise BadInput(f"--reward {spec}: {error}; {fix}") from error
     except (Exception, SystemExit) as error:  # the user's code: show where it failed
         traceback.print_exc()
         raise BadInput(f"--reward {spec}: {module_name} fails when it is imported: {error!r}") from error
@@ -277,8 +284,9 @@ def load_reward(spec):
 
 
 def score(reward, answer, row):
-    """The reward as a finite float; anything else the user's function returns is an error that names the row.
-    The function gets a copy of the row, so that what it changes is changed for no other answer."""
+    """reward(answer, row) -> the reward as a finite float. The function gets a copy of the row, so that it
+    cannot change it for other answers. Raises BadInput, which names the row, if the function raises or
+    returns anything else."""
     try:
         value = reward(answer, copy.deepcopy(row))
     except BadInput as error:

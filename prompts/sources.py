@@ -1,16 +1,17 @@
-"""Rows in: files of prompts or conversations, local or of the Hugging Face hub, and in which order training
-draws them.
+"""Files of prompts or chats, local or on the Hugging Face hub, and the order in which training draws rows.
 
-A file is JSONL (one object a line) or Parquet (by its name: .parquet); either may hold any of these rows:
-    ours       prompt: a text, or a list of {"role", "content"} messages; answer: a text or a list of accepted ones; any
-               other key is passed to the reward untouched
-    verl's     prompt: messages; reward_model: {"style", "ground_truth"}; data_source, ability, extra_info. The ground truth,
-               a text or a list, becomes the answer. DocQA-RL-1.6K is this
-    MemAgent's verl's with context: the document, and a question alone as the prompt. We put both into the
-    template of
-               MemAgent's single-pass baseline
-    a chat     messages: a list of {"role", "content"} that ends with the assistant's; for sft.py
-`hf://ORG/NAME/PATH` is the file PATH of the data set ORG/NAME on the hub, downloaded once.
+A file is JSONL (one object a line) or Parquet (named *.parquet). A row is a dictionary of one of these kinds:
+
+    ours        prompt: a string, or a list of {"role", "content"} messages. answer: a string, or a list of
+                accepted ones. Any other key is passed to the reward unchanged.
+    verl's      prompt: messages; reward_model: {"style", "ground_truth"}; data_source, ability, extra_info.
+                The ground truth, a string or a list, becomes the answer. DocQA-RL-1.6K is of this kind.
+    MemAgent's  verl's, with a document as context, and only a question as the prompt. Both are put into the
+                template of MemAgent's single-pass baseline.
+    a chat      messages: a list of {"role", "content"} that ends with the assistant's. For sft.py.
+
+Each may have an id, a string or an integer. `hf://ORG/NAME/PATH` is the file PATH of the data set ORG/NAME on
+the hub, downloaded once.
 """
 
 import hashlib
@@ -21,50 +22,49 @@ from pathlib import Path
 from base import durable
 from base.cli import BadInput
 
-# QwenLong-L1's prompt with MemAgent's last line (recipe of its baseline, which left the braces of a format
-# string doubled).
+# QwenLong-L1's prompt with the last line of MemAgent's baseline, whose code leaves doubled braces in it:
+# \boxed{{}}.
 LONG_DOCUMENT = (
-    "Please read the following text and answer the question below.\n\n<text>\n{context}\n</text>\n\n{question}\n\n"
-    "Put the answer in \\boxed{{}}."
+    "Please read the following text and answer the question below.\n\n"
+    "<text>\n{context}\n</text>\n\n{question}\n\nPut the answer in \\boxed{{}}."
 )
 
-# -------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def local(path):
-    """A path, or hf://ORG/NAME/PATH -> the path of a file on this machine. Raises BadInput when the hub does
-    not give it."""
+    """A path, or hf://ORG/NAME/PATH -> Path of a file on this machine. Raises BadInput if it cannot be
+    fetched from the hub."""
     if not str(path).startswith("hf://"):
         return Path(path)
-    from huggingface_hub import hf_hub_download  # only for those who ask for the network
+    from huggingface_hub import hf_hub_download  # imported only if the network is asked for
 
     parts = str(path).removeprefix("hf://").split("/", 2)
     if len(parts) < 3 or not all(parts):
         raise BadInput(f"{path}: write hf://ORG/NAME/PATH for a file of a data set on the hub")
     try:
         return Path(hf_hub_download(f"{parts[0]}/{parts[1]}", parts[2], repo_type="dataset"))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # what the hub's client raises: no network, no such file, no such name
+    except (OSError, ValueError) as error:  # the hub's client: no network, no such file, no such name
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise BadInput(
-            f"{path} cannot be fetched from the hub: {reason}; or download it and give its path"
-        ) from error
+        problem = f"{path} cannot be fetched from the hub: {reason}"
+        raise BadInput(f"{problem}; or download it and give its path") from error
 
 
 def parquet_rows(path):
-    """[("row 3", "PATH, row 3", value), ...] of a Parquet file, counted from 1. Raises BadInput for one that
-    cannot be read or has no rows."""
+    """A Parquet file -> [("row 1", "PATH, row 1", value), ...].
+
+    Raises BadInput for a file that cannot be read or has no rows, and for a column whose values JSON cannot
+    represent: rows are compared, and sent to reward workers, as JSON.
+    """
     import pyarrow
-    import pyarrow.parquet  # 0.2 s that only those who have such a file wait for
+    import pyarrow.parquet  # takes 0.2 s, so only for such a file
 
     def in_json(kind):
-        """Whether JSON, in which rows go to reward workers and are compared, has values of this type."""
-        if pyarrow.types.is_nested(kind):  # of lists and structs, their fields'
-            return not pyarrow.types.is_map(kind) and all(
-                in_json(kind.field(i).type) for i in range(kind.num_fields)
-            )
+        """Whether JSON can represent values of this type."""
+        if pyarrow.types.is_map(kind):
+            return False
+        if pyarrow.types.is_nested(kind):  # lists and structs
+            return all(in_json(kind.field(i).type) for i in range(kind.num_fields))
         if pyarrow.types.is_dictionary(kind):
             return in_json(kind.value_type)
         plain = "string large_string string_view boolean integer floating null".split()
@@ -74,9 +74,8 @@ def parquet_rows(path):
         file = pyarrow.parquet.ParquetFile(path)
         for field in file.schema_arrow:
             if not in_json(field.type):
-                raise BadInput(
-                    f"{path}: column {field.name!r} is {field.type}, which JSON has not; drop it or make it text"
-                )
+                problem = f"column {field.name!r} is {field.type}, which JSON cannot represent"
+                raise BadInput(f"{path}: {problem}; drop it or make it text")
         batches = file.iter_batches()
         values = [value for batch in batches for value in batch.to_pylist()]
     except BadInput:
@@ -89,42 +88,39 @@ def parquet_rows(path):
 
 
 def read(path, parse):
-    """All rows of a file: `parse`(value, where) of each, with an id ("FILE line 3" unless it has one). Raises
-    BadInput, for a malformed row with its line or number, and for an id that another row has: messages name
-    rows by it."""
+    """All rows of a file -> list of dict: what parse(value, where) returns for each, with an id, "FILE line
+    3" unless it has its own.
+
+    parse: prompt_row, messages_row or any_row. Raises BadInput as `local`, for a file that cannot be read,
+    for a malformed row, which it names, and for an id that two rows have, since messages name rows by it.
+    """
     file = local(path)
-    rows, places = [], {}
+    rows, places = [], {}  # places: {id: "line 3"}
     for name, where, value in parquet_rows(file) if file.suffix == ".parquet" else durable.json_lines(file):
         if not isinstance(value, dict):
             raise BadInput(f"{where} must be an object")
         row = {"id": f"{file.name} {name}", **parse(value, where)}
-        if not isinstance(row["id"], (str, int)):
-            raise BadInput(
-                f'{where}: "id" must be a string or an integer, not {row["id"]!r:.80}; it may be left out'
-            )
-        if row["id"] in places:
-            raise BadInput(
-                f'{where}: "id" {row["id"]!r:.80} is that of {places[row["id"]]} too; it may be left out'
-            )
-        places[row["id"]] = name
+        key, optional = row["id"], "it may be left out"
+        if not isinstance(key, (str, int)):
+            raise BadInput(f'{where}: "id" must be a string or an integer, not {key!r:.80}; {optional}')
+        if key in places:
+            raise BadInput(f'{where}: "id" {key!r:.80} is that of {places[key]} too; {optional}')
+        places[key] = name
         rows.append(row)
     return rows
 
 
 def digest(paths):
-    """Hash of the files' bytes: tells whether a run goes on with the data it began with."""
-    whole = hashlib.sha256()
-    for path in paths:
-        with open(local(path), "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+    """One hash, in hexadecimal, of the bytes of local files or files of the hub: tells whether a run goes on
+    with the data it began with. Raises BadInput as `local`."""
+    return durable.digest_of_files(map(local, paths))
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------------------- rows
 
 
 def prompt_row(value, where):
-    """A row of any schema above but the chat -> the same with "prompt" and "answer". Raises BadInput that
+    """A row of any kind above but a chat -> the same with "prompt" and "answer". Raises BadInput; its message
     begins with `where`."""
     if isinstance(value.get("reward_model"), dict):
         value = {**value, "answer": value["reward_model"].get("ground_truth")}
@@ -144,7 +140,7 @@ def prompt_row(value, where):
 
 
 def messages_row(value, where):
-    """A row of chat messages, as it is. Raises BadInput that begins with `where`."""
+    """A row that is a chat, checked -> the same. Raises BadInput; its message begins with `where`."""
     if "messages" not in value:
         raise BadInput(f'{where} must have "messages"')
     check_messages(value["messages"], "assistant", f'{where}: "messages"')
@@ -152,47 +148,52 @@ def messages_row(value, where):
 
 
 def any_row(value, where):
-    """A chat or a row of prompt and answer, by what it has. Raises BadInput that begins with `where`."""
+    """messages_row for a row with "messages", else prompt_row. Raises BadInput as they do."""
     return messages_row(value, where) if "messages" in value else prompt_row(value, where)
 
 
 def check_messages(messages, last, what):
+    """Raises BadInput, its message beginning with `what`, unless `messages` are chat messages, the last of
+    role `last`, in which the assistant always says something."""
     roles = ("system", "user", "assistant")
-    good = isinstance(messages, list) and all(
-        isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str) for m in messages
-    )
-    if not good or not messages or messages[-1]["role"] != last:
+
+    def is_message(m):
+        return isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str)
+
+    good = isinstance(messages, list) and messages and all(map(is_message, messages))
+    if not good or messages[-1]["role"] != last:
         raise BadInput(f"{what} must be messages with role and content that end with the {last}'s")
     if any(not m["content"] for m in messages if m["role"] == "assistant"):
         raise BadInput(f"{what}: the assistant says nothing in one of them")
 
 
 def fingerprint(row):
-    """Equal for rows with equal prompts, or messages."""
+    """-> a hash (bytes) that is equal for rows with equal prompts or messages."""
     return hashlib.sha256(json.dumps(row.get("messages") or row["prompt"]).encode()).digest()
 
 
 def duplicates(rows):
-    """How many rows have the prompt, or the messages, of an earlier one."""
+    """The number of rows that have the prompt or messages of an earlier one."""
     return len(rows) - len(set(map(fingerprint, rows)))
 
 
 def shared(held_out, files):
-    """How many of the held-out rows are among the rows of the files too."""
+    """The number of held-out rows that are also in `files`, lists of rows that training draws from."""
     trained = {fingerprint(row) for rows in files for row in rows}
     return sum(fingerprint(row) in trained for row in held_out)
 
 
-# -------------------------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------------------------------ order
 
 
 class Mixture:
-    """The rows of several files without end: mixture[i] is the i-th draw, and depends on (files, weights,
-    seed, i) only, so a run that stops after i draws goes on at i.
+    """Endless draws from the rows of several files: mixture[i] is the i-th draw. It depends only on files,
+    weights, seed and i, so a run that stops after i draws goes on at i.
 
     files: lists of rows. Without weights all rows are one pool. With weights, positive and one for each file,
-    the next draw is from the file that is furthest behind its share, so that any stretch of draws is mixed as
-    it should be. A pool's or file's rows come in a new random order each time they have all been drawn.
+    each draw is from the file that is furthest behind its share, so any stretch of draws is mixed in
+    proportion. The rows of a pool or file come in a new random order each time they have all been drawn.
+    Raises BadInput for a wrong number of weights.
     """
 
     def __init__(self, files, weights, seed):
@@ -201,10 +202,8 @@ class Mixture:
         self.parts = files if weights else [[row for rows in files for row in rows]]
         self.shares = [weight / sum(weights) for weight in weights] or [1.0]
         self.seed, self.orders = seed, {}
-        self.drawn, self.places = (
-            [0] * len(self.parts),
-            [],
-        )  # of each part; (part, its how-manieth draw) of each draw
+        self.drawn = [0] * len(self.parts)  # the number of draws from each part so far
+        self.places = []  # of each draw: (part, draw number within the part)
 
     def __getitem__(self, i):
         while len(self.places) <= i:

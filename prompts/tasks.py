@@ -1,28 +1,30 @@
-"""Tasks made on the fly: long-context in kind, small enough for a laptop, with prompts without end.
+"""Tasks made on the fly: long-context in kind, small enough for a laptop, with endless prompts.
 
-A source is indexed: source[i] is the i-th row (data.py says what a row is), the same for the same seed.
+A Source is indexed: source[i] is the i-th row ({"id", "prompt", "answer"}, see prompts/sources.py), the same
+for the same seed. rng is a random.Random.
 """
 
 import random
 
 from base.cli import BadInput
 
-# ------------------------------------------------------------------------------------------------------- recall task
+# -------------------------------------------------------------------------------------------------- the tasks
 
 NAMES = (
-    "Maria Peter Anna Victor Clara Simon Laura Oscar Helen Bruno Nadia Felix Irene Louis Paula Roman Sofia Frank "
-    "Julia Marco Diana Edgar Greta Henry Elena Jonas Marta Klaus Ellen Tomas Alice David Carla Leo Emma Paul Rosa Max "
-    "Eva Karl Lena Otto Nora Hugo Vera Ivan Lucy Sven"
+    "Maria Peter Anna Victor Clara Simon Laura Oscar Helen Bruno Nadia Felix Irene Louis Paula Roman Sofia "
+    "Frank Julia Marco Diana Edgar Greta Henry Elena Jonas Marta Klaus Ellen Tomas Alice David Carla Leo "
+    "Emma Paul Rosa Max Eva Karl Lena Otto Nora Hugo Vera Ivan Lucy Sven"
 ).split()
 WORDS = (
-    "lamp river stone cloud wheel apple sword tiger candle mirror bridge ladder basket feather hammer island jacket "
-    "kettle lemon magnet needle orange pencil rabbit saddle tunnel violin wallet anchor button carpet dragon engine "
-    "falcon garden helmet insect jungle kitten lizard marble napkin oyster parrot quartz ribbon shadow temple "
-    "umbrella valley window yellow zebra arrow bottle copper desert eagle forest guitar harbor iron jewel knight "
-    "leather monkey nectar onion pepper rocket silver thunder uncle velvet winter bamboo cactus donkey elbow fabric "
-    "ginger honey ivory jelly kiwi lantern meadow nickel ocean planet rubber salmon tomato urchin vapor walnut acorn "
-    "badger cherry dolphin ember flute granite hazel igloo juniper koala lotus mango nutmeg olive pebble quill raven "
-    "spider turtle vessel willow"
+    "lamp river stone cloud wheel apple sword tiger candle mirror bridge ladder basket feather hammer "
+    "island jacket kettle lemon magnet needle orange pencil rabbit saddle tunnel violin wallet anchor "
+    "button carpet dragon engine falcon garden helmet insect jungle kitten lizard marble napkin oyster "
+    "parrot quartz ribbon shadow temple umbrella valley window yellow zebra arrow bottle copper desert "
+    "eagle forest guitar harbor iron jewel knight leather monkey nectar onion pepper rocket silver thunder "
+    "uncle velvet winter bamboo cactus donkey elbow fabric ginger honey ivory jelly kiwi lantern meadow "
+    "nickel ocean planet rubber salmon tomato urchin vapor walnut acorn badger cherry dolphin ember flute "
+    "granite hazel igloo juniper koala lotus mango nutmeg olive pebble quill raven spider turtle vessel "
+    "willow"
 ).split()
 PEOPLE = "baker sailor teacher farmer doctor painter soldier singer driver writer".split()
 VERBS = "walked slept waited worked rested talked".split()
@@ -30,11 +32,10 @@ PLACES = "market station church library theatre museum castle office school kitc
 
 
 def recall(rng, facts, filler, asked=1):
-    """A passage of `facts` facts hidden among `filler` sentences, and `asked` questions with three-word
-    answers.
+    """`facts` facts hidden among `filler` sentences, and `asked` questions about them.
 
-    -> (passage, [(question, answer), ...]). A fact and a filler sentence take 9 tokens each of assets/tiny's
-    tokenizer.
+    -> passage, [(question, answer), ...]; an answer is the whole sentence of the fact. A fact and a filler
+    sentence each take 9 tokens of assets/tiny's tokenizer.
     """
     names = rng.sample(NAMES, facts)
     facts_told = [fact(rng, name) for name in names]
@@ -44,8 +45,8 @@ def recall(rng, facts, filler, asked=1):
 
 
 def tracking(rng, facts, filler):
-    """Recall of what is changed on the way: each name's code is told twice, and the later one holds. As
-    `recall`, with one question. The tiny model never saw this in its warm start; it answers with either."""
+    """As `recall` with one question, but each name's code is told twice, and the later one is right. The tiny
+    model never saw this task in its warm start; it answers with either code."""
     names = rng.sample(NAMES, facts // 2)
     passage = hide(rng, [fact(rng, name) for name in names for _ in range(2)], filler)
     asked = rng.choice(names)
@@ -54,21 +55,22 @@ def tracking(rng, facts, filler):
 
 
 def fact(rng, name):
+    """-> the sentence that tells the code of `name`, three random words."""
     return f"The code for {name} is {' '.join(rng.sample(WORDS, 3))}."
 
 
 def question(name):
+    """-> the question for the code of `name`."""
     return f"What is the code for {name}?"
 
 
 def hide(rng, facts, filler):
-    """Facts and `filler` sentences in random order."""
+    """-> list of sentences: the facts and `filler` others in random order."""
     sentences = facts.copy()
     for _ in range(filler):
         time = rng.choice(("morning", "evening"))
-        sentences.append(
-            f"The {rng.choice(PEOPLE)} {rng.choice(VERBS)} in the {rng.choice(PLACES)} every {time}."
-        )
+        who, did, place = rng.choice(PEOPLE), rng.choice(VERBS), rng.choice(PLACES)
+        sentences.append(f"The {who} {did} in the {place} every {time}.")
     rng.shuffle(sentences)
     return sentences
 
@@ -78,8 +80,8 @@ MOST_FACTS = {"recall": len(NAMES), "tracking": 2 * len(NAMES)}
 
 
 class Source:
-    """A task without end: source[i] depends on (task, seed, i) only, so equal seeds give equal prompts.
-    Raises BadInput for more facts than there are names, or fewer than the task needs."""
+    """Endless rows of a task of TASKS: source[i] depends only on task, seed, i, facts and filler. Raises
+    BadInput for more facts than there are names, or fewer than the task needs."""
 
     def __init__(self, task, seed, facts, filler):
         least = 2 if task == "tracking" else 1
@@ -88,7 +90,6 @@ class Source:
         self.task, self.seed, self.facts, self.filler = task, seed, facts, filler
 
     def __getitem__(self, i):
-        passage, [(asked, answer)] = TASKS[self.task](
-            random.Random(f"{self.seed} {self.task} {i}"), self.facts, self.filler
-        )
+        rng = random.Random(f"{self.seed} {self.task} {i}")
+        passage, [(asked, answer)] = TASKS[self.task](rng, self.facts, self.filler)
         return {"id": f"{self.task}-{self.seed}-{i}", "prompt": f"{passage}\n\n{asked}", "answer": answer}

@@ -18,7 +18,6 @@ LATEST; only then are old ones removed. Training waits meanwhile: writing beside
 of all shards, and save a minute of what some twenty steps take.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -176,8 +175,7 @@ def save(directory, step, model, optimizer, state, extra, keep):
 
 
 def digest(path):
-    with open(path, "rb") as file:
-        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": os.path.getsize(path), "sha256": durable.sha256(path)}
 
 
 def steps_in(directory):

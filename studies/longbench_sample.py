@@ -1,11 +1,11 @@
-"""A file in LongBench v2's schema, made by us: invented facts among invented sentences. Chance is 25, as in
-the benchmark.
+"""A sample file in LongBench v2's format (arXiv 2412.15204): invented facts among invented sentences.
 
     python -m studies.longbench_sample assets/longbench-sample.json     # the same file, byte for byte
 
-Every class and six domains are there, each document has two questions. Its short, medium and long documents
-have about 400, 800 and 1,500 words, not the benchmark's 8 thousand to 2 million: assets/tiny reads 4,096
-tokens. An easy question's wrong choices are nowhere in the document; a hard one's are other people's codes.
+It has every class and six domains, and two questions for each document. Guessing scores 25%, as in the
+benchmark. Short, medium and long documents have about 400, 800 and 1,500 words, not the benchmark's 8
+thousand to 2 million: assets/tiny reads 4,096 tokens. An easy question's wrong choices are nowhere in the
+document; a hard question's are other people's codes.
 """
 
 import json
@@ -28,7 +28,8 @@ DOMAINS = {
 
 
 def write(path, documents, filler, seed=0):
-    """documents: how many, each with an easy and a hard question; filler: length class -> sentences."""
+    """Write the JSON file `path`. documents: their number, each with an easy and a hard question; filler:
+    {length class: number of filler sentences}; seed: of all random choices. Raises OSError."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(documents):
             rng = random.Random(f"{seed} longbench {i}")
@@ -37,9 +38,9 @@ def write(path, documents, filler, seed=0):
             context, asked = recall(rng, FACTS, filler[length], asked=FACTS)
             codes = [fact.split(" is ")[1].rstrip(".") for _, fact in asked]
             for j, difficulty in enumerate(("easy", "hard")):
-                wrong = (
-                    [" ".join(rng.sample(WORDS, 3)) for _ in range(3)] if difficulty == "easy" else codes[2:5]
-                )
+                wrong = codes[2:5]
+                if difficulty == "easy":
+                    wrong = [" ".join(rng.sample(WORDS, 3)) for _ in range(3)]
                 choices = rng.sample([codes[j], *wrong], 4)
                 item = {"_id": f"sample-{i}-{j}", "domain": domain, "sub_domain": DOMAINS[domain]}
                 item |= {"difficulty": difficulty, "length": length, "question": asked[j][0]}

@@ -1,31 +1,33 @@
-"""What a checkpoint's Q and K look like: magnitudes of every head's dimensions, and how sharp, how stable
-they are.
+"""The magnitudes of a checkpoint's Q and K: how concentrated they are, and how stable over prompts.
 
-    python -m studies.magnitudes assets/tiny                                 # prompts of the recall task, see tasks.py
+    python -m studies.magnitudes assets/tiny              # on prompts of the recall task (prompts/tasks.py)
     python -m studies.magnitudes Qwen3-8B --data train.jsonl --layers 0 17 35
 
-The model reads --prompts prompts one by one, without gradients and without logits; a prompt may fill its
-context. Magnitudes are saliency.py's (M[h, d], the L2 norm over a prompt's tokens, averaged over prompts), at
-both sites: "proj", the outputs of q_proj and k_proj, and "norm", after q_norm and k_norm. Selected are the
-largest --fraction of each head's dimensions.
+The model reads --prompts prompts one by one, without gradients and logits; a prompt may fill its context.
+Magnitudes are saliency.py's: M[h, d] is the L2 norm over a prompt's tokens, averaged over prompts. They are
+measured at both sites: "proj", the outputs of q_proj and k_proj, and "norm", after q_norm and k_norm. The
+largest --fraction of each head's dimensions are selected.
 
 Left in --out:
-    proj.safetensors    model.layers.N.self_attn.q_proj (H, D) and .k_proj (Hk, D) fp32, magnitudes; with ".selected" after
-    norm.safetensors    the name, bool, the selected rows. norm.safetensors has the same names
-    queries.png keys.png    heads x dimensions of --layers at "proj", each head over its own largest, selected rows marked
-    summary.json
-        settings        checkpoint, weights (hash), rope_scaling, dtype, data, prompts, tokens (of all prompts),
-                        counted (--tokens), prompt_ids (hash)
-        fraction        what was asked for; kept: dimensions selected in each head, of head_dim
-        chance          kept / head_dim: what every number below would be if magnitudes were equal, or rows drawn at random
-        proj, norm      of each site: concentration, the share of the squared magnitude that lies in the selected rows, and
-                        stability, the share of a prompt's selection that another prompt selects too, mean
-                        over all pairs of prompts (null for one prompt). Each has q and k, and in them mean
-                        (over layers) and layers (a list)
-        overlap         the share of proj's selected rows that norm selects too: q and k likewise
+
+    proj.safetensors    magnitudes at "proj": model.layers.N.self_attn.q_proj (H, D) and .k_proj (Hk, D) fp32;
+                        and the selected rows, bool, under the same names with ".selected" appended
+    norm.safetensors    the same at "norm"
+    queries.png, keys.png   heads x dimensions of --layers at "proj", each head divided by its largest, with
+                        the selected rows marked
+    summary.json        with these keys:
+        settings        checkpoint, weights (hash), rope_scaling, dtype, data, prompts, tokens (of all
+                        prompts), counted (--tokens), prompt_ids (hash)
+        fraction        --fraction; kept: dimensions selected in each head, of head_dim
+        chance          kept / head_dim: what every number below would be if all magnitudes were equal, or if
+                        rows were drawn at random
+        proj, norm      for each site: concentration, the share of the squared magnitude that lies in the
+                        selected rows; and stability, the share of one prompt's selected rows that another
+                        prompt selects, too, averaged over all pairs of prompts (null for one prompt). Each
+                        has q and k, and these have mean (over layers) and layers (a list)
+        overlap         the share of proj's selected rows that norm selects, too; q and k likewise
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,28 +43,24 @@ from evals.engine import dtype
 from model import Qwen3
 from prompts import chat, sources, tasks
 
-TOKENS = ("all", "not-first")  # of saliency.TOKENS, those that differ for a prompt without completions
+TOKENS = ["all", "not-first"]  # of saliency.TOKENS; without completions "prompt" is the same as "all"
 
 
 @dataclass
 class Measured:
-    """What is measured; perturb.py asks for the same."""
+    """Settings of a measurement, for this script and studies/perturb.py."""
 
     checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
-    data: str = option("", "a file of prompts, as train.py reads it (default: --task)")
-    task: str = option("recall", "without --data: a task of tasks.py", list(tasks.TASKS))
+    data: str = option("", "a file of prompts, see prompts/sources.py (default: --task)")
+    task: str = option("recall", "without --data: a task of prompts/tasks.py", list(tasks.TASKS))
     facts: int = option(17, "task: facts in a passage", least=1)
     filler: int = option(17, "task: filler sentences in a passage", least=0)
-    prompts: int = option(32, "prompts to measure on; of --data a random draw of its rows", least=1)
+    prompts: int = option(32, "prompts to measure on; with --data drawn at random from its rows", least=1)
     thinking: bool = option(False, "Qwen3's template with thinking, as train.py has it")
     seed: int = option(0, "seed of the prompts", least=0)
-    tokens: str = option(
-        "all", "tokens that count: all, or not-first, without the attention sink", list(TOKENS)
-    )
-    yarn: float = option(
-        0.0, "YaRN factor instead of what config.json says (0: what it says)", least=0, most=1e6
-    )
-    fraction: float = option(0.3, "share of each head's dimensions that is selected (paper: 0.3)", above=0)
+    tokens: str = option("all", "tokens that count: all, or not-first, without the attention sink", TOKENS)
+    yarn: float = option(0.0, "YaRN factor (0: as config.json has it)", least=0, most=1e6)
+    fraction: float = option(0.3, "share of each head's dimensions that is selected", above=0, most=1)
 
 
 @dataclass
@@ -71,26 +69,22 @@ class Config(Measured):
     out: str = option("", "directory of the results (default: runs/saliency/<checkpoint's name>)")
 
 
-# --------------------------------------------------------------------------------------------------------- measurement
+# ------------------------------------------------------------------------------------------------ measurement
 
 
 def read_prompts(config):
-    """Measured -> (Qwen3Config, prompts as lists of token ids, settings: all that magnitudes depend on).
-    Raises BadInput for what is no checkpoint, and for prompts that are wrong or longer than its context."""
+    """Measured -> Qwen3Config, prompts (lists of token ids), settings (a dict of all that magnitudes depend
+    on). Raises BadInput for a wrong checkpoint, and for prompts that are wrong or longer than its context."""
     if not config.checkpoint:
         raise BadInput("no checkpoint is given; its directory comes before lists like --layers")
-    if config.fraction > 1:
-        raise BadInput(f"--fraction must be in (0, 1], not {config.fraction:g}")
     model_config, tokenizer, _ = subject.load(config.checkpoint, config.yarn)
     if config.data:
         rows, what = sources.read(config.data, sources.prompt_row), config.data
         source, count = sources.Mixture([rows], [], config.seed), min(config.prompts, len(rows))
     else:
         source = tasks.Source(config.task, f"train {config.seed}", config.facts, config.filler)
-        what, count = (
-            f"{config.task}, {config.facts} facts and {config.filler} filler sentences",
-            config.prompts,
-        )
+        what = f"{config.task}, {config.facts} facts and {config.filler} filler sentences"
+        count = config.prompts
     limit = model_config.context_length
     prompts = [chat.encode_prompt(tokenizer, source[i], config.thinking, limit) for i in range(count)]
     settings = {
@@ -99,14 +93,14 @@ def read_prompts(config):
         "prompts": count,
         "tokens": sum(map(len, prompts)),
         "counted": config.tokens,
-        "prompt_ids": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
+        "prompt_ids": durable.digest(repr(prompts)),
     }
     return model_config, prompts, settings
 
 
 def load_model(checkpoint, model_config):
-    """The model for measuring: bf16 on a GPU, fp32 on a CPU. model_config may have other RoPE scaling than
-    the directory."""
+    """-> the Qwen3 of a checkpoint directory without gradients, bf16 on a GPU, fp32 on a CPU. model_config
+    may have another RoPE scaling than the directory. Raises BadInput."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Qwen3.empty(model_config, getattr(torch, dtype()), device).requires_grad_(False)
     load_weights(model, checkpoint)
@@ -115,8 +109,8 @@ def load_model(checkpoint, model_config):
 
 @torch.no_grad()
 def measure(model, prompts, site, tokens="all"):
-    """Lists of token ids -> for each prompt alone, Tracker.magnitudes() on the CPU. Memory is that of one
-    prompt."""
+    """Lists of token ids -> for each prompt on its own, saliency.Tracker's magnitudes {name: (H, D) fp32} on
+    the CPU. It takes the memory of one prompt."""
     device, measured = next(model.parameters()).device, []
     for prompt in tqdm(prompts, desc=f"magnitudes, {site}", unit="prompt"):
         ids = torch.tensor([prompt], device=device)
@@ -128,37 +122,39 @@ def measure(model, prompts, site, tokens="all"):
 
 
 def average(measured):
-    """The magnitudes of all prompts together: the paper's mean over the batch."""
+    """Each prompt's magnitudes -> {name: (H, D)}: their mean, the paper's mean over the batch (section 3)."""
     return {name: torch.stack([each[name] for each in measured]).mean(0) for name in measured[0]}
 
 
-# ------------------------------------------------------------------------------------------------------------- summary
+# ---------------------------------------------------------------------------------------------------- summary
 
 
 def by_layer(values):
-    """{"model.layers.N.self_attn.q_proj": float, ...k_proj...} -> {"q": {"mean", "layers"}, "k": ...}"""
-    parts = {
-        which: [value for name, value in values.items() if name.endswith(f"{which}_proj")] for which in "qk"
-    }
-    return {which: {"mean": sum(part) / len(part), "layers": part} for which, part in parts.items()}
+    """{"model.layers.N.self_attn.q_proj": float, ...k_proj...} -> {"q": {"mean": float, "layers": [float,
+    ...]}, "k": ...}."""
+    result = {}
+    for which in "qk":
+        layers = [value for name, value in values.items() if name.endswith(f"{which}_proj")]
+        result[which] = {"mean": sum(layers) / len(layers), "layers": layers}
+    return result
 
 
 def kept(fraction, head_dim):
-    """How many dimensions of a head are selected."""
+    """-> the number of dimensions that are selected in each head."""
     return int(saliency.select_rows({"": torch.zeros(1, head_dim)}, fraction)[".weight"].sum())
 
 
 def concentration(magnitudes, fraction):
-    """{name: (H, D)} -> {name: share of the squared magnitude in the selected rows}"""
+    """Magnitudes {name: (H, D)} -> {name: share of the squared magnitude that lies in the selected rows}."""
     masks = saliency.select_rows(magnitudes, fraction)
     return {name: saliency.selected_share({name: m}, masks).item() for name, m in magnitudes.items()}
 
 
 def stability(measured, fraction):
-    """Each prompt's magnitudes -> {name: mean overlap of the selections of two prompts, over all pairs}; two
-    at least."""
-    selections, n = [saliency.select_rows(magnitudes, fraction) for magnitudes in measured], len(measured)
-    result = {}
+    """The magnitudes of each of at least two prompts -> {name: share of one prompt's selected rows that
+    another selects, too, averaged over all pairs}."""
+    selections = [saliency.select_rows(magnitudes, fraction) for magnitudes in measured]
+    result, n = {}, len(measured)
     for name in measured[0]:
         rows = torch.stack([masks[f"{name}.weight"] for masks in selections]).float()  # (n, H * D)
         common = rows @ rows.T  # (n, n) rows that two prompts select; the diagonal is what each selects
@@ -167,17 +163,17 @@ def stability(measured, fraction):
 
 
 def overlap(magnitudes, others, fraction):
-    """Two dictionaries of magnitudes -> {name: share of the first's selected rows that the second selects
-    too}"""
-    masks, theirs = saliency.select_rows(magnitudes, fraction), saliency.select_rows(others, fraction)
-    return {
-        name: saliency.overlap({f"{name}.weight": masks[f"{name}.weight"]}, theirs).item()
-        for name in magnitudes
-    }
+    """Two dictionaries of magnitudes -> {name: share of the first's selected rows that the second selects,
+    too}."""
+    result, other_masks = {}, saliency.select_rows(others, fraction)
+    for name, magnitude in magnitudes.items():
+        masks = saliency.select_rows({name: magnitude}, fraction)
+        result[name] = saliency.overlap(masks, other_masks).item()
+    return result
 
 
 def summarize(measured, fraction):
-    """{site: each prompt's magnitudes} -> summary.json without settings."""
+    """{site: each prompt's magnitudes} -> the dictionary of summary.json, without settings."""
     means = {site: average(measured[site]) for site in saliency.SITES}
     size = next(iter(means["proj"].values())).size(-1)
     rows = kept(fraction, size)
@@ -189,7 +185,7 @@ def summarize(measured, fraction):
 
 
 def report(summary):
-    """The table: a line for Q and one for K of each layer, shares in per cent."""
+    """The dictionary of summary.json -> a table as text, in per cent: a line for Q and K of each layer."""
     columns = {
         "share": summary["proj"]["concentration"],
         "stability": summary["proj"]["stability"],
@@ -204,13 +200,12 @@ def report(summary):
             numbers = [f"{100 * column[which]['layers'][layer]:.1f}" for column in columns.values()]
             rows.append([f"{layer} {which.upper()}", *numbers])
     for which in "qk":
-        rows.append(
-            [f"mean {which.upper()}", *[f"{100 * column[which]['mean']:.1f}" for column in columns.values()]]
-        )
+        numbers = [f"{100 * column[which]['mean']:.1f}" for column in columns.values()]
+        rows.append([f"mean {which.upper()}", *numbers])
     return stats.table([*rows, ["chance", *[f"{100 * summary['chance']:.1f}"] * len(columns)]])
 
 
-# -------------------------------------------------------------------------------------------------------------- script
+# ----------------------------------------------------------------------------------------------------- script
 
 
 if __name__ == "__main__":
@@ -242,7 +237,6 @@ if __name__ == "__main__":
         plot.heads_and_dimensions(out / file, title, out / "proj.safetensors", which, shown)
     length = settings["tokens"] / len(prompts)
     print(f"{config.checkpoint} on {settings['data']}: {len(prompts)} prompts of {length:,.0f} tokens")
-    print(
-        f"top {summary['kept']} of {summary['head_dim']} dimensions of each head; per cent\n\n{report(summary)}\n"
-    )
+    print(f"top {summary['kept']} of {summary['head_dim']} dimensions of each head; per cent\n")
+    print(f"{report(summary)}\n")
     print(f"results: {out}/summary.json  figures: {out}/queries.png {out}/keys.png")

@@ -1,32 +1,37 @@
-"""The paper's perturbation: which dimensions of Q and K does a model need? Hold some at their mean, and
+"""The paper's perturbation: which dimensions of Q and K does a model need? Hold some at their mean, then
 evaluate.
 
-    python -m studies.perturb assets/tiny                         # the recall task, greedy and at temperature 1
-    python -m studies.perturb Qwen3-8B --data train.jsonl --yarn 4 -- eval_longbench.py --yarn 4 --data
-    data.json --sampling paper \\
-        -- eval_gsm8k.py --data test.jsonl                # a long and a short context, each on its own
-    python -m studies.perturb Qwen3-8B --data train.jsonl -- .venv/bin/torchrun --nproc-per-node 8
-    eval_ruler.py
+    python -m studies.perturb assets/tiny               # the recall task, greedy and at temperature 1
+    python -m studies.perturb Qwen3-8B --data train.jsonl --yarn 4 \\
+        -- eval_longbench.py --yarn 4 --data data.json --sampling paper \\
+        -- eval_gsm8k.py --data test.jsonl              # a long and a short context, each on its own
+    python -m studies.perturb Qwen3-8B --data train.jsonl \\
+        -- .venv/bin/torchrun --nproc-per-node 8 eval_ruler.py
 
-After each -- stands an evaluation of this repository without its checkpoint, --clamp and --out, which are
-added. Each runs
-    untouched     with the same hooks in the same eager engine, which hold nothing
-    bottom        the --fraction smallest dimensions of each head's Q and K held at the global mean
-    random        as many random ones, --draws times
+After each -- comes an evaluation of this repository without its checkpoint, --clamp and --out, which are
+added. Each evaluation runs under these clamps:
+
+    untouched     nothing is held; the same hooks in the same eager engine
+    bottom        the --fraction smallest dimensions of each head's Q and K are held at the global mean
+    random        as many random ones, drawn --draws times
     top           the largest
-The paper says "clamped to the global mean" and no more. Here a held dimension of the output of q_proj
-(k_proj), before q_norm and RoPE, has in every token of prompt and completion the mean of that layer's q_proj
-(k_proj) output over all tokens, heads and dimensions of --prompts prompts, on which the magnitudes are
-measured too; they are not those that are scored. q_norm scales a head to unit size after the clamp, so what
-is not held grows where much was taken away.
+
+The paper says "clamped to the global mean" and no more. Here a held dimension of q_proj's (k_proj's) output,
+before q_norm and RoPE, has one value in every token of prompt and completion: the mean of that layer's q_proj
+(k_proj) output over all tokens, heads and dimensions of --prompts prompts. The magnitudes are measured on
+these prompts, too; the evaluations score others. After the clamp, q_norm scales a head to unit size, so
+dimensions that are not held grow if much was taken away.
 
 Left in --out:
-    NAME.safetensors      what is held (clamp.py), for an evaluation's --clamp. NAME: untouched, bottom, random-0, ..., top
-    N-EVALUATION/NAME/    an evaluation's own results; N-EVALUATION/NAME.txt, what it printed
-    perturbation.json     a list, one entry an evaluation: command, and rows, one a NAME: name, score and stderr in [0, 1],
-                          n (items), kept (score / untouched's) and, against untouched, item by item,
-                          stats.paired's difference, low, high, p, test; output, the commonest completion,
-                          which is output_share of all
+
+    NAME.safetensors      what is held (evals/clamp.py), for an evaluation's --clamp. NAME is untouched,
+                          bottom, random-0, ..., top
+    N-EVALUATION/NAME/    an evaluation's own results; N-EVALUATION/NAME.txt: what it printed
+    perturbation.json     a list with one entry for each evaluation: command, and rows, one for each NAME:
+                          name, score and stderr in [0, 1], n (items), kept (score / untouched's); compared
+                          with untouched item by item, stats.paired's difference, low, high, p, test; output,
+                          the most frequent completion, and output_share, its share of all
+
 The same command goes on where an interrupted one stopped.
 """
 
@@ -47,11 +52,8 @@ from studies import magnitudes
 
 SCRIPTS = {path.name for path in Path(__file__).parent.parent.glob("eval_*.py")}
 EVALUATIONS = ["eval_task.py", "eval_task.py --sampling paper --seeds 4"]
-PAPER = {
-    "untouched": 173,
-    "bottom": 108,
-    "top": 0,
-}  # right answers of Qwen3-8B to LongBench v2's 503 questions
+# Right answers of Qwen3-8B to LongBench v2's 503 questions.
+PAPER = {"untouched": 173, "bottom": 108, "top": 0}
 
 
 @dataclass
@@ -60,85 +62,57 @@ class Config(magnitudes.Measured):
     out: str = option("", "directory of the results (default: runs/perturb/<checkpoint's name>)")
 
 
-one_line_errors()
-words, given = [], []  # this script's flags; each evaluation's words
-for word in sys.argv[1:]:
-    if word == "--":
-        given.append([])
-    else:
-        (given[-1] if given else words).append(word)
-config = parse(Config, __doc__, words)
-commands = given or [shlex.split(line) for line in EVALUATIONS]
-scripts = [[word for word in command if word.endswith(".py")][:1] for command in commands]
-for command, script in zip(commands, scripts, strict=True):
-    if not script or script[0] not in SCRIPTS:
-        raise BadInput(
-            f"-- {shlex.join(command)}: write an evaluation after --, one of {', '.join(sorted(SCRIPTS))}"
-        )
-
-# -------------------------------------------------------------------------------------------------------------- clamps
-
-model_config, prompts, settings = magnitudes.read_prompts(config)
-out = Path(config.out or f"runs/perturb/{subject.name(config.checkpoint)}")
-lock = lock_results(out, "untouched.safetensors", "perturbation")
-names = ["untouched", "bottom", *[f"random-{draw}" for draw in range(config.draws)], "top"]
-abouts = {}  # how each clamp is chosen
-for name in names:
-    rule, _, draw = name.partition("-")
-    abouts[name] = {
-        "rule": rule,
-        "fraction": config.fraction,
-        "draw": int(draw or 0),
-        "site": "proj",
-        **settings,
-    }
+def split_command_line(words):
+    """sys.argv's words -> this script's flags, and the words of each evaluation, those after each --."""
+    own, evaluations = [], []
+    for word in words:
+        if word == "--":
+            evaluations.append([])
+        else:
+            (evaluations[-1] if evaluations else own).append(word)
+    return own, evaluations
 
 
-def made(name):
-    """Is this clamp there, from an interrupted run?"""
-    if not (out / f"{name}.safetensors").exists():
+def script_of(command):
+    """The words of an evaluation -> its script, one of SCRIPTS. Raises BadInput if there is none."""
+    script = next((word for word in command if word.endswith(".py")), None)
+    if script not in SCRIPTS:
+        known = ", ".join(sorted(SCRIPTS))
+        raise BadInput(f"-- {shlex.join(command)}: write an evaluation after --, one of {known}")
+    return script
+
+
+def clamp_exists(path, model_config, about):
+    """Whether an interrupted run left this clamp. Raises BadInput for one that was chosen in another way."""
+    if not path.exists():
         return False
-    about = clamp.load(out / f"{name}.safetensors", model_config)[1]
-    about.pop("values")
-    if difference := different(about, abouts[name]):
-        raise BadInput(
-            f"{out} holds clamps of other settings: {difference}; choose another --out or remove it"
-        )
+    found = clamp.load(path, model_config)[1]
+    found.pop("values")
+    if difference := different(found, about):
+        problem = f"{path.parent} holds clamps of other settings: {difference}"
+        raise BadInput(f"{problem}; choose another --out or remove it")
     return True
 
 
-if missing := [name for name in names if not made(name)]:
-    model = magnitudes.load_model(config.checkpoint, model_config)
-    with clamp.Means(model) as means:
-        measured = magnitudes.average(magnitudes.measure(model, prompts, "proj", config.tokens))
-    for name in missing:
-        generator = torch.Generator().manual_seed(abouts[name]["draw"])
-        values = clamp.choose(measured, means.values, config.fraction, abouts[name]["rule"], generator)
-        clamp.save(out / f"{name}.safetensors", values, abouts[name])
-    del model
-    torch.cuda.empty_cache()  # the evaluations are other processes
-
-# --------------------------------------------------------------------------------------------------------- evaluations
-
-
-def evaluate(command, script, place, name):
-    """Run one evaluation under one clamp -> its finished samples."""
+def evaluate(command, script, checkpoint, clamp_file, place):
+    """Run one evaluation under one clamp, or let it finish -> its finished samples, a list of dict. Its
+    results are in the directory `place`. Raises BadInput if it fails."""
     after = command.index(script) + 1
-    words = [*command[:after], config.checkpoint, *command[after:]]
-    words += ["--clamp", str(out / f"{name}.safetensors"), "--out", str(place / name)]
-    start = [sys.executable] if after == 1 else []
-    print(f"{name}: {shlex.join(words)}", file=sys.stderr)
-    with open(place / f"{name}.txt", "w") as text:
+    words = [*command[:after], checkpoint, *command[after:]]
+    words += ["--clamp", str(clamp_file), "--out", str(place)]
+    start = [sys.executable] if after == 1 else []  # else the command says how to start it: torchrun ...
+    print(f"{place.name}: {shlex.join(words)}", file=sys.stderr)
+    with open(f"{place}.txt", "w") as text:
         if code := subprocess.run([*start, *words], stdout=text).returncode:
-            raise BadInput(f"{script} with {name} ended with exit code {code}; its message is above")
-    return read_results(place / name / "results.jsonl")
+            raise BadInput(f"{script} with {place.name} ended with exit code {code}; its message is above")
+    return read_results(place / "results.jsonl")
 
 
 def row(name, records, untouched):
-    """One clamp's line of an evaluation's table."""
-    summary, pairs = stats.summarize(records), [stats.by_item(untouched), stats.by_item(records)]
-    pair = stats.paired(*[[scores[item] for item in pairs[0]] for scores in pairs])
-    whole = stats.summarize(untouched)["score"]
+    """The samples of one clamp and of `untouched` -> the clamp's row in perturbation.json."""
+    summary, whole = stats.summarize(records), stats.summarize(untouched)["score"]
+    before, after = stats.by_item(untouched), stats.by_item(records)
+    pair = stats.paired([before[item] for item in before], [after[item] for item in before])
     compared = {key: pair[key] for key in ("difference", "low", "high", "p", "test")}
     kept = summary["score"] / whole if whole else None
     [(output, count)] = Counter(record["prediction"] for record in records).most_common(1)
@@ -146,44 +120,69 @@ def row(name, records, untouched):
     return {"name": name, **summary, "kept": kept, **compared, **said}
 
 
-def shown(row):
+def cells(row):
+    """A row of perturbation.json -> its cells in the table that is printed."""
     error = "" if row["stderr"] is None else f" ±{100 * row['stderr']:.1f}"
     kept = "-" if row["kept"] is None else f"{100 * row['kept']:.0f}%"
-    difference = [
-        f"{100 * row['difference']:+.1f}",
-        f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}",
-        f"{row['p']:.2g}",
-    ]
-    return [
-        row["name"],
-        f"{100 * row['score']:.1f}{error}",
-        kept,
-        *(difference if row["name"] != "untouched" else "---"),
-    ]
+    compared = ["-", "-", "-"]
+    if row["name"] != "untouched":
+        interval = f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}"
+        compared = [f"{100 * row['difference']:+.1f}", interval, f"{row['p']:.2g}"]
+    return [row["name"], f"{100 * row['score']:.1f}{error}", kept, *compared]
 
 
-entries = []
-for number, (command, [script]) in enumerate(zip(commands, scripts, strict=True), 1):
-    place = out / f"{number}-{Path(script).stem.removeprefix('eval_')}"
-    place.mkdir(exist_ok=True)
-    records = {name: evaluate(command, script, place, name) for name in names}
-    rows = [row(name, records[name], records["untouched"]) for name in names]
-    entries.append({"command": shlex.join(command), "rows": rows})
-durable.write_json(out / "perturbation.json", entries)
+if __name__ == "__main__":
+    one_line_errors()
+    words, commands = split_command_line(sys.argv[1:])
+    config = parse(Config, __doc__, words)
+    commands = commands or [shlex.split(line) for line in EVALUATIONS]
+    scripts = [script_of(command) for command in commands]
+    model_config, prompts, settings = magnitudes.read_prompts(config)
+    out = Path(config.out or f"runs/perturb/{subject.name(config.checkpoint)}")
+    lock = lock_results(out, "untouched.safetensors", "perturbation")
 
-kept = magnitudes.kept(config.fraction, model_config.head_dim)
-print(
-    f"{config.checkpoint}: {kept} of {model_config.head_dim} dimensions of each head's Q and K held at the global mean"
-)
-for entry in entries:
-    table = [["", "score", "of untouched", "difference", "95% interval", "p"], *map(shown, entry["rows"])]
-    print(f"\n{entry['command']}: {entry['rows'][0]['n']} items, ± standard error\n{stats.table(table)}")
-    for line in entry["rows"]:
-        print(f"  {line['name']}: {line['output_share']:.0%} of the completions are {line['output'][:60]!r}")
-print("\nThe paper's, not ours: Qwen3-8B's right answers on LongBench v2, of 503")
-print(
-    stats.table(
-        [[name, str(right), f"{100 * right / PAPER['untouched']:.0f}%"] for name, right in PAPER.items()]
-    )
-)
-print(f"\nresults: {out}/perturbation.json")
+    # The clamps: {name: how it is chosen}; those that an interrupted run left are kept.
+    abouts = {}
+    for name in ["untouched", "bottom", *[f"random-{draw}" for draw in range(config.draws)], "top"]:
+        rule, _, draw = name.partition("-")
+        about = {"rule": rule, "fraction": config.fraction, "draw": int(draw or 0), "site": "proj"}
+        abouts[name] = about | settings
+    files = {name: out / f"{name}.safetensors" for name in abouts}
+    missing = [name for name in abouts if not clamp_exists(files[name], model_config, abouts[name])]
+    if missing:
+        model = magnitudes.load_model(config.checkpoint, model_config)
+        with clamp.Means(model) as means:
+            measured = magnitudes.average(magnitudes.measure(model, prompts, "proj", config.tokens))
+        for name in missing:
+            rule, generator = abouts[name]["rule"], torch.Generator().manual_seed(abouts[name]["draw"])
+            values = clamp.choose(measured, means.values, config.fraction, rule, generator)
+            clamp.save(files[name], values, abouts[name])
+        del model
+        torch.cuda.empty_cache()  # the evaluations are other processes
+
+    # Every evaluation under every clamp.
+    entries = []
+    for number, (command, script) in enumerate(zip(commands, scripts, strict=True), 1):
+        place = out / f"{number}-{Path(script).stem.removeprefix('eval_')}"
+        place.mkdir(exist_ok=True)
+        records = {}
+        for name, file in files.items():
+            records[name] = evaluate(command, script, config.checkpoint, file, place / name)
+        rows = [row(name, records[name], records["untouched"]) for name in records]
+        entries.append({"command": shlex.join(command), "rows": rows})
+    durable.write_json(out / "perturbation.json", entries)
+
+    # The report.
+    kept, size = magnitudes.kept(config.fraction, model_config.head_dim), model_config.head_dim
+    print(f"{config.checkpoint}: {kept} of {size} dimensions of each head's Q and K held at the global mean")
+    for entry in entries:
+        head = ["", "score", "of untouched", "difference", "95% interval", "p"]
+        table = stats.table([head, *map(cells, entry["rows"])])
+        print(f"\n{entry['command']}: {entry['rows'][0]['n']} items, ± standard error\n{table}")
+        for line in entry["rows"]:
+            share, output = line["output_share"], line["output"][:60]
+            print(f"  {line['name']}: {share:.0%} of the completions are {output!r}")
+    print("\nThe paper's, not ours: Qwen3-8B's right answers on LongBench v2, of 503")
+    shares = [[name, str(right), f"{right / PAPER['untouched']:.0%}"] for name, right in PAPER.items()]
+    print(stats.table(shares))
+    print(f"\nresults: {out}/perturbation.json")

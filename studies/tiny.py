@@ -1,12 +1,12 @@
-"""How assets/tiny was made, from random weights and no data (5 minutes on 2 CPU cores).
+"""How assets/tiny was made, from random weights and without data (5 minutes on 2 CPU cores).
 
     python -m studies.tiny --out runs/tiny
 
-First a small network has to learn to look things up at all: it reads groups of tokens and then the same
-groups in another order, and is trained on the tokens that follow a group's first, until it copies them
-(attention heads that do this are called induction heads). Then it sees conversations: a passage of the recall
-task and questions about it, trained on every answer. Passages are short here and longer in train.py: what is
-learned here is the skill, RL carries it to length.
+In the first stage a small network learns to look things up. It reads groups of tokens and then the same
+groups in another order, and is trained on the tokens that follow the first of a group, until it copies them.
+(Attention heads that do this are called induction heads.) In the second stage it sees conversations, a
+passage of the recall task and questions about it, and is trained on every answer. Passages are short here and
+longer in train.py: the skill is learned here, and RL extends it to longer passages.
 """
 
 import itertools
@@ -26,11 +26,14 @@ from prompts import chat, tasks
 from run.resume import lock_run
 
 # Qwen's pre-tokenizer: contractions, words with their leading space, single digits, punctuation, white space.
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]  # tokens of their own, but part of the text when decoded, as in Qwen3
 BYTES = 256 + len(SPECIAL + THINK)  # tokens of a tokenizer that knows no word
-# data.chat as a template, for transformers and vLLM.
+# prompts/chat.py's format as a template, for transformers and vLLM.
 CHAT_TEMPLATE = r"""{%- for message in messages %}
     {%- set content = message.content %}
     {%- if message.role == 'assistant' %}
@@ -52,13 +55,9 @@ class Config:
     out: str = option("runs/tiny", "directory of the run; the model is in its checkpoint/")
     seed: int = option(1, "seed of weights and data", least=0, most=2**31 - 1)
     batch: int = option(32, "groups of tokens a step, and half as many chats", least=2)
-    copy_until: float = option(
-        0.5, "first stage: copy groups of tokens until a step's loss is below this, nats", above=0
-    )
-    steps: int = option(1200, "second stage: steps that the learning rate's cosine is made for", least=1)
-    stop: int = option(
-        401, "second stage: stop after this number of steps, with plenty left to learn (0: do not)", least=0
-    )
+    copy_until: float = option(0.5, "first stage: ends when a step's loss is below this, nats", above=0)
+    steps: int = option(1200, "second stage: steps over which the learning rate's cosine falls", least=1)
+    stop: int = option(401, "second stage: stop early, with plenty left to learn (0: do not)", least=0)
     learning_rate: float = option(3e-3, "AdamW's peak learning rate", above=0)
     warmup: int = option(50, "steps of linear warm-up of each stage", least=1)
     min_facts: int = option(2, "fewest facts in a passage; as many filler sentences stand between them")
@@ -68,13 +67,12 @@ class Config:
     hidden_size: int = option(128, "its hidden size", least=1)
     heads: int = option(8, "its query heads; two key heads", least=2)
     head_dim: int = option(32, "its head size", least=2)
-    vocab_size: int = option(
-        896, "rows of its embedding; the tokenizer stops at this or when every word is a token", least=BYTES
-    )
+    vocab_size: int = option(896, "rows of its embedding; the tokenizer has no more tokens", least=BYTES)
 
 
 def train_tokenizer(vocab_size, seed):
-    """Byte-level BPE with Qwen's pre-tokenizer and special tokens, trained on the recall task's own text."""
+    """-> a Tokenizer: byte-level BPE with Qwen's pre-tokenizer and special tokens, trained on texts of the
+    recall task. It has `vocab_size` tokens, or fewer if every word is a token before."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
@@ -82,10 +80,10 @@ def train_tokenizer(vocab_size, seed):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(f"{seed} tokenizer")
-    passages = (tasks.recall(rng, 30, 30, asked=10) for _ in range(1000))
-    texts = (
-        text for passage, questions in passages for text in [passage] + [" ".join(qa) for qa in questions]
-    )
+    texts = []
+    for _ in range(1000):
+        passage, questions = tasks.recall(rng, 30, 30, asked=10)
+        texts += [passage, *map(" ".join, questions)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL + THINK),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -98,7 +96,8 @@ def train_tokenizer(vocab_size, seed):
 
 
 def save_tokenizer(tokenizer, out, context):
-    """tokenizer.json and the three files that make transformers and vLLM use it as Qwen3's."""
+    """Write to the directory `out` tokenizer.json, and the three files that transformers and vLLM need to use
+    it as Qwen3's. context: tokens that the model reads."""
     end, stop = (tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -120,10 +119,13 @@ def save_tokenizer(tokenizer, out, context):
 
 
 def token_groups(rng, vocabulary, size=5, count=6):
-    """Random groups of tokens, then twice the same groups in other orders -> ids, and which tokens are
-    trained on: all but a group's first. Tokens are drawn from the whole vocabulary: rows of the tied
-    embedding that never occur would be pushed out of the softmax by a direction common to all others, and
-    matching tokens by content gets much harder."""
+    """Random groups of tokens, then twice the same groups in other orders -> ids, and which of them are
+    trained on (list of bool): in the repeats, all but a group's first.
+
+    Tokens are drawn from the whole vocabulary. Rows of the tied embedding that never occurred would be pushed
+    out of the softmax along a direction common to all others, which makes it much harder to match tokens by
+    content.
+    """
     groups = [rng.choices(range(vocabulary), k=size) for _ in range(count)]
     again = rng.sample(groups, count) + rng.sample(groups, count)
     ids = list(itertools.chain(*groups, *again))
@@ -131,8 +133,8 @@ def token_groups(rng, vocabulary, size=5, count=6):
 
 
 def conversation(tokenizer, rng, config, progress):
-    """A passage and questions about it -> ids, and which tokens are trained on. `progress` (0 to 1) sets how
-    long passages may be."""
+    """A passage and questions about it -> ids, and which of them are trained on (list of bool). progress, 0
+    to 1, sets how long passages may be."""
     longest = config.min_facts + (config.max_facts - config.min_facts) * min(1.0, 2 * progress)
     facts = rng.randint(config.min_facts, round(longest))
     passage, questions = tasks.recall(rng, facts, facts, asked=min(facts, config.questions))
@@ -144,14 +146,14 @@ def conversation(tokenizer, rng, config, progress):
 
 
 def pad(rows):
-    """[(ids, trained), ...] -> ids (B, T) int64, mask (B, T) bool. Padding on the right: causal attention
-    never sees it."""
+    """[(ids, trained), ...] -> ids (B, T) int64, mask (B, T) bool, padded on the right, where causal
+    attention never sees it."""
     ids, mask = ([torch.tensor(row[k]) for row in rows] for k in (0, 1))
     return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (ids, mask))
 
 
 def check(config):
-    """Raises BadInput for sizes that do not go together."""
+    """Raises BadInput for sizes of the Config that do not fit together."""
     if not 1 <= config.min_facts <= config.max_facts <= len(tasks.NAMES):
         raise BadInput(f"--min-facts and --max-facts must be ordered and in 1 to {len(tasks.NAMES)}")
     if config.heads % 2 or config.head_dim % 2:
@@ -159,8 +161,8 @@ def check(config):
 
 
 def make(config, out):
-    """Train a new model in both stages. Writes out/metrics.jsonl (step, stage, loss, grad_norm,
-    learning_rate) and out/checkpoint."""
+    """Train a new model in both stages; write out/metrics.jsonl (step, stage, loss, grad_norm, learning_rate)
+    and out/checkpoint."""
     tokenizer = train_tokenizer(config.vocab_size, config.seed)
     model_config = Qwen3Config(
         hidden_size=config.hidden_size,
@@ -191,7 +193,7 @@ def make(config, out):
             rate = config.learning_rate * schedule.warmup_factor(step + 1, config.warmup)
             rate *= schedule.cosine_factor(step, config.steps) if recalling else 1
             optimizer.param_groups[0]["lr"] = rate
-            # Copying goes on in the second stage, which would unlearn it before it finds a use for it.
+            # The second stage copies, too: the model would unlearn it before it has a use for it.
             copied = [token_groups(rng, tokenizer.get_vocab_size()) for _ in range(config.batch)]
             loss = -model.logprobs(*pad(copied)).mean()
             loss.backward()
@@ -219,9 +221,8 @@ def make(config, out):
     metrics_file.close()
     model.save_pretrained(out / "checkpoint")
     save_tokenizer(tokenizer, out / "checkpoint", model_config.max_position_embeddings)
-    print(
-        f"{out}/checkpoint: {sum(p.numel() for p in model.parameters()):,} parameters, last loss {loss.item():.3f}"
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{out}/checkpoint: {parameters:,} parameters, last loss {loss.item():.3f}")
 
 
 if __name__ == "__main__":

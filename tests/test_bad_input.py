@@ -271,7 +271,7 @@ DATA = {
     "Parquet without rows": (table(prompt=pyarrow.array([], pyarrow.string())), "rows.parquet has no rows"),
     "Parquet of numbers": (table(prompt=[1], answer=["a"]), 'rows.parquet, row 1: "prompt" must be'),
     "Parquet of bytes": (
-        table(prompt=[b"p"], answer=["a"]), "rows.parquet: column 'prompt' is binary, which JSON has not"
+        table(prompt=[b"p"], answer=["a"]), "rows.parquet: column 'prompt' is binary, which JSON cannot represent"
     ),
     "Parquet with bad UTF-8": (
         table(prompt=pyarrow.array([b"\xff"]).cast(pyarrow.binary()).view(pyarrow.string()), answer=["a"]),
@@ -279,7 +279,7 @@ DATA = {
     ),
     "Parquet with far dates": (
         table(prompt=["p"], answer=["a"], when=pyarrow.array([2**60], pyarrow.timestamp("us"))),
-        r"rows.parquet: column 'when' is timestamp\[us\], which JSON has not; drop it or make it text",
+        r"rows.parquet: column 'when' is timestamp\[us\], which JSON cannot represent; drop it or make it text",
     ),
     "the same id twice": (
         prompts({**PROMPT, "id": 1}, {**PROMPT, "id": 1}), 'line 3: "id" 1 is that of line 2 too'

@@ -1,30 +1,32 @@
 """RULER's data files: what they are called, where people get them, and what must be in them.
 
-They are read from --data-dir, under the names RULER's repository gives the files
-(scripts/data/synthetic/json) or the names their publishers give them:
-    PaulGrahamEssays.json   {"text": ...}; essay haystacks. Without it a generated substitute is used and said
+They are read from --data-dir, under the names that RULER's repository (scripts/data/synthetic/json) or their
+publishers give them:
+    PaulGrahamEssays.json   {"text": ...}; essay haystacks. Without it a generated substitute is used, and the
+                            report says so
     squad.json              SQuAD 2.0's dev-v2.0.json; qa_1, no substitute
     hotpotqa.json           HotpotQA's hotpot_dev_distractor_v1.json; qa_2, no substitute
     english_words.json      a JSON object whose values are words; cwe beyond 8,166 different words
-A file that is not there blocks its tasks; one that is there and damaged is an error that says where.
+A missing file blocks its tasks; a damaged one is an error that says where the damage is.
 
-The readers take what json.loads gives and raise ValueError with what is wrong where.
+The readers take what json.loads returns, and raise ValueError, which says what is wrong and where.
 """
 
 import json
 
-from base.cli import BadInput
+from base.cli import BadInput, brief
 
 
 class MissingFile(BadInput):
     """A data file that is not there."""
 
 
+RULER_JSON = "https://github.com/NVIDIA/RULER/blob/main/scripts/data/synthetic/json"
 # official name -> (names accepted, where people get it)
 FILES = {
     "PaulGrahamEssays.json": (
         ("PaulGrahamEssays.json",),
-        "made by https://github.com/NVIDIA/RULER/blob/main/scripts/data/synthetic/json/download_paulgraham_essay.py",
+        f"made by {RULER_JSON}/download_paulgraham_essay.py",
     ),
     "squad.json": (
         ("squad.json", "dev-v2.0.json"),
@@ -32,33 +34,30 @@ FILES = {
     ),
     "hotpotqa.json": (
         ("hotpotqa.json", "hotpot_dev_distractor_v1.json"),
-        "it is http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json of https://hotpotqa.github.io; where "
-        "that does not answer, https://huggingface.co/datasets/namlh2004/hotpotqa has a copy",
+        "it is http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json of "
+        "https://hotpotqa.github.io; where that does not answer, "
+        "https://huggingface.co/datasets/namlh2004/hotpotqa has a copy",
     ),
     "english_words.json": (
         ("english_words.json",),
-        "it is https://github.com/NVIDIA/RULER/blob/main/scripts/data/synthetic/json/english_words.json, by git lfs pull",
+        f"it is {RULER_JSON}/english_words.json, by git lfs pull",
     ),
 }
 
 
 def _of(kind, record, key, place, empty=False):
-    """record[key], which must be of the type `kind`, and no list without items unless `empty`; place: of
-    `record` in the file, for the message."""
-    if not isinstance(record, (list if isinstance(key, int) else dict)):
-        raise ValueError(
-            f"{place} is {_brief(record)}, not {'a list' if isinstance(key, int) else 'an object'}"
-        )
+    """record[key], which must be of the type `kind`, and not an empty list unless `empty`. place: where
+    `record` is in the file, for the message."""
+    container, name = (list, "a list") if isinstance(key, int) else (dict, "an object")
+    if not isinstance(record, container):
+        raise ValueError(f"{place} is {_brief(record)}, not {name}")
     try:
         value = record[key]
     except LookupError:
-        raise ValueError(f"{place} has no {key if isinstance(key, int) else json.dumps(key)}") from None
+        raise ValueError(f"{place} has no {json.dumps(key)}") from None
     if not isinstance(value, kind) or (value == [] and not empty):
-        name = {
-            str: "a text",
-            list: "a list" if empty else "a list with something in it",
-            bool: "true or false",
-        }[kind]
+        a_list = "a list" if empty else "a list with something in it"
+        name = {str: "a text", list: a_list, bool: "true or false"}[kind]
         raise ValueError(f"{place}[{json.dumps(key)}] is {_brief(value)}, not {name}")
     return value
 
@@ -71,15 +70,13 @@ def text_of(record, key, place):
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place}[{json.dumps(key)}] has half a character (a lone surrogate) at {error.start}"
-        ) from None
+        where = f"{place}[{json.dumps(key)}]"
+        raise ValueError(f"{where} has an unpaired surrogate at {error.start}") from None
     return value
 
 
 def _brief(value):
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return brief(value, longest=60)
 
 
 def english_words(content):
@@ -93,8 +90,9 @@ def english_words(content):
 
 
 def squad(content):
-    """The JSON of squad.json -> (questions, documents): sorted different texts, and for each answerable
-    question (query, answers, its own documents, documents preferred as distractors), documents by index."""
+    """The JSON of squad.json -> (questions, documents). documents: the different texts, sorted. questions: of
+    each answerable one (query, answers, its own documents, documents preferred as distractors), documents by
+    index."""
     paragraphs, questions, asked = [], [], []  # asked: (query, answers, paragraph)
     for a, article in enumerate(_of(list, content, "data", "the file")):
         first = len(paragraphs)
@@ -105,11 +103,9 @@ def squad(content):
             for q, qa in enumerate(_of(list, paragraph, "qas", place, empty=True)):
                 where = f"{place}.qas[{q}]"
                 if not _of(bool, qa, "is_impossible", where):
-                    query = text_of(qa, "question", where)
-                    answers = [
-                        text_of(answer, "text", f"{where}.answers[{i}]")
-                        for i, answer in enumerate(_of(list, qa, "answers", where))
-                    ]
+                    query, answers = text_of(qa, "question", where), []
+                    for i, answer in enumerate(_of(list, qa, "answers", where)):
+                        answers.append(text_of(answer, "text", f"{where}.answers[{i}]"))
                     asked.append((query, answers, len(paragraphs) - 1))
     if not asked:
         raise ValueError("it has no answerable question")
@@ -123,7 +119,7 @@ def squad(content):
 
 
 def hotpotqa(content):
-    """The JSON of hotpotqa.json -> (questions, documents), as `squad`."""
+    """The JSON of hotpotqa.json -> (questions, documents), as `squad` has them."""
     rows = []
     if not isinstance(content, list) or not content:
         raise ValueError(f"the file is {_brief(content)}, not a list of questions")
@@ -139,6 +135,5 @@ def hotpotqa(content):
         rows.append((query, [answer], texts))
     documents = sorted({text for _, _, texts in rows for text in texts})
     number = {text: i for i, text in enumerate(documents)}
-    return [
-        (query, answers, [number[text] for text in texts], []) for query, answers, texts in rows
-    ], documents
+    questions = [(query, answers, [number[text] for text in texts], []) for query, answers, texts in rows]
+    return questions, documents

@@ -1,18 +1,18 @@
 """RULER (arXiv 2404.06654), generated to the token: sets of samples, their cache, and scores. The tasks:
-ruler_tasks.py.
+tasks.py.
 
-    import ruler
+    from evals.ruler import sets as ruler
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file("assets/tiny/tokenizer.json")
     rows = ruler.generate("vt", 4096, 500, 42, tokenizer, ruler.TEMPLATES["qwen3"], ruler.Corpora())
     ruler.score("vt", "ABCDE, FGHIJ", rows[0]["outputs"])
 
-Our own code, after the behaviour of github.com/NVIDIA/RULER since July 2025 (scripts/data/synthetic: niah.py,
+Our own code, which behaves as github.com/NVIDIA/RULER since July 2025 (scripts/data/synthetic: niah.py,
 variable_tracking.py, common_words_extraction.py, freq_words_extraction.py, qa.py): the same random numbers
-are drawn in the same order, by the probes that size the haystack and by the samples that come out too long as
-well. docs/ruler.md says which tasks are byte-equal to RULER's files, and how much of the window each fills.
-Where RULER would loop for ever (no haystack fits) this module raises BadInput, after drawing the smallest
-haystack `TRIES` times as RULER would.
+are drawn in the same order, also by the probes that size the haystack and by the samples that come out too
+long. docs/ruler.md says which tasks are byte-equal to RULER's files, and how much of the window each fills.
+Where RULER would loop for ever because no haystack fits, this module raises BadInput, after it has drawn the
+smallest haystack TRIES (tasks.py) times as RULER would.
 """
 
 import fcntl
@@ -33,23 +33,23 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from base import durable
 from base.cli import BadInput
 from evals.ruler.tasks import FWE_LEAST_BUDGET, KINDS, TASKS, Job, TooSmall, fit, fit_fwe, sample
 from evals.ruler.texts import PROMPTS, TEMPLATES, Corpora, Counter, additive  # noqa: F401 - callers use ruler.Corpora
 
-VERSION = (
-    2  # of the samples: raise it when the same arguments give other samples, so that caches are made anew
-)
+# Of the samples: raise it when the same arguments give other samples, so that caches are made again.
+VERSION = 2
 
 
 def generate(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix=True):
-    """`samples` samples of a task whose tokens and tokens_to_generate together are at most `length`.
+    """-> list of `samples` samples of a task, each of at most `length` tokens, tokens_to_generate included.
 
-    template: the model's, with a {task_template} slot (TEMPLATES). Without `answer_prefix` the prompt ends
-    with the template; examples inside the prompt keep theirs. -> list of {"index", "input", "answer_prefix",
-    "outputs", "length"}: the prompt is input + answer_prefix, "outputs" the strings to be found, "length" its
-    tokens + tokens_to_generate. Raises BadInput for a window too small, a missing or malformed file, or more
-    samples than a QA file has questions.
+    A sample is {"index", "input", "answer_prefix", "outputs", "length"}: the prompt is input + answer_prefix,
+    "outputs" are the strings to be found, "length" is its tokens + tokens_to_generate. template: the model's,
+    with a {task_template} slot (TEMPLATES). Without `answer_prefix` the prompt ends with the template;
+    examples inside the prompt keep theirs. Raises BadInput for a window too small, a missing or malformed
+    file, or more samples than a QA file has questions.
     """
     for records in _attempts(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix):
         try:
@@ -65,26 +65,19 @@ def encode(task_name, text, tokenizer, template):
 
 
 def enough(task_name, tokenizer, template, corpora, answer_prefix=True, samples=500):
-    """The lengths in tokens that are enough for a task -> list of (from, to), both included, `to` may be
+    """The lengths in tokens that are enough for a task -> list of (from, to), both included; `to` may be
     infinite.
 
     Enough is what the smallest haystack takes in the longest of 100 draws (qa: for the longest of the first
-    `samples` questions); `generate` draws again what comes out longer, so a few tokens less may do as well.
-    There can be two ranges, because RULER's steps and lists are other ones below 4096."""
+    `samples` questions); `generate` draws again what comes out longer, so a few tokens less may be enough
+    too. There can be two ranges, because RULER has other steps and lists below 4096.
+    """
     task, ranges = _checked(task_name, 1, 1, template, corpora), []
+    count = _counter(task, tokenizer, additive(tokenizer), template)
     for lowest, highest in ((1, 4095), (4096, math.inf)):
-        probe = max(
-            lowest, 500 if task.kind == "fwe" else 1
-        )  # fwe: a vocabulary larger than its smallest haystack uses
-        job = _job(
-            task,
-            probe,
-            42,
-            _counter(task, tokenizer, additive(tokenizer), template),
-            template,
-            corpora,
-            answer_prefix,
-        )
+        # fwe: 500 tokens give a vocabulary larger than its smallest haystack uses.
+        probe = max(lowest, 500) if task.kind == "fwe" else lowest
+        job = _job(task, probe, 42, count, template, corpora, answer_prefix)
         recipe = KINDS[task.kind](job)
         indices = range(min(samples, len(corpora.questions(task.needs[0])[0])) if task.kind == "qa" else 100)
         size = max(recipe.step, recipe.least) if task.kind != "fwe" else recipe.least
@@ -96,7 +89,7 @@ def enough(task_name, tokenizer, template, corpora, answer_prefix=True, samples=
     return ranges
 
 
-def _told(ranges):
+def _ranges_text(ranges):
     """[(1470, 4095), (5433, inf)] -> "1470 to 4095, or 5433 and more are enough" """
     joined = ranges[:1]
     for least, most in ranges[1:]:
@@ -109,7 +102,7 @@ def _told(ranges):
 
 
 class _Disagreement(Exception):
-    """The sum of the pieces' counts is not the text's count."""
+    """The counts of the pieces do not add up to the count of the text."""
 
 
 def _checked(task_name, length, samples, template, corpora):
@@ -132,28 +125,17 @@ def _job(task, length, seed, count, template, corpora, answer_prefix):
 
 
 def _counter(task, tokenizer, fast, template):
-    """cwe has no documents, and its example repeats the template: there all control tokens are the
-    template's."""
+    # cwe has no documents, and its example repeats the template: there all control tokens are the template's.
     return Counter(tokenizer, fast, None if task.kind == "cwe" else template)
 
 
 def _attempts(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix):
-    """Iterators over the same records: where the first raises _Disagreement, because the counts of this
-    tokenizer's pieces do not add up after all, the second counts whole texts."""
+    """Yields iterators over the same records: the first may raise _Disagreement, because the counts of this
+    tokenizer's pieces do not add up after all; the second counts whole texts."""
     task = _checked(task_name, length, samples, template, corpora)
     for fast in (True, False) if additive(tokenizer) else (False,):
-        yield _records(
-            _job(
-                task,
-                length,
-                seed,
-                _counter(task, tokenizer, fast, template),
-                template,
-                corpora,
-                answer_prefix,
-            ),
-            samples,
-        )
+        count = _counter(task, tokenizer, fast, template)
+        yield _records(_job(task, length, seed, count, template, corpora, answer_prefix), samples)
 
 
 def _records(job, samples):
@@ -177,15 +159,14 @@ def _records(job, samples):
             record = {"index": index, "input": text[:cut], "answer_prefix": text[cut:], "outputs": outputs}
             yield {**record, "length": tokens + task.tokens_to_generate}
     except TooSmall as error:
-        ranges = enough(
-            task.name, job.count.tokenizer, job.model_template, job.corpora, bool(job.prefix), samples
-        )
+        model = job.count.tokenizer, job.model_template
+        ranges = enough(task.name, *model, job.corpora, bool(job.prefix), samples)
         raise BadInput(
-            f"{task.name}, sample {index}: {job.length} tokens are too few; {_told(ranges)}"
+            f"{task.name}, sample {index}: {job.length} tokens are too few; {_ranges_text(ranges)}"
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------- build
+# ------------------------------------------------------------------------------------------------------ build
 
 
 def build(
@@ -200,24 +181,22 @@ def build(
     workers=None,
     answer_prefix=True,
 ):
-    """Makes every (task, length) set that `cache_dir` does not have, in `workers` processes (None: one a
-    core) -> {(task, length): path}.
+    """Make every (task, length) set that `cache_dir` does not have, in `workers` processes (None: one per
+    core) -> {(task, length): path}, for `read`.
 
-    tokenizer_path: a tokenizer.json or the directory of a checkpoint. `read` reads a path. A set is made anew
-    if it has fewer samples than asked for, or is damaged (then with a warning). Call it before an engine or
-    CUDA is started: the workers are forks. Two processes with one `cache_dir` make sets one after the other.
-    Raises BadInput as `generate` does, for all sets too small at once, and for a directory that cannot be
-    written; a set is kept whole or not at all.
+    tokenizer_path: a tokenizer.json or the directory of a checkpoint. A set is made again if it has fewer
+    samples than asked for, or is damaged (then with a warning). Call this before an engine or CUDA is
+    started: the workers are forks. Two processes with one `cache_dir` make sets one after the other. Raises
+    BadInput as `generate` does, for all sets too small at once, and for a directory that cannot be written; a
+    set is kept whole or not at all.
     """
     if template_name not in TEMPLATES:
         raise BadInput(f"{template_name!r} is not a template; they are {', '.join(TEMPLATES)}")
     template, path = TEMPLATES[template_name], Path(tokenizer_path)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        tokenizer, tokenizer_hash = (
-            Tokenizer.from_file(str(path)),
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-        )
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer_hash = hashlib.sha256(path.read_bytes()).hexdigest()
     except Exception as error:  # tokenizers raises plain Exception
         raise BadInput(f"{path} cannot be read as a tokenizer: {error}") from error
     cache_dir, paths, sets = Path(cache_dir), {}, []
@@ -225,9 +204,7 @@ def build(
         for name in dict.fromkeys(tasks):
             task = _checked(name, length, samples, template, corpora)
             made_from = [VERSION, name, length, seed, template, answer_prefix, tokenizer_hash]
-            key = hashlib.sha256(json.dumps([*made_from, corpora.fingerprint(task)]).encode()).hexdigest()[
-                :16
-            ]
+            key = durable.digest(json.dumps([*made_from, corpora.fingerprint(task)]))
             paths[name, length] = cache_dir / f"{name}-{length}-{key}.jsonl"
             arguments = (name, length, samples, seed, tokenizer, template, corpora, answer_prefix)
             sets.append((paths[name, length], arguments))
@@ -238,32 +215,30 @@ def build(
             _refuse_too_small(paths, tokenizer, template, corpora, answer_prefix, samples)
             _make(cache_dir, missing, samples, workers)
     except OSError as error:
-        raise BadInput(
-            f"{cache_dir} cannot keep samples: {error.strerror} ({error.filename or 'writing'})"
-        ) from error
+        what = error.filename or "writing"
+        raise BadInput(f"{cache_dir} cannot keep samples: {error.strerror} ({what})") from error
     return paths
 
 
 def _refuse_too_small(sets, tokenizer, template, corpora, answer_prefix, samples):
-    """Raises BadInput if not all `sets`, (task, length), fit; it names those, and the tasks that do."""
+    """Raises BadInput if not all `sets`, (task, length), fit; it names these, and the tasks that do fit."""
     small, fitting = [], []
     for name in dict.fromkeys(name for name, _ in sets):
         ranges = enough(name, tokenizer, template, corpora, answer_prefix, samples)
         lengths = sorted(length for other, length in sets if other == name)
-        beside = [str(n) for n in lengths if not any(least <= n <= most for least, most in ranges)]
-        if beside:
-            small.append(f"{name} at {', '.join(beside)} ({_told(ranges)})")
+        outside = [str(n) for n in lengths if not any(least <= n <= most for least, most in ranges)]
+        if outside:
+            small.append(f"{name} at {', '.join(outside)} ({_ranges_text(ranges)})")
         else:
             fitting.append(name)
     if small:
-        mend = f"--tasks {' '.join(fitting)} fit" if fitting else "choose other --lengths"
-        raise BadInput(f"too few tokens for {'; '.join(small)}; {mend}")
+        fix = f"--tasks {' '.join(fitting)} fit" if fitting else "choose other --lengths"
+        raise BadInput(f"too few tokens for {'; '.join(small)}; {fix}")
 
 
 def _make(cache_dir, sets, samples, workers):
-    with open(
-        cache_dir / "lock", "w"
-    ) as lock:  # the system drops it with the process; forks do not inherit it
+    # The operating system releases the lock when the process ends; forks do not inherit it.
+    with open(cache_dir / "lock", "w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -281,10 +256,9 @@ def _make(cache_dir, sets, samples, workers):
                 _parallel(sets, workers, bar)
 
 
-_sets, _made = (
-    [],
-    None,
-)  # what forked workers find: a tokenizer and essays are not sent through pipes; tokens made so far
+# What forked workers inherit, so that tokenizers and essays are not sent through pipes: the sets to make, and
+# a shared number, the tokens made so far.
+_sets, _made = [], None
 
 
 def _parallel(sets, workers, bar):
@@ -310,11 +284,14 @@ def _parallel(sets, workers, bar):
 
 
 def _end_with_parent():
-    """A worker whose parent was killed would wait for ever."""
+    """End this worker when its parent ends: if that was killed, it would wait for ever."""
     parent = multiprocessing.parent_process().sentinel
-    threading.Thread(
-        target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True
-    ).start()
+
+    def watch():
+        multiprocessing.connection.wait([parent])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_number(i):
@@ -327,7 +304,7 @@ def _write_number(i):
 
 def _write(target, arguments, made):
     """One JSON object a line, written as it is made, and a last line with the number of samples and the hash
-    of the lines before it. made(tokens) is told of each sample."""
+    of the lines before it. made(tokens) is called for each sample."""
     length = arguments[1]
     with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".tmp", delete=False) as file:
         try:
@@ -369,7 +346,7 @@ def _held(path):
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
-        print(f"warning: {path} is damaged and is made anew", file=sys.stderr)
+        print(f"warning: {path} is damaged and is made again", file=sys.stderr)
     return number if whole else 0
 
 
@@ -379,7 +356,7 @@ def read(path, samples):
         yield from map(json.loads, itertools.islice(file, samples))
 
 
-# -------------------------------------------------------------------------------------------------------------- scoring
+# ---------------------------------------------------------------------------------------------------- scoring
 
 
 def clean(prediction):
@@ -398,7 +375,7 @@ def string_match_part(prediction, outputs):
 
 
 def score(task_name, prediction, outputs):
-    """The score in [0, 1] of one generated text, without the answer prefix; a task's is the mean x 100, two
-    decimals."""
+    """The score in [0, 1] of one generated text, without the answer prefix. A task's score is the mean x 100,
+    with two decimals."""
     metric = {"all": string_match_all, "part": string_match_part}[TASKS[task_name].metric]
     return metric(clean(prediction), outputs)

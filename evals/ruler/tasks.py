@@ -1,10 +1,10 @@
-"""RULER's 13 tasks: what is drawn for one sample, and how large a haystack fits (ruler.py makes sets of
-them).
+"""RULER's 13 tasks: what is drawn for one sample, and how large a haystack fits (sets.py makes sets of
+samples).
 
-A kind of task is a function (Job) -> Recipe; recipe.draw(size, index) draws the index-th sample with a
+A kind of task is a function (Job) -> Recipe. recipe.draw(size, index) draws sample number `index` with a
 haystack of `size` units (index None: a probe of the size) and returns (pieces of the full text, outputs), or
-None where there are too few different words. Random numbers are drawn in RULER's order (ruler.py says which
-RULER, docs/ruler.md what is equal).
+None where there are too few different words. Random numbers are drawn in RULER's order (sets.py says which
+version of RULER, docs/ruler.md what is equal).
 """
 
 import itertools
@@ -25,7 +25,7 @@ TRIES = 100  # redraws of the smallest haystack before a window is called too sm
 @dataclass(frozen=True)
 class Task:
     """One of the 13: its generator (`kind`) with parameters, the answer's budget in tokens, "all" or "part"
-    of the outputs to be found, and the files it needs by RULER's names (ruler_data.FILES)."""
+    of the outputs to be found, and the files it needs by RULER's names (files.FILES)."""
 
     name: str
     kind: str
@@ -36,12 +36,10 @@ class Task:
 
 
 def _niah(name, haystack, key="words", value="numbers", keys=1, values=1, queries=1):
-    parameters = dict(
-        haystack=haystack, key=key, value=value, keys=max(keys, queries), values=values, queries=queries
-    )
-    return Task(
-        name, "niah", parameters, 128, needs=("PaulGrahamEssays.json",) if haystack == "essay" else ()
-    )
+    parameters = dict(haystack=haystack, key=key, value=value, values=values, queries=queries)
+    parameters["keys"] = max(keys, queries)
+    needs = ("PaulGrahamEssays.json",) if haystack == "essay" else ()
+    return Task(name, "niah", parameters, 128, needs=needs)
 
 
 TASKS = {
@@ -64,18 +62,17 @@ TASKS = {
 }
 
 DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int).tolist()  # per cent of the essay's sentences
-FWE_LEAST_WORDS = (
-    74  # from here on floor(n k^-2 / zeta(2)) differs between k = 4 and k = 5: the top three are no tie
-)
+# From here on floor(n k^-2 / zeta(2)) differs between k = 4 and k = 5: no coded word ties with the top three.
+FWE_LEAST_WORDS = 74
 FWE_LEAST_BUDGET = 250  # tokens: five coded words, of which three are the answer
 
-# ----------------------------------------------------------------------------------------------------------- the tasks
+# -------------------------------------------------------------------------------------------------- the tasks
 
 
 @dataclass
 class Job:
-    """What the generators share. `template`: full text with {context}; rng stands for Python's global
-    generator."""
+    """What the generators share. `template`: the full text with {context}; rng takes the place of Python's
+    global generator."""
 
     task: Task
     length: int
@@ -91,8 +88,7 @@ class Job:
         return self.model_template.replace("{task_template}", PROMPTS[self.task.kind][0]) + self.prefix
 
     def shuffle(self, items):
-        """RULER's fixed permutation: the same for every list of one length, and the global generator does not
-        move."""
+        """RULER's fixed permutation, the same for all lists of one length; rng is not used."""
         random.Random(self.seed).shuffle(items)
 
 
@@ -176,10 +172,8 @@ def vt(job):
     def chain(size, letters, value):
         names = []
         while len(set(names)) <= hops:  # RULER draws five, and fails when two are equal
-            names += [
-                "".join(rng.choices(string.ascii_uppercase, k=letters))
-                for _ in range(max(1, hops + 1 - len(names)))
-            ]
+            more = range(max(1, hops + 1 - len(names)))
+            names += ["".join(rng.choices(string.ascii_uppercase, k=letters)) for _ in more]
         names = list(dict.fromkeys(names))
         value = value or str(numbers.randint(10000, 99999))
         assignments = [f"VAR {names[0]} = {value}\n"]
@@ -201,7 +195,7 @@ def vt(job):
     size = fit(recipe, job.count, 500, 0)
     try:
         pieces, names = sample(recipe, size, 0, job.count, 500, 0)
-    except TooSmall:  # a tokenizer to which five lines are more than 500 tokens: RULER would never end
+    except TooSmall:  # a tokenizer for which five lines are more than 500 tokens: RULER would never end
         pieces, names = example_draw(recipe.step, 0)
     example = "".join(pieces) + " " + " ".join(names) + "\n"
 
@@ -247,7 +241,7 @@ def cwe(job):
 
     def draw(size, index):
         if size > len(words) and size > len(job.corpora.english_words):
-            return None  # more words than there are: RULER reads english_words.json
+            return None  # RULER reads english_words.json here; there is none, or it has too few words
         example, answer = listed(few, often)
         shot = " " + " ".join(f"{i}. {word}" for i, word in enumerate(answer, 1)) + "\n"
         pieces, outputs = listed(size, many)
@@ -264,16 +258,17 @@ def fwe(job):
     vocabulary_size = budget // 50
     head, tail = job.template.split(" {context}")
     shares = np.arange(1, vocabulary_size + 1) ** -alpha  # of rank k; floor(size * share / zeta(2)) times
-    state = {}
+    state = {}  # index -> (size, vocabulary) of the last draw
+
+    def coded_word():
+        return "".join(rng.choices(string.ascii_lowercase, k=letters))
 
     def draw(size, index):
-        if index not in state or state[index][0] == size:  # a new sample, or RULER's way of none fitting
-            vocabulary = [
-                "".join(rng.choices(string.ascii_lowercase, k=letters)) for _ in range(vocabulary_size)
-            ]
-            known = set(vocabulary)
+        # A new sample, or one that does not fit and cannot be made smaller: RULER draws other words then.
+        if index not in state or state[index][0] == size:
+            known = {coded_word() for _ in range(vocabulary_size)}
             while len(known) < vocabulary_size:
-                known.add("".join(rng.choices(string.ascii_lowercase, k=letters)))
+                known.add(coded_word())
             vocabulary = sorted(known)
             job.shuffle(vocabulary)
             vocabulary[0] = "..."
@@ -318,7 +313,7 @@ def qa(job):
 
 KINDS = {"niah": niah, "vt": vt, "cwe": cwe, "fwe": fwe, "qa": qa}
 
-# ------------------------------------------------------------------------------------------------------ fitting a window
+# ------------------------------------------------------------------------------------------- fitting a window
 
 
 class TooSmall(Exception):
@@ -326,7 +321,7 @@ class TooSmall(Exception):
 
 
 def fit(recipe, count, length, tokens_to_generate):
-    """RULER's binary search for the haystack, with the draws it makes on the way -> units."""
+    """RULER's binary search for the largest haystack that fits, with all its draws -> units."""
 
     def tokens(size):
         drawn = recipe.draw(size, None)
@@ -346,17 +341,19 @@ def fit(recipe, count, length, tokens_to_generate):
 
 
 def fit_fwe(recipe, count, budget):
-    """RULER's linear search for fwe: more words by steps while they fit, then one step back -> words."""
+    """RULER's linear search for fwe: more words, step by step, while they fit, then one step back -> words.
+
+    All probes have one vocabulary: draw() keeps it for an index until a size comes twice.
+    """
     size = budget // 6
     while count(recipe.draw(size, None)[0]) < budget:
         size += recipe.step
-        # the vocabulary of all probes is one: draw() keeps it for an index until a size comes twice
     return max(size - recipe.step, recipe.least)
 
 
 def sample(recipe, size, index, count, length, tokens_to_generate):
-    """The index-th sample in the largest haystack up to `size` that fits -> (pieces, outputs). Raises
-    TooSmall."""
+    """Sample number `index` in the largest haystack of up to `size` units that fits -> (pieces, outputs).
+    Raises TooSmall."""
     tries = 0
     while tries < TRIES:
         drawn = recipe.draw(size, index)

@@ -1,13 +1,13 @@
-"""What RULER's tasks are made of: word lists, essays, question answering sets (ruler.py makes the tasks).
+"""What RULER's tasks are made of: word lists, essays, question answering sets (tasks.py draws samples from
+them).
 
-Everything that cannot be shipped is read from --data-dir (ruler_files.py). The word lists come from the
-package wonderwords. Sentences are split by NLTK's punkt if it is installed with its data (punkt_tab), as
-RULER does, and by the rule of `_sentence_ends` if not.
+Everything that cannot be shipped is read from --data-dir (files.py). The word lists come from the package
+wonderwords. Sentences are split by NLTK's punkt if it is installed with its data (punkt_tab), as RULER does,
+and otherwise by the rule of `_sentence_ends`.
 """
 
 import bisect
 import functools
-import hashlib
 import heapq
 import importlib.resources
 import itertools
@@ -16,15 +16,15 @@ import random
 import re
 from pathlib import Path
 
+from base import durable
 from base.cli import BadInput
 from evals.ruler.files import FILES, MissingFile, english_words, hotpotqa, squad, text_of
 from prompts import chat
 
-ENGLISH_WORDS_FROM = (
-    131072  # up to here cwe's window is full before wonderwords' list ends; a few probes are longer
-)
+# Up to this length cwe's window is full before wonderwords' list ends, except in a few probes.
+ENGLISH_WORDS_FROM = 131072
 
-# ----------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 
 TEMPLATES = {
     "base": "{task_template}",
@@ -34,70 +34,73 @@ TEMPLATES = {
 # kind -> (task template, answer prefix), RULER's scripts/data/synthetic/constants.py
 PROMPTS = {
     "niah": (
-        "Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. I will quiz "
-        "you about the {type_needle_v} afterwards.\n{context}\nWhat are all the special magic {type_needle_v} for {query} "
-        "mentioned in the provided text?",
+        "Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it."
+        " I will quiz you about the {type_needle_v} afterwards.\n{context}\n"
+        "What are all the special magic {type_needle_v} for {query} mentioned in the provided text?",
         " The special magic {type_needle_v} for {query} mentioned in the provided text are",
     ),
     "vt": (
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: "
-        "Find all variables that are assigned the value {query} in the text above.",
-        " Answer: According to the chain(s) of variable assignment in the text above, {num_v} variables are assigned the "
-        "value {query}, they are: ",
+        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+        "{context}\nQuestion: Find all variables that are assigned the value {query} in the text above.",
+        " Answer: According to the chain(s) of variable assignment in the text above, {num_v} variables are"
+        " assigned the value {query}, they are: ",
     ),
     "cwe": (
-        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
-        "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize "
+        "the ones that appear most often.\n{context}\n"
+        "Question: What are the 10 most common words in the above list?",
         " Answer: The top 10 words that appear most often in the list are:",
     ),
     "fwe": (
-        "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-        "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What "
-        "are the three most frequently appeared words in the above coded text?",
+        "Read the following coded text and track the frequency of each coded word. Find the three most "
+        "frequently appeared coded words. {context}\n"
+        "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most "
+        "frequently appeared words in the above coded text?",
         " Answer: According to the coded text above, the three most frequently appeared words are:",
     ),
     "qa": (
-        "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
-        "The following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give "
-        "me the answer and do not output any other words.\n\nQuestion: {query}",
+        "Answer the question based on the given documents. Only give me the answer and do not output any "
+        "other words.\n\nThe following are given documents.\n\n{context}\n\n"
+        "Answer the question based on the given documents. Only give me the answer and do not output any "
+        "other words.\n\nQuestion: {query}",
         " Answer:",
     ),
 }
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
-# ----------------------------------------------------------------------------------------------------- counting tokens
+# -------------------------------------------------------------------------------------------- counting tokens
 
-# Qwen's pre-tokenizer. A token never crosses these cuts, so the counts of the parts add up
-# (tests/test_ruler.py): between anything but white space and a space, after a line end that no white space
-# follows, between a letter and "-".
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CACHED_COUNTS = 200_000  # pieces whose counts are kept: some 30 MB
+# Qwen's pre-tokenizer. No token crosses these cuts, so the counts of the parts add up
+# (tests/evals/test_ruler.py): between anything but white space and a space, after a line end that no white
+# space follows, between a letter and "-".
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CACHED_COUNTS = 200_000  # pieces whose counts are kept: about 30 MB
 
 
 def additive(tokenizer):
-    """Whether `tokenizer` (tokenizers.Tokenizer) is a byte-level BPE cut by Qwen's rule: counts of pieces
-    then add up."""
+    """Whether `tokenizer` (tokenizers.Tokenizer) is a byte-level BPE with Qwen's pre-tokenizer: then the
+    counts of pieces add up."""
     if tokenizer.pre_tokenizer is None:
         return False
     normalizer = json.loads(tokenizer.normalizer.__getstate__())["type"] if tokenizer.normalizer else None
     steps = json.loads(tokenizer.pre_tokenizer.__getstate__()).get("pretokenizers", [])
     split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
-    return (
-        normalizer in (None, "NFC")
-        and steps[:1] == [split]
-        and [(s["type"], s.get("add_prefix_space"), s.get("use_regex")) for s in steps[1:]]
-        == [("ByteLevel", False, False)]
-        and not any(
-            token.lstrip or token.rstrip or re.search(r"\s", token.content)
-            for token in tokenizer.get_added_tokens_decoder().values()
-        )
-    )
+    rest = [(step["type"], step.get("add_prefix_space"), step.get("use_regex")) for step in steps[1:]]
+    added = tokenizer.get_added_tokens_decoder().values()
+    spaced = any(token.lstrip or token.rstrip or re.search(r"\s", token.content) for token in added)
+    qwen = steps[:1] == [split] and rest == [("ByteLevel", False, False)]
+    return qwen and normalizer in (None, "NFC") and not spaced
 
 
 class Counter:
-    """Tokens of a text given in pieces; no special tokens are added. `fast`: sum up the pieces' remembered
-    counts, in which every control token acts: what is made by them must be checked with `full`. template: see
-    `encode`."""
+    """The number of tokens of a text given in pieces; no special tokens are added.
+
+    fast: add up the remembered counts of the pieces. In these all control tokens count as such, so the result
+    must be checked with `full`. template: see `encode`.
+    """
 
     def __init__(self, tokenizer, fast, template=None):
         if tokenizer.truncation or tokenizer.padding:
@@ -107,12 +110,11 @@ class Counter:
         self.tokenizer, self.fast, self.template, self.counts = tokenizer, fast, template, {}
 
     def encode(self, text):
-        """A full text -> token ids. Of the control tokens that it spells only the template's act, the first
-        ones and the last; in a document <|im_end|> is letters, see data.encode_parts. Without a template all
-        act."""
-        control = [
-            token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special
-        ]
+        """A full text -> token ids. Of the control tokens that it spells only the template's act, which are
+        the first ones and the last; in a document <|im_end|> is plain text, see chat.encode_parts. Without a
+        template all act."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        control = [token.content for token in added if token.special]
         if self.template is None or not control:
             return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         split = re.compile(f"({'|'.join(map(re.escape, control))})")
@@ -142,19 +144,17 @@ class Counter:
 
 
 def _join_unsafe(pieces):
-    """The same text in pieces between which no token can lie; pieces are joined where one could."""
+    """The same text in pieces whose borders no token can cross; pieces are joined where one could."""
     joined = []
     before = ""
     for piece in pieces:
         if not piece:
             continue
         first, last = piece[0], before[-1:]
-        if (
-            (first == " " and not last.isspace())
-            or (last == "\n" and not first.isspace())
-            or (first == "-" and last.isalpha())
-            or not before
-        ):
+        space = first == " " and not last.isspace()
+        line_end = last == "\n" and not first.isspace()
+        dash = first == "-" and last.isalpha()
+        if not before or space or line_end or dash:
             joined.append(piece)
             before = piece
         else:
@@ -166,7 +166,7 @@ def lines(text):
     return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
-# ------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ words
 
 
 @functools.cache
@@ -174,10 +174,8 @@ def word_lists():
     """wonderwords' (nouns, adjectives, verbs), each a list in file order. Raises BadInput for another
     version's lists."""
     folder = importlib.resources.files("wonderwords") / "assets"
-    texts = [
-        (folder / f"{kind}list.txt").read_text(encoding="utf-8") for kind in ("noun", "adjective", "verb")
-    ]
-    lists = [[line.rstrip() for line in text.splitlines()] for text in texts]
+    paths = [folder / f"{kind}list.txt" for kind in ("noun", "adjective", "verb")]
+    lists = [[line.rstrip() for line in path.read_text(encoding="utf-8").splitlines()] for path in paths]
     if [len(words) for words in lists] != [6782, 912, 1042]:
         raise BadInput(
             "wonderwords has other word lists than RULER's samples: pip install wonderwords==3.0.1"
@@ -192,23 +190,19 @@ def all_words():
 
 
 class Keys:
-    """The 6,171,620 strings "adjective-noun" in sorted order, as a sequence; holds 80 thousand of them, not
-    800 MB."""
+    """The 6,171,620 strings "adjective-noun" in sorted order, as a sequence. It holds 80 thousand of them;
+    all would be 800 MB."""
 
     def __init__(self):
         nouns, adjectives, _ = word_lists()
         self.nouns = sorted(set(nouns))
         self.starts, self.blocks, total = [], [], 0
         for adjective in sorted(set(adjectives), key=lambda word: word + "-"):
-            if self.blocks and adjective.startswith(
-                self.blocks[-1][0] + "-"
-            ):  # blue-eyed sorts among blue's nouns
-                root, members = self.blocks[-1]
+            if self.blocks and adjective.startswith(self.blocks[-1][0] + "-"):
+                root, members = self.blocks[-1]  # blue-eyed sorts among blue's nouns
                 members = members or [f"{root}-{noun}" for noun in self.nouns]
-                self.blocks[-1] = (
-                    root,
-                    list(heapq.merge(members, [f"{adjective}-{noun}" for noun in self.nouns])),
-                )
+                members = list(heapq.merge(members, [f"{adjective}-{noun}" for noun in self.nouns]))
+                self.blocks[-1] = root, members
             else:
                 self.starts.append(total)
                 self.blocks.append((adjective, None))
@@ -227,7 +221,7 @@ class Keys:
 
 keys = functools.cache(Keys)
 
-# ------------------------------------------------------------------------------------------------------------ essays
+# ----------------------------------------------------------------------------------------------------- essays
 
 _SENTENCES = (
     "The {a} {n} of the {n} did not {v} until every {n} was {a}.",
@@ -261,32 +255,18 @@ _SENTENCES = (
     "The {n} opened at noon, the {n} an hour later, and by evening the whole street had begun to {v}.",
     "I asked {name} about the {n}, and the answer was as {a} as the {n} itself.",
 )
-_OPENINGS = (
-    "",
-    "",
-    "",
-    "",
-    "",
-    "Still, ",
-    "In the end, ",
-    "At first, ",
-    "For example, ",
-    "Even so, ",
-    "Then again, ",
-)
-_NAMES = "Anna Bruno Clara David Elena Felix Greta Henry Irene Jonas Laura Marco Nadia Oscar Paula Rosa Simon Vera".split()
+_OPENINGS = (*[""] * 5, "Still, ", "In the end, ", "At first, ", "For example, ", "Even so, ", "Then again, ")
+_NAMES = (
+    "Anna Bruno Clara David Elena Felix Greta Henry Irene Jonas Laura Marco Nadia Oscar Paula Rosa Simon Vera"
+).split()
 
 
 def substitute_essay(words=250_000):
     """English-like prose of at least `words` words, always the same: templates filled from wonderwords'
     lists."""
     rng = random.Random("RULER's essay haystack, a substitute")
-    slots = dict(
-        zip(
-            "nav", ([w for w in kind if w.isascii() and w.islower() and w.isalpha()] for kind in word_lists())
-        )
-    )
-    slots["name"] = _NAMES
+    plain = [[w for w in kind if w.isascii() and w.islower() and w.isalpha()] for kind in word_lists()]
+    slots = {**dict(zip("nav", plain)), "name": _NAMES}
     sentences, total = [], 0
     while total < words:
         sentence = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(slots[slot[1]]), rng.choice(_SENTENCES))
@@ -312,11 +292,8 @@ def _sentence_ends(words):
             continue
         first = following.lstrip("\"'([{‘“")[:1]
         stem = bare[:-1].lstrip("\"'([{‘“").lower()
-        if (
-            (first.isupper() or first.isdigit())
-            and stem not in _ABBREVIATIONS
-            and not (len(stem) == 1 and stem != "i")
-        ):
+        initial = len(stem) == 1 and stem != "i"
+        if (first.isupper() or first.isdigit()) and stem not in _ABBREVIATIONS and not initial:
             ends.append(i)
     return ends
 
@@ -332,7 +309,7 @@ def _punkt():
     return sent_tokenize
 
 
-# ----------------------------------------------------------------------------------------------------------- corpora
+# ---------------------------------------------------------------------------------------------------- corpora
 
 
 class Corpora:
@@ -346,15 +323,14 @@ class Corpora:
         self.data_dir = Path(data_dir) if data_dir is not None else None
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise BadInput(f"{self.data_dir} is not a directory; it should hold RULER's data files")
-        self.essay_source = (
-            "PaulGrahamEssays.json" if self._find("PaulGrahamEssays.json") else "generated substitute"
-        )
+        essays = self._find("PaulGrahamEssays.json")
+        self.essay_source = "PaulGrahamEssays.json" if essays else "generated substitute"
         self.punkt = _punkt()
         self.sentence_splitter = "nltk punkt" if self.punkt else "own rule"
         self.sentences = functools.lru_cache(maxsize=16)(self._sentences)
 
     def blocked(self, tasks, lengths):
-        """{task name: which file is missing}, for those of `tasks` (ruler.Task) that cannot run at one of
+        """-> {task name: which file is missing}, for those of `tasks` (tasks.Task) that cannot run at one of
         `lengths`. Raises BadInput for a malformed file."""
         reasons = {}
         for task in tasks:
@@ -381,12 +357,12 @@ class Corpora:
             self._need("english_words.json", "cwe in this window")
 
     def fingerprint(self, task):
-        """Text that changes with whatever `task`'s samples are made from: file hashes and the sentence
+        """A text that changes with what `task`'s samples are made from: hashes of files, the sentence
         splitter."""
         parts = []
         for name in task.needs:
             path = self._find(name)
-            parts.append(f"{name} {_sha256(path) if path else 'absent'}")
+            parts.append(f"{name} {durable.sha256(path) if path else 'absent'}")
             if name == "PaulGrahamEssays.json":
                 parts.append(self.sentence_splitter)
         return "; ".join(parts)
@@ -430,9 +406,7 @@ class Corpora:
 
     @functools.cache  # noqa: B019 - a handful of objects a process
     def questions(self, name):
-        """`name`: squad.json or hotpotqa.json -> (questions, documents): sorted different texts, and for each
-        question (query, answers, its own documents, documents preferred as distractors), documents by
-        index."""
+        """`name`: squad.json or hotpotqa.json -> (questions, documents), see files.squad."""
         return self._read(name, squad if name == "squad.json" else hotpotqa)
 
     def _find(self, name):
@@ -443,16 +417,14 @@ class Corpora:
         accepted, source = FILES[name]
         path = self._find(name)
         if path is None:
-            where = (
-                f"not in {self.data_dir}"
-                if self.data_dir is not None
-                else "needed, and no data directory is given"
-            )
+            where = "needed, and no data directory is given"
+            if self.data_dir is not None:
+                where = f"not in {self.data_dir}"
             raise MissingFile(f"{' or '.join(accepted)} is {where}; {source}; without it: no {tasks}")
         return path
 
     def _read(self, name, understand):
-        """understand(the JSON of a file), which raises ValueError with what is wrong where."""
+        """understand(the JSON of a file); it raises ValueError, which says what is wrong and where."""
         path = self._need(name, {"squad.json": "qa_1", "hotpotqa.json": "qa_2"}.get(name, name))
         try:
             content = path.read_bytes()
@@ -466,8 +438,3 @@ class Corpora:
         ) as error:  # ValueError: not UTF-8, not JSON, or another format
             what = error.strerror if isinstance(error, OSError) else error
             raise BadInput(f"{path} cannot be used: {what}; {FILES[name][1]}") from error
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,7 @@ from conftest import ROOT, check_full_disk, check_refusal, refusal, run_here
 from inputs import DEEP, TINY, foreign, model, script, write
 from safetensors.torch import save_file
 
+from base import durable
 from base.cli import BadInput
 from evals import gsm8k, subject
 from evals.engine import GREEDY
@@ -91,7 +92,7 @@ def finished(*lines, of=(), **settings):
         usual = {
             "benchmark": "GSM8K",
             **subject.settings(TINY, subject.load(TINY)[0]),
-            "data": gsm8k.digest(gsm8k.read(data)),
+            "data": durable.digest(repr(gsm8k.read(data))),
             **{"mode": "chat", "sampling": GREEDY, "max_tokens": 5, "seeds": 1},
             **settings,
         }
@@ -323,7 +324,7 @@ OUT = {
     ),
     "settings gone": (
         finished(result(), of=["settings"]),
-        "has results and no settings.json: nobody knows of what",
+        "has results and no settings.json: settings unknown",
     ),
     "settings damaged": (
         finished(checkpoint=3),
@@ -351,7 +352,7 @@ OUT = {
     ),
     "half a character": (
         finished(result(task="\ud800")),
-        "line 1 is not a result: task has half a character",
+        "line 1 is not a result: task has an unpaired surrogate",
     ),
     "bytes": (finished("\0\0\n"), "line 1 is not a result: no JSON object"),
     "nested deep": (finished(DEEP, "\n"), "line 1 is not a result: no JSON object"),
@@ -372,7 +373,7 @@ COMPARE = {
     "nothing": (compared("", ""), "have no sample in common"),
     "other data": (
         compared(result(), result(), {"checkpoint": "a", "data": 1}, {"checkpoint": "b", "data": 2}),
-        "are of other settings and cannot be compared: data 1 there, 2 here",
+        "have different settings and cannot be compared: data 1 there, 2 here",
     ),
     "damaged": (
         compared(result(), result(score=1e308)),

@@ -1,4 +1,4 @@
-"""evaluation.py and stats.py: results across interruptions, real vLLM with YaRN, statistics worked by
+"""evals/engine.py, results.py and stats.py: results across interruptions, real vLLM with YaRN, statistics worked by
 hand."""
 
 import dataclasses
@@ -99,7 +99,7 @@ WRONG = [
     ),
     *(
         (dict(completion_tokens=10**400), "completion_tokens is 1000"),
-        (dict(task="\ud800"), "task has half a character"),
+        (dict(task="\ud800"), "task has an unpaired surrogate"),
     ),
     ({}, "another result of t-1, seed 0"),
     *(

@@ -18,6 +18,7 @@ from evals import longbench, subject
 from evals.results import Results
 from prompts.chat import load_tokenizer
 from prompts.chat import render as chat
+from prompts.rewards import stated_choice
 from studies import longbench_sample
 
 TINY = ROOT / "assets" / "tiny"
@@ -158,14 +159,14 @@ def test_prompts_are_made_ahead_in_order_and_no_further():
 def test_items_of_a_document_follow_each_other_on_each_engine():
     entries, _ = longbench.index(SAMPLE)
     for engines in (1, 2, 3, 5, 50):
-        order = longbench.dealt(entries, engines)
+        order = longbench.by_document(entries, engines)
         assert sorted(order) == sorted(entries)
         neighbours = 0
         for engine in range(engines):
             documents = [entry.document for entry in order[engine::engines]]
             neighbours += sum(a == b for a, b in itertools.pairwise(documents))
         assert neighbours >= 24 - (engines - 1)  # a border between engines parts one document at most
-    assert longbench.dealt([], 3) == []
+    assert longbench.by_document([], 3) == []
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -198,7 +199,7 @@ def test_items_of_a_document_follow_each_other_on_each_engine():
     ],
 )
 def test_extraction(text, letter):
-    assert longbench.extract(text) == letter
+    assert stated_choice(text) == letter
 
 
 # ------------------------------------------------------------------------------------------------------- file

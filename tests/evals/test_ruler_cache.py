@@ -96,7 +96,7 @@ def test_a_damaged_set_is_made_anew_with_a_warning(tmp_path, corpora, capfd):
         capfd.readouterr()
         build(tmp_path, corpora, tasks=["vt"], lengths=[2500])
         warnings = [line for line in capfd.readouterr().err.splitlines() if line and "RULER:" not in line]
-        assert warnings == [f"warning: {path} is damaged and is made anew"] and path.read_bytes() == whole
+        assert warnings == [f"warning: {path} is damaged and is made again"] and path.read_bytes() == whole
 
 
 def test_a_set_is_made_sample_by_sample(tmp_path, corpora, tiny):

@@ -1,4 +1,4 @@
-"""ruler_data.py and ruler_files.py: words, essays, and what is said of files that are missing or damaged."""
+"""evals/ruler/texts.py and files.py: words, essays, and what is said of files that are missing or damaged."""
 
 import hashlib
 import json
@@ -87,9 +87,9 @@ DAMAGED = [
     ("PaulGrahamEssays.json", b"{}", 'the file has no "text"'),
     ("PaulGrahamEssays.json", b'{"text": " "}', 'the file["text"] is " ", not a text'),
     ("PaulGrahamEssays.json", b'{"text": ["a"]}', 'the file["text"] is ["a"], not a text'),
-    ("PaulGrahamEssays.json", b'{"text": "ab \\ud800"}', "half a character (a lone surrogate) at 3"),
+    ("PaulGrahamEssays.json", b'{"text": "ab \\ud800"}', "an unpaired surrogate at 3"),
     ("english_words.json", b'{"1": "a", "2": null}', 'the file["2"] is null, not a text'),
-    ("english_words.json", b'{"1": "\\ud800"}', 'the file["1"] has half a character'),
+    ("english_words.json", b'{"1": "\\ud800"}', 'the file["1"] has an unpaired surrogate'),
     ("squad.json", squad("data", value=[]), 'the file["data"] is [], not a list with something in it'),
     ("squad.json", squad("data", 0, value=3), "data[0] is 3, not an object"),
     (
@@ -103,7 +103,7 @@ DAMAGED = [
         'data[0].paragraphs[1].qas[0]["question"] is null, not a text',
     ),
     ("squad.json", squad(*QA, "question", value=7), 'qas[0]["question"] is 7, not a text'),
-    ("squad.json", squad(*QA, "question", value="\ud800"), 'qas[0]["question"] has half a character'),
+    ("squad.json", squad(*QA, "question", value="\ud800"), 'qas[0]["question"] has an unpaired surrogate'),
     (
         "squad.json",
         squad(*QA, "is_impossible", value="no"),
@@ -142,7 +142,7 @@ DAMAGED = [
     (
         "hotpotqa.json",
         hotpotqa(1, "context", 2, 1, 0, value="\udfff"),
-        "[1].context[2][0] has half a character",
+        "[1].context[2][0] has an unpaired surrogate",
     ),
 ]
 

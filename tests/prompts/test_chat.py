@@ -295,21 +295,21 @@ def test_long_rows_are_dropped_and_counted_or_kept_and_repeats_are_reported(tmp_
     )
     measure = lambda row: len(row["prompt"])  # noqa: E731
     how = [tmp_path / "r.jsonl"], sources.prompt_row
-    files, longest, lines = load.files(*how, [], 0, measure, 60, progress=False)
+    files, longest, lines = load.rows_of_files(*how, [], 0, measure, 60, progress=False)
     assert [row["prompt"][0] for row in files[0]] == ["a", "b", "a", "c"] and longest == 50
     assert lines == [
         "data: 4 of 5 rows of r.jsonl, 1 over 60 tokens dropped",
         "data: 1 rows repeat an earlier one",
     ]
-    files, longest, lines = load.files(*how, [], 0, measure, 60, keep_long=True, progress=False)
+    files, longest, lines = load.rows_of_files(*how, [], 0, measure, 60, keep_long=True, progress=False)
     assert (
         len(files[0]) == 5
         and longest == 60
         and lines[0] == "data: 5 of 5 rows of r.jsonl, 1 over 60 tokens cut"
     )
-    chosen = [load.files(*how, [3], seed, measure, 99, progress=False)[0][0] for seed in (0, 0, 1)]
+    chosen = [load.rows_of_files(*how, [3], seed, measure, 99, progress=False)[0][0] for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2] and len({row["id"] for row in chosen[0]}) == 3
-    replaced = [load.files(*how, [3], seed, measure, 40, progress=False) for seed in range(4)]
+    replaced = [load.rows_of_files(*how, [3], seed, measure, 40, progress=False) for seed in range(4)]
     assert all(sorted(row["prompt"] for row in files[0]) == ["a", "a", "c"] for files, _, _ in replaced)
     assert {lines[0] for _, _, lines in replaced} > {"data: 3 of 5 rows of r.jsonl, 2 over 40 tokens dropped"}
     for counts, limit, message in (
@@ -317,7 +317,7 @@ def test_long_rows_are_dropped_and_counted_or_kept_and_repeats_are_reported(tmp_
         ([1, 2], 99, "2 numbers for 1 files"), ([], 0, "not one of 5 rows fits in the 0"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=message):
-            load.files(*how, counts, 0, measure, limit, progress=False)
+            load.rows_of_files(*how, counts, 0, measure, limit, progress=False)
 
 
 def test_inspect_shows_counts_lengths_and_three_prompts(tmp_path, capsys):

@@ -47,7 +47,7 @@ PERTURB = {
     "another script": (perturb("--", "train.py"), "-- train.py: write an evaluation"),
     "a path": (perturb("--", "/tmp/eval_task.py"), "-- /tmp/eval_task.py: write an evaluation"),
     "nothing": (perturb("--"), "write an evaluation"),
-    "fraction": (perturb("--fraction", 2), r"--fraction must be in \(0, 1\], not 2"),
+    "fraction": (perturb("--fraction", 2), "--fraction must be at most 1, not 2"),
     "data": (perturb("--data", "{t}/d", d="{"), "d, line 1 is not JSON"),
     "too long": (
         perturb("--data", "{t}/d", d={"prompt": "a b " * 3000, "answer": "x"}),

@@ -85,7 +85,7 @@ def test_the_script_of_saliency_py(tmp_path):
     "arguments, message",
     [
         ([], "no checkpoint is given"),
-        ([TINY, "--fraction", 1.5], "--fraction must be in (0, 1]"),
+        ([TINY, "--fraction", 1.5], "--fraction must be at most 1"),
         ([TINY, "--layers", 1, 3], "--layers 3: "),
         ([TINY, "--facts", 40, "--filler", 900], "the context leaves 4096"),
         ([TINY, "--data", "none.jsonl"], "none.jsonl cannot be read"),
