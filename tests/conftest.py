@@ -78,14 +78,15 @@ def pytest_unconfigure(config):
 
 
 LONG = (
-    "rollout evaluation train eval_ruler distributed longbench recipes sft".split()
-)  # engines, many processes
+    "train rollout one_step evaluation eval_ruler sft distributed longbench recipes bad_input ruler".split()
+)
 
 
 def pytest_collection_modifyitems(items):
-    """The long ones first: what is left for the end is short, so no worker waits for another."""
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
-    if any(item.path.stem.removeprefix("test_") in LONG for item in items):
+    """The long files first: what is left for the end is short, and no worker waits for another."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+    if any(item.path.name in order for item in items):
         forks.wake()
 
 

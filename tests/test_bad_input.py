@@ -271,7 +271,8 @@ DATA = {
     "Parquet without rows": (table(prompt=pyarrow.array([], pyarrow.string())), "rows.parquet has no rows"),
     "Parquet of numbers": (table(prompt=[1], answer=["a"]), 'rows.parquet, row 1: "prompt" must be'),
     "Parquet of bytes": (
-        table(prompt=[b"p"], answer=["a"]), "rows.parquet: column 'prompt' is binary, which JSON cannot represent"
+        table(prompt=[b"p"], answer=["a"]),
+        "rows.parquet: column 'prompt' is binary, which JSON cannot represent",
     ),
     "Parquet with bad UTF-8": (
         table(prompt=pyarrow.array([b"\xff"]).cast(pyarrow.binary()).view(pyarrow.string()), answer=["a"]),
@@ -279,7 +280,8 @@ DATA = {
     ),
     "Parquet with far dates": (
         table(prompt=["p"], answer=["a"], when=pyarrow.array([2**60], pyarrow.timestamp("us"))),
-        r"rows.parquet: column 'when' is timestamp\[us\], which JSON cannot represent; drop it or make it text",
+        r"rows.parquet: column 'when' is timestamp\[us\], which JSON cannot represent; drop it or make it "
+        "text",
     ),
     "the same id twice": (
         prompts({**PROMPT, "id": 1}, {**PROMPT, "id": 1}), 'line 3: "id" 1 is that of line 2 too'
@@ -394,7 +396,7 @@ RUNS = {
         lambda t: at(
             t, {"checkpoints/step-000001/manifest.json": "{", "config.json": "{}"}, "--resume", "auto"
         ),
-        "none of 1 checkpoints in .* is whole",
+        "none of the 1 checkpoints in .* is whole",
     ),
     "saliency below a file": (
         lambda t: ["studies/magnitudes.py", TINY, "--out", write(t / "file", "x") / "run"],
@@ -464,7 +466,7 @@ def test_a_directory_that_a_live_run_is_in_is_left_alone(tmp_path):
         assert files_in(tmp_path) == before
         other.communicate()
     (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
-    assert "none of 1 checkpoints" in refusal(*arguments)
+    assert "none of the 1 checkpoints" in refusal(*arguments)
 
 
 def test_a_tokenizer_file_does_not_cut_or_pad_what_it_is_given(tmp_path):

@@ -11,8 +11,6 @@ from evals import clamp
 from rollout import Rollout, hold
 from studies import magnitudes
 
-pytestmark = pytest.mark.xdist_group("engine")  # one engine for all
-
 PROMPTS = [list(range(1, 70)), list(range(5, 12)), list(range(30, 95))]
 
 

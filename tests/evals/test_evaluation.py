@@ -1,5 +1,5 @@
-"""evals/engine.py, results.py and stats.py: results across interruptions, real vLLM with YaRN, statistics worked by
-hand."""
+"""evals/engine.py, results.py and stats.py: results across interruptions, real vLLM with YaRN, statistics
+worked by hand."""
 
 import dataclasses
 import json
@@ -219,7 +219,6 @@ def engine():
     engine.close()
 
 
-@pytest.mark.xdist_group("engine")
 def test_yarn_reaches_vllm_beyond_the_context(engine):
     """The engine's own configuration, and a prompt of 5,000 tokens continued as our model does with the same
     RoPE."""
@@ -242,7 +241,6 @@ def test_yarn_reaches_vllm_beyond_the_context(engine):
     assert completion == wanted[str(YARN)] != wanted["None"]
 
 
-@pytest.mark.xdist_group("engine")
 def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
     from prompts.chat import load_tokenizer
 
@@ -292,7 +290,6 @@ def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
     assert go(tmp_path / "b", items) == records
 
 
-@pytest.mark.xdist_group("engine")
 def test_an_engine_that_cannot_start_says_so_in_one_line():
     with pytest.raises(BadInput, match="vLLM cannot start with 9000 tokens"):
         Engine(TINY, 9000)

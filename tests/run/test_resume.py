@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(kind, saved, 
     assert "warning: " in (warning := capsys.readouterr().err) and "step-000004" in warning
     assert (directory / "LATEST").read_text() == "step-000002\n"  # a later kill must not go on from step 4
     do(directory / "step-000002")
-    with pytest.raises(BadInput, match="none of 1 checkpoints in .* is whole"):
+    with pytest.raises(BadInput, match="none of the 1 checkpoints in .* is whole"):
         resume.find(directory, "auto", FIXED)
 
 
