@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import os
 import re
 import resource
@@ -21,14 +22,19 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # two tests run at a time
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; with 2 and 4 they are green as well
+# vLLM compiles one function, which counts ranks of tokens that nobody asks for: ten seconds of g++.
+os.environ["TORCH_COMPILE_DISABLE"] = "1"
 if "GPU_TESTS" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on every machine
+
+import forks  # noqa: E402
 
 from base.cli import BadInput  # noqa: E402
 from model import Qwen3, Qwen3Config  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("any machine", deadline=None)  # no test fails for being slow
 hypothesis.settings.load_profile("any machine")
 
@@ -60,6 +66,30 @@ def make_small(tied=True, seed=0, **changes):
     return model
 
 
+def pytest_configure(config):
+    """The process that starts xdist's workers starts the server that all of them use."""
+    if not hasattr(config, "workerinput"):
+        config.forks = forks.start()
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "forks"):
+        forks.stop(config.forks)
+
+
+LONG = (
+    "train rollout one_step evaluation eval_ruler sft distributed longbench recipes bad_input ruler".split()
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first: what is left for the end is short, and no worker waits for another."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+    if any(item.path.name in order for item in items):
+        forks.wake()
+
+
 def module(script):
     """The module that a path below ROOT with a folder in it, such as studies/perturb.py, is; None for
     others."""
@@ -67,13 +97,43 @@ def module(script):
     return ".".join(path.with_suffix("").parts) if path.parent.name and not path.is_absolute() else None
 
 
-def run_script(*arguments, timeout=600, env=None):
-    """Run a script of the repository as a user would -> CompletedProcess with text output. A script in a
-    room, such as studies/perturb.py, runs as a module."""
-    script, *arguments = map(str, arguments)
-    command = [sys.executable, *(["-m", module(script)] if module(script) else [script]), *arguments]
-    environment = {**os.environ, **(env or {})}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+def python(script, *arguments):
+    """The command that runs a script of the repository, or a Python file, in a process of its own (forks.py).
+    A script in a room, such as studies/perturb.py, runs as a module."""
+    start = ["-m", module(script)] if module(script) else [script]
+    return [str(part) for part in (sys.executable, forks.__file__, *start, *arguments)]
+
+
+def run_script(script, *arguments, timeout=600, env=None):
+    """Run a script as a user would -> CompletedProcess with text output."""
+    how = {"cwd": ROOT, "env": {**os.environ, **(env or {})}, "capture_output": True, "text": True}
+    return subprocess.run(python(script, *arguments), timeout=timeout, **how)
+
+
+@contextlib.contextmanager
+def killed(count, *command):
+    """An evaluation that is killed when it has written `count` results (evals/killed.py) -> its Popen. Within
+    the block it waits; after it, it is dead."""
+    command = python(ROOT / "tests" / "evals" / "killed.py", count, *command)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        while process.stdout.readline() not in ("here\n", ""):
+            pass
+        yield process
+        process.communicate()
+
+
+def run_code(code):
+    """Run some lines in a fresh Python, which has imported nothing -> CompletedProcess with text output."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def output_of(script, *arguments, env=None):
+    """Run a script as a user would, to its end -> what it printed."""
+    result = run_script(script, *arguments, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def run_here(script, *arguments, code=0):
@@ -82,6 +142,7 @@ def run_here(script, *arguments, code=0):
     one."""
     argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
     start = partial(runpy.run_module, module(script)) if module(script) else partial(runpy.run_path, argv[0])
+    gc.freeze()  # what was there before is not looked at below
     try:
         with (
             contextlib.chdir(ROOT),
@@ -95,7 +156,14 @@ def run_here(script, *arguments, code=0):
         assert code == 0
     finally:
         gc.collect()  # the script's variables, as at the end of a process: open files, locks
+        gc.unfreeze()
     return printed.getvalue()
+
+
+def read_metrics(run):
+    """metrics.jsonl of a run without the wall-clock keys."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: m[key] for key in m if key not in ("seconds", "tokens_per_second")} for m in lines]
 
 
 def refusal(script, *arguments):
@@ -103,14 +171,6 @@ def refusal(script, *arguments):
     with pytest.raises(BadInput) as caught:
         run_here(script, *arguments)
     return str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def frozen():
-    """run_here collects garbage after each script: not among all that was imported before."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def files_in(directory, but=()):
@@ -124,17 +184,21 @@ def files_in(directory, but=()):
     return {path: path.read_bytes() for path in kept}
 
 
+def names_of_runs():
+    """But for those of tests beside this one."""
+    return {path.name for path in ROOT.glob("runs/*") if not path.name.startswith("test-")}
+
+
 def check_refusal(arguments, pattern, directory, longest, but=()):
     """A script run here ends with a BadInput of one line of at most `longest` characters that has the
     pattern. Neither what `files_in` sees of `directory` nor runs/ is another then, and vLLM was not imported
     for it."""
-    runs, before, vllm = ROOT / "runs", files_in(directory, but), "vllm" in sys.modules
-    names = set(runs.iterdir()) if runs.exists() else None
+    before, names, vllm = files_in(directory, but), names_of_runs(), "vllm" in sys.modules
     message = refusal(*arguments)
     assert re.search(pattern, message), message
     assert "\n" not in message and len(message) < longest
     assert files_in(directory, but) == before
-    assert (set(runs.iterdir()) if runs.exists() else None) == names
+    assert names_of_runs() == names
     assert ("vllm" in sys.modules) == vllm
 
 
@@ -146,17 +210,23 @@ def full():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def run_ranks(ranks, code, *arguments, timeout=300, restarts=0, env=None, where=("--standalone",)):
+def check_full_disk(arguments, size, name, directory, full):
+    """A script run here, while files end after `size` bytes, ends with one line that names the file `name`;
+    what was in `directory` is as it was."""
+    before = files_in(directory)
+    full(size)
+    assert re.search(rf"/{name} cannot be written: .*File too large", refusal(*arguments))
+    assert files_in(directory) == before
+
+
+def run_ranks(ranks, code, *arguments, timeout=600, restarts=0, env=None, where=("--standalone",)):
     """Run a Python file under torchrun with `ranks` gloo processes."""
     torchrun = ["-m", "torch.distributed.run", *where, "--nproc-per-node", ranks, "--max-restarts", restarts]
-    folders = [
-        str(ROOT),
-        str(ROOT / "tests"),
-        str(ROOT / "bench"),
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]
-    env = {"PYTHONPATH": os.pathsep.join(folders), **(env or {})}
-    return run_script(*torchrun, code, *arguments, timeout=timeout, env=env)
+    folders = [ROOT, ROOT / "tests", ROOT / "bench", os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), **(env or {})}
+    command = [sys.executable, forks.__file__, *torchrun, "--no-python", *python(code, *arguments)]
+    how = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": timeout}
+    return subprocess.run(list(map(str, command)), **how)
 
 
 def run_nodes(nodes, code, *arguments):

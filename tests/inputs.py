@@ -1,4 +1,4 @@
-"""Wrong inputs for test_bad_input.py: what makes each in a directory `t`, and the command that reads it.
+"""Wrong inputs for test_bad_*input.py: what makes each in a directory `t`, and the command that reads it.
 
 A maker gives a command as a list, the script first; a judge's gives its settings, too.
 """
@@ -205,3 +205,37 @@ def at(t, files, *flags):
         (t / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         write(t / "run" / name, content)
     return sft(t, *flags)
+
+
+# ------------------------------------------------------------------------------------ evaluations and studies
+
+
+def script(name, *usual, checkpoint=TINY):
+    """-> (flags of a case) -> its maker; "{t}" in a flag is the directory of the case."""
+
+    def case(*flags, **files):
+        def make(t):
+            for file, content in files.items():
+                write(t / file, content)
+            return [
+                name,
+                checkpoint,
+                "--out",
+                t / "out",
+                *[str(flag).format(t=t) for flag in (*usual, *flags)],
+            ]
+
+        return make
+
+    return case
+
+
+def foreign(command):
+    """A command whose --out is a directory with somebody's work in it."""
+
+    def make(t):
+        (t / "out").mkdir()
+        write(t / "out" / "thesis.tex", "")
+        return command(t)
+
+    return make

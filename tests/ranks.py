@@ -21,7 +21,7 @@ from model import Qwen3
 from run import resume
 from saliency import Tracker, mask_gradients, masked_step, select_rows
 
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # a mismatch fails, it does not hang
+dist.init_process_group("gloo", timeout=timedelta(minutes=5))  # a mismatch fails, it does not hang
 rank, world = dist.get_rank(), dist.get_world_size()
 checkpoint, export, saved = map(Path, sys.argv[1:4])
 replicate, context_parallel = map(int, sys.argv[4:])
@@ -75,10 +75,7 @@ for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
     values, magnitudes, masks, norm = step(sharded, indices, world, checkpointing, two_stage)
     for i in indices:
         torch.testing.assert_close(values[i], expected_values[i], rtol=1e-5, atol=1e-5)
-    for (
-        name,
-        magnitude,
-    ) in magnitudes.items():  # every rank saw all groups, so both are averages over 18 sequences
+    for name, magnitude in magnitudes.items():  # averages over all 18 sequences on every rank
         torch.testing.assert_close(magnitude, expected_magnitudes[name], rtol=1e-5, atol=1e-6)
     for name, mask in masks.items():
         assert torch.equal(mask, expected_masks[name]), name
@@ -93,9 +90,12 @@ sharded.save_pretrained(export)
 dist.barrier()  # rank 0 writes
 for a, b in zip(Qwen3.from_pretrained(export).parameters(), whole.parameters(), strict=True):
     assert torch.equal(a, b)
-# Steps with other rows each: the first leaves momentum in rows that the second does not select.
+# Steps with other rows each: the first leaves momentum in rows that the second does not select. AdamW divides
+# by the gradient's size: with its usual epsilon it makes of the rounding of a gradient that is nearly 0 a
+# whole step. With this one an error of 1e-6 in a gradient moves a weight by lr / eps = 1 times that.
 optimizers = {
-    model: torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1) for model in (whole, sharded)
+    model: torch.optim.AdamW(model.parameters(), lr=0.1, eps=0.1, weight_decay=0.1)
+    for model in (whole, sharded)
 }
 for unselected, rule in (("grad", "top"), ("frozen", "bottom"), ("grad", "random")):
     masks = select_rows(expected_magnitudes, 0.3, rule, torch.Generator().manual_seed(1))

@@ -55,9 +55,7 @@ from tokenizers import Tokenizer
 from prompts import chat as chat_format
 from prompts import judge
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
-# ------------------------------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------------------- the table
 
 CONFIG = {
     "missing": (with_file("config.json", None), "model is not a checkpoint: it has no config.json"),
@@ -211,27 +209,47 @@ DATA = {
     "a directory": (flags("--data", TINY), "tiny cannot be read: .*Is a directory"),
     "empty": (file("rows.jsonl", "\n \n"), "rows.jsonl has no rows"),
     "bad UTF-8": (prompts(b'{"prompt": "\xff"}'), "rows.jsonl cannot be read: 'utf-8' codec"),
-    "half a character": (prompts(b'{"prompt": "\\ud800", "answer": "a"}'), "rows.jsonl, line 2 is not valid text"),
+    "half a character": (
+        prompts(b'{"prompt": "\\ud800", "answer": "a"}'), "rows.jsonl, line 2 is not valid text"
+    ),
     "byte order mark": (file("rows.jsonl", b"\xef\xbb\xbf{}"), "line 1 is not JSON: .*BOM"),
     "zero bytes": (prompts(bytes(9)), "rows.jsonl, line 2 is not JSON"),
     "half a line": (prompts(b'{"prompt": "p", "ans'), "rows.jsonl, line 2 is not JSON"),
     "nested deep": (prompts(DEEP.encode()), "rows.jsonl, line 2 is not JSON: maximum recursion"),
-    "a number too long": (prompts(b'{"prompt": ' + b"9" * 5000 + b"}"), "rows.jsonl, line 2 is not JSON: Exceeds the limit"),
+    "a number too long": (
+        prompts(b'{"prompt": ' + b"9" * 5000 + b"}"), "rows.jsonl, line 2 is not JSON: Exceeds the limit"
+    ),
     "a list": (prompts([PROMPT]), "rows.jsonl, line 2 must be an object"),
     "a chat for RL": (prompts(CHAT), 'line 2 must have "prompt" and "answer"'),
-    "a prompt for SFT": (lambda t: sft(t, "--data", rows(t / "rows.jsonl", PROMPT)), 'line 1 must have "messages"'),
+    "a prompt for SFT": (
+        lambda t: sft(t, "--data", rows(t / "rows.jsonl", PROMPT)), 'line 1 must have "messages"'
+    ),
     "prompt null": (prompts({**PROMPT, "prompt": None}), 'line 2: "prompt" must be messages'),
     "prompt a number": (prompts({**PROMPT, "prompt": 7}), 'line 2: "prompt" must be messages'),
-    "answer a number": (prompts({**PROMPT, "answer": 7}), 'line 2: "answer" must be a string or a list of strings'),
-    "no answers": (prompts({**PROMPT, "answer": []}), 'line 2: "answer" must be a string or a list of strings'),
-    "role missing": (chat({"content": "q"}, said("assistant", "a")), 'line 2: "messages" must be messages with role'),
-    "role unknown": (chat(said("tool", "q"), said("assistant", "a")), 'line 2: "messages" must be messages with role'),
-    "role a list": (chat(said(["user"], "q"), said("assistant", "a")), 'line 2: "messages" must be messages with role'),
-    "content parts": (chat(said("user", [{"text": "q"}]), said("assistant", "a")), 'line 2: "messages" must be messages'),
+    "answer a number": (
+        prompts({**PROMPT, "answer": 7}), 'line 2: "answer" must be a string or a list of strings'
+    ),
+    "no answers": (
+        prompts({**PROMPT, "answer": []}), 'line 2: "answer" must be a string or a list of strings'
+    ),
+    "role missing": (
+        chat({"content": "q"}, said("assistant", "a")), 'line 2: "messages" must be messages with role'
+    ),
+    "role unknown": (
+        chat(said("tool", "q"), said("assistant", "a")), 'line 2: "messages" must be messages with role'
+    ),
+    "role a list": (
+        chat(said(["user"], "q"), said("assistant", "a")), 'line 2: "messages" must be messages with role'
+    ),
+    "content parts": (
+        chat(said("user", [{"text": "q"}]), said("assistant", "a")), 'line 2: "messages" must be messages'
+    ),
     "message as text": (chat("q", "a"), 'line 2: "messages" must be messages'),
     "no messages": (chat(), 'line 2: "messages" must be messages'),
     "user last": (chat(said("user", "q")), "line 2: .* end with the assistant's"),
-    "assistant silent": (chat(said("user", "q"), said("assistant", "")), "line 2: .* the assistant says nothing"),
+    "assistant silent": (
+        chat(said("user", "q"), said("assistant", "")), "line 2: .* the assistant says nothing"
+    ),
     "nothing fits": (
         lambda t: rl("--context", 40, "--data", rows(t / "rows.jsonl", {**PROMPT, "prompt": "p" * 99})),
         "not one of 1 rows fits in the 16 tokens",
@@ -241,24 +259,33 @@ DATA = {
         "prompt held.jsonl line 1 has .* tokens; the context leaves 36",
     ),
     "reward needs another answer": (
-        lambda t: [*prompts()(t), "--reward", "rewards:numeric"], '^row rows.jsonl line 1: "answer" .* rewards:numeric'
+        lambda t: [*prompts()(t), "--reward", "rewards:numeric"],
+        '^row rows.jsonl line 1: "answer" .* rewards:numeric'
     ),
     "no Parquet": (file("rows.parquet", "no Parquet"), "rows.parquet cannot be read"),
     "Parquet empty": (file("rows.parquet", ""), "rows.parquet cannot be read"),
     "Parquet truncated": (parquet(lambda content: content[:-99]), "rows.parquet cannot be read"),
-    "Parquet damaged": (parquet(lambda content: content[:4] + bytes(60) + content[64:]), "rows.parquet cannot be read"),
+    "Parquet damaged": (
+        parquet(lambda content: content[:4] + bytes(60) + content[64:]), "rows.parquet cannot be read"
+    ),
     "Parquet without rows": (table(prompt=pyarrow.array([], pyarrow.string())), "rows.parquet has no rows"),
     "Parquet of numbers": (table(prompt=[1], answer=["a"]), 'rows.parquet, row 1: "prompt" must be'),
-    "Parquet of bytes": (table(prompt=[b"p"], answer=["a"]), "rows.parquet: column 'prompt' is binary, which JSON cannot represent"),
+    "Parquet of bytes": (
+        table(prompt=[b"p"], answer=["a"]),
+        "rows.parquet: column 'prompt' is binary, which JSON cannot represent",
+    ),
     "Parquet with bad UTF-8": (
         table(prompt=pyarrow.array([b"\xff"]).cast(pyarrow.binary()).view(pyarrow.string()), answer=["a"]),
         "rows.parquet cannot be read: .*utf-8",
     ),
     "Parquet with far dates": (
         table(prompt=["p"], answer=["a"], when=pyarrow.array([2**60], pyarrow.timestamp("us"))),
-        r"rows.parquet: column 'when' is timestamp\[us\], which JSON cannot represent; drop it or make it text",
+        r"rows.parquet: column 'when' is timestamp\[us\], which JSON cannot represent; drop it or make it "
+        "text",
     ),
-    "the same id twice": (prompts({**PROMPT, "id": 1}, {**PROMPT, "id": 1}), 'line 3: "id" 1 is that of line 2 too'),
+    "the same id twice": (
+        prompts({**PROMPT, "id": 1}, {**PROMPT, "id": 1}), 'line 3: "id" 1 is that of line 2 too'
+    ),
     "no id": (prompts({**PROMPT, "id": None}), 'line 2: "id" must be a string or an integer, not None'),
     "hub path too short": (flags("--data", "hf://org/name"), "write hf://ORG/NAME/PATH"),
 }  # fmt: skip
@@ -299,7 +326,10 @@ FLAGS = {
     "weights without files": (flags("--data-weights", 1), "need --data"),
     "weight 0": (lambda t: [*prompts()(t), "--data-weights", 0], "--data-weights must be more than 0"),
     "rows of nothing": (flags("--truncate-prompts"), "--truncate-prompts need --data"),
-    "fillers with files": (lambda t: [*prompts()(t), "--eval-filler", 3], "--eval-filler is of --task"),
+    "fillers with files": (
+        lambda t: [*prompts()(t), "--eval-filler", 3],
+        "--eval-filler applies only to --task",
+    ),
     "prompt too long": (flags("--context", 300), "tokens; the context leaves 276"),
     "no ranks": (flags("--tensor-parallel", 2), "--tensor-parallel 2 does not divide the 1 ranks"),
     "name elsewhere": (flags("--name", "/tmp/run"), "--name /tmp/run is not below runs/"),
@@ -353,22 +383,34 @@ REWARD = {
 
 RUNS = {
     "used": (lambda t: at(t, {"config.json": "{}"}), "run exists; --resume auto goes on with it"),
-    "a file": (lambda t: sft(t, "--out", write(t / "file", "x")), "file cannot be the directory of a run: File exists"),
+    "a file": (
+        lambda t: sft(t, "--out", write(t / "file", "x")),
+        "file cannot be the directory of a run: File exists",
+    ),
     "below a file": (lambda t: sft(t, "--out", write(t / "file", "x") / "run"), "of a run: Not a directory"),
-    "name too long": (lambda t: sft(t, "--out", t / ("r" * 300)), "cannot be the directory of a run: File name too long"),
+    "name too long": (
+        lambda t: sft(t, "--out", t / ("r" * 300)), "cannot be the directory of a run: File name too long"
+    ),
     "resume elsewhere": (lambda t: sft(t, "--resume", TINY), "tiny is not a checkpoint of this run"),
     "resume a damaged one": (
-        lambda t: at(t, {"checkpoints/step-000001/manifest.json": "{", "config.json": "{}"}, "--resume", "auto"),
+        lambda t: at(
+            t, {"checkpoints/step-000001/manifest.json": "{", "config.json": "{}"}, "--resume", "auto"
+        ),
         "none of the 1 checkpoints in .* is whole",
     ),
     "saliency below a file": (
-        lambda t: ["studies/magnitudes.py", TINY, "--out", write(t / "file", "x") / "run"], "file is a file; choose a directory"
+        lambda t: ["studies/magnitudes.py", TINY, "--out", write(t / "file", "x") / "run"],
+        "file is a file; choose a directory"
     ),
     "figures of a broken run": (
-        lambda t: at(t, {"metrics.jsonl": '{"step', "magnitudes.safetensors": ""}) and ["base/plot.py", t / "run"],
+        lambda t: (
+            at(t, {"metrics.jsonl": '{"step', "magnitudes.safetensors": ""}) and ["base/plot.py", t / "run"]
+        ),
         "metrics.jsonl, line 1 is not JSON",
     ),
-    "saliency of nothing": (lambda t: ["studies/magnitudes.py", t / "none", "--out", t / "run"], "none is not a checkpoint"),
+    "saliency of nothing": (
+        lambda t: ["studies/magnitudes.py", t / "none", "--out", t / "run"], "none is not a checkpoint"
+    ),
 }  # fmt: skip
 
 

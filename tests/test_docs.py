@@ -31,8 +31,6 @@ from prompts import judge, rewards
 from run import config as run_config
 from run import metrics
 
-pytestmark = pytest.mark.xdist_group("docs")  # scripts are imported once
-
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = "curl cp hf lm_eval mkdir pip vllm".split()  # programs that are not ours
 DATA = "json jsonl parquet".split()  # train.jsonl is a file, not an attribute of train.py

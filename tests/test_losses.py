@@ -190,7 +190,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name):
     torch.testing.assert_close(gradient([(0, 2), (2, 4), (4, 6)]), whole)
 
 
-# -------------------------------------------------------------------------------------------------------- GSPO, SAPO
+# ------------------------------------------------------------------------------------------------- GSPO, SAPO
 
 
 def test_gspo_ratio_of_the_known_vector():
@@ -239,7 +239,8 @@ def test_gspo_loss_and_gradient_equal_a_loop_by_hand(lengths, seed, epsilons):
 
 
 @pytest.mark.parametrize("advantage, ratio, value, slope", [
-    (1.0, 1.0, 2.0, 1.0), (-1.0, 1.0, 2 / 1.05, 1.0), (1.0, 1.5, 2.48984, 0.94001), (-1.0, 1.5, None, 0.93414),
+    (1.0, 1.0, 2.0, 1.0), (-1.0, 1.0, 2 / 1.05, 1.0), (1.0, 1.5, 2.48984, 0.94001),
+    (-1.0, 1.5, None, 0.93414),
 ])  # fmt: skip
 def test_sapo_gate_of_the_known_vector(advantage, ratio, value, slope):
     logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
@@ -264,7 +265,7 @@ def test_sapo_equals_a_loop_by_hand():
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ Clip-Cov and KL-Cov
+# ---------------------------------------------------------------------------------------- Clip-Cov and KL-Cov
 
 
 def test_covariance_of_the_known_vector():
@@ -330,7 +331,7 @@ def test_cov_losses_equal_a_loop_by_hand():
     assert stats.clipped.item() == (torch.autograd.grad(clip, logprobs)[0] == 0).sum()
 
 
-# ----------------------------------------------------------------------------------------- what the sampler's rounding does
+# --------------------------------------------------------------------------- what the sampler's rounding does
 
 
 def test_importance_weights_are_one_on_policy_capped_above_and_without_gradient():

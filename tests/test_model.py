@@ -122,7 +122,7 @@ def test_missing_config_keys_are_named():
         Qwen3Config.from_dict(raw)
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -203,7 +203,7 @@ def test_broken_directories_are_named(small, tmp_path):
         Qwen3.from_pretrained(tmp_path / "c")
 
 
-# ------------------------------------------------------------------------------------------------------- shared prefix
+# ---------------------------------------------------------------------------------------------- shared prefix
 
 
 def dense(model, prompt, completions, temperature):

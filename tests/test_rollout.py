@@ -8,10 +8,8 @@ import torch
 from conftest import make_small
 
 from evals import clamp
-from rollout import Rollout
+from rollout import Rollout, hold
 from studies import magnitudes
-
-pytestmark = pytest.mark.xdist_group("engine")  # one engine for all
 
 PROMPTS = [list(range(1, 70)), list(range(5, 12)), list(range(30, 95))]
 
@@ -117,7 +115,7 @@ def test_a_groups_prompt_is_prefilled_once(setup):
     assert [after - earlier for after, earlier in zip(counters(), before, strict=True)] == [8 * 69, 7 * 64]
 
 
-# -------------------------------------------------------------------------------------------------------------- clamps
+# ----------------------------------------------------------------------------------------------------- clamps
 
 
 def clamped_by_hand(model, chosen):
@@ -164,6 +162,12 @@ def test_a_clamp_acts_in_vllm_as_in_our_model_and_lets_go(setup, rule):
         handle.remove()
     engine.clamp({})
     assert not engine.clamped and same(generate(engine), untouched)
+
+
+def test_what_is_held_is_at_its_value_and_the_rest_as_it_was():
+    output = torch.randn(5, 64)
+    assert torch.equal(hold(output, torch.full((64,), torch.nan)), output)
+    assert hold(output.bfloat16(), torch.arange(64.0)).tolist() == [list(range(64))] * 5
 
 
 def test_an_engine_whose_hooks_would_not_run_refuses_a_clamp(setup, monkeypatch):

@@ -27,14 +27,21 @@ NETWORK = {
 }
 # What a file may do nevertheless, and why.
 ALLOWED = {
-    ("judge.py", "import of http"): "asks the endpoint that --reward judge:... names",
-    ("judge.py", "import of urllib"): "asks the endpoint that --reward judge:... names",
-    ("sources.py", "import of huggingface_hub"): "fetches hf://, inside the function that is asked to",
+    ("prompts/judge.py", "import of http"): "asks the endpoint that --reward judge:... names",
+    ("prompts/judge.py", "import of urllib"): "asks the endpoint that --reward judge:... names",
+    (
+        "prompts/sources.py",
+        "import of huggingface_hub",
+    ): "fetches hf://, inside the function that is asked to",
     ("tests/conftest.py", "import of socket"): "finds a free port of this machine",
-    ("tests/test_judge.py", "import of http"): "is the endpoint",
-    ("tests/test_longbench.py", "sleep"): "is work that takes unequally long; nothing waits for it",
-    ("tests/test_resume.py", "import of pickle"): "replaces its functions, to show that they are not called",
-    ("tests/test_sources.py", "import of huggingface_hub"): "fills its cache by hand",
+    ("tests/forks.py", "import of socket"): "a Unix socket, of this machine",
+    ("tests/prompts/test_judge.py", "import of http"): "is the endpoint",
+    ("tests/evals/test_longbench.py", "sleep"): "is work that takes unequally long; nothing waits for it",
+    (
+        "tests/run/test_resume.py",
+        "import of pickle",
+    ): "replaces its functions, to show that they are not called",
+    ("tests/prompts/test_sources.py", "import of huggingface_hub"): "fills its cache by hand",
 }
 CALLS = {  # dotted names that must not be called
     "torch.load": "torch.load",
@@ -125,7 +132,7 @@ def python_files():
 
 def test_no_source_runs_what_it_reads_or_opens_the_network_unasked():
     files = python_files()
-    assert {"train.py", "checkpoint.py", "bench/kill.py", "tests/test_safety.py"} <= set(files)
+    assert {"train.py", "core/checkpoint.py", "bench/kill.py", "tests/test_safety.py"} <= set(files)
     found = [(path, line, what) for path in files for line, what in findings((ROOT / path).read_text(), path)]
     assert [each for each in found if each[::2] not in ALLOWED] == []
     assert {each[::2] for each in found} == set(

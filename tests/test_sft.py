@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import ROOT, refusal, run_here, run_ranks, run_script
+from conftest import ROOT, read_metrics, refusal, run_here, run_ranks, run_script
 from safetensors.torch import load_file
 
 from base import durable
@@ -56,12 +56,6 @@ def runs(tmp_path_factory):
 def command(directory, name, *flags):
     """A run on the chats of `directory` that goes to directory/name."""
     return ["sft.py", "--data", directory / "chats.parquet", "--out", directory / name, *FLAGS, *flags]
-
-
-def read_metrics(run):
-    """metrics.jsonl without the wall-clock keys."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: m[key] for key in m if key not in ("seconds", "tokens_per_second")} for m in lines]
 
 
 def test_the_first_loss_is_the_models_by_transformers_and_a_fixed_number(runs):

@@ -7,8 +7,8 @@ CODE = """
 import sys
 import torch
 import torch.distributed as dist
-import processes
-from cli import BadInput, one_line_errors
+from base import processes
+from base.cli import BadInput, one_line_errors
 
 class Weird(BaseException):
     pass
@@ -18,12 +18,12 @@ def work():
         raise BadInput("what rank 1 read is wrong")
 
 one_line_errors()
-rank, world, device, dtype = processes.here()
+rank, world, device = processes.rank_and_device()
 processes.connect(device)
 if sys.argv[1] == "alone" and rank == 1:
     raise Weird("on rank 1 alone")
 if sys.argv[1] == "together":
-    processes.together(work)
+    processes.gather_or_fail(work)
 dist.barrier()
 """
 
@@ -34,7 +34,7 @@ dist.barrier()
 def test_ranks_end_at_once_with_the_first_cause_last_on_the_screen(how, text, tmp_path):
     """Nothing waits for the collective's half hour: run_ranks does not, either."""
     (tmp_path / "code.py").write_text(CODE)
-    result = run_ranks(2, tmp_path / "code.py", how, timeout=120)
+    result = run_ranks(2, tmp_path / "code.py", how)
     assert result.returncode == 1
     lines = result.stderr.splitlines()
     root = next(i for i, line in enumerate(lines) if line.startswith("Root Cause"))

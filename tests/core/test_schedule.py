@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.schedule import deal, fullest, packs, passes, turns
+from core.schedule import assign, fullest, packs, passes, work_for_rank
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 
@@ -13,14 +13,14 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 @given(st.integers(1, 4), st.integers(1, 5), st.data())
 def test_every_rank_gets_equally_many_groups_and_nearly_equally_many_tokens(ranks, each, data):
     tokens = data.draw(st.lists(st.integers(1, 1000), min_size=ranks * each, max_size=ranks * each))
-    hands = deal(tokens, ranks)
-    assert sorted(i for hand in hands for i in hand) == list(range(len(tokens)))
-    assert {len(hand) for hand in hands} == {each}
-    loads = [sum(tokens[i] for i in hand) for hand in hands]
+    assignments = assign(tokens, ranks)
+    assert sorted(i for indices in assignments for i in indices) == list(range(len(tokens)))
+    assert {len(indices) for indices in assignments} == {each}
+    loads = [sum(tokens[i] for i in indices) for indices in assignments]
     assert max(loads) - min(loads) <= max(tokens)
-    for hand in hands:
-        assert [tokens[i] for i in hand] == sorted((tokens[i] for i in hand), reverse=True)
-    assert tokens[hands[0][0]] == max(tokens)  # what is longest of all comes first of all
+    for indices in assignments:
+        assert [tokens[i] for i in indices] == sorted((tokens[i] for i in indices), reverse=True)
+    assert tokens[assignments[0][0]] == max(tokens)  # what is longest of all comes first of all
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 120), st.data())
@@ -70,7 +70,7 @@ class Group:
 def test_ranks_call_the_model_equally_often(ranks, each, completions, budget, data):
     lengths = st.lists(st.integers(1, 50), min_size=completions, max_size=completions)
     groups = [Group(data.draw(st.integers(1, 99)), data.draw(lengths)) for _ in range(ranks * each)]
-    plans = [turns(groups, rank, ranks, budget) for rank in range(ranks)]
+    plans = [work_for_rank(groups, rank, ranks, budget) for rank in range(ranks)]
     counts = [[len(parts) for _, parts in plan] for plan in plans]
     assert all(count == counts[0] for count in counts)
     trained = [group for plan in plans for group, _ in plan]

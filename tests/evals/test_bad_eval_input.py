@@ -1,16 +1,15 @@
-"""What evaluations, figures and ablations read, and what may be wrong with it: one clear line for each, and
+"""What evaluations read, and what may be wrong with it: one clear line for each, and
 nothing is written or lost. A case is a script's arguments, made in a directory of its own, and what its line
 must say; as in test_bad_input.py, which has what training reads. Engines start after all of these checks.
 """
 
 import json
-import re
 import resource
 
 import pytest
 import torch
-from conftest import ROOT, check_refusal, files_in, refusal, run_here
-from inputs import DEEP, TINY, model, write
+from conftest import ROOT, check_full_disk, check_refusal, refusal, run_here
+from inputs import DEEP, TINY, foreign, model, script, write
 from safetensors.torch import save_file
 
 from base import durable
@@ -19,43 +18,18 @@ from evals import gsm8k, subject
 from evals.engine import GREEDY
 from evals.results import Results
 
-pytestmark = pytest.mark.usefixtures("frozen")
-
-FIGURES = (".png",)  # drawn again with what can be read, before what cannot
-
 SAMPLE = ROOT / "assets" / "longbench-sample.json"
 QUESTION = {"question": "How many?", "answer": "#### 3"}
 ITEM = {"_id": "x", "question": "q", **{f"choice_{c}": c for c in "ABCD"}, "answer": "A", "context": "c"}
 ITEM |= {"difficulty": "easy", "length": "short"}
 
-# ---------------------------------------------------------------------------------------------------------- the commands
-
-
-def script(name, *usual, checkpoint=TINY):
-    """-> (flags of a case) -> its maker; "{t}" in a flag is the directory of the case."""
-
-    def case(*flags, **files):
-        def make(t):
-            for file, content in files.items():
-                write(t / file, content)
-            return [
-                name,
-                checkpoint,
-                "--out",
-                t / "out",
-                *[str(flag).format(t=t) for flag in (*usual, *flags)],
-            ]
-
-        return make
-
-    return case
+# ----------------------------------------------------------------------------------------------- the commands
 
 
 longbench = script("eval_longbench.py", "--max-input", 500)
 math = script("eval_gsm8k.py", "--max-tokens", 5)
 ruler = script("eval_ruler.py", "--lengths", 640, "--cache", "{t}/cache")
 recall = script("eval_task.py", "--samples", 2)
-perturb = script("studies/perturb.py", "--prompts", 1)
 
 
 def of_model(name, content):
@@ -92,7 +66,7 @@ def held(tensors, about):
     return make
 
 
-# ------------------------------------------------------------------------------------------------ directories of results
+# ------------------------------------------------------------------------------------- directories of results
 
 
 def result(**changes):
@@ -143,74 +117,7 @@ def compared(a, b, of_a=None, of_b=None):
     return make
 
 
-def foreign(command):
-    """A command whose --out is a directory with somebody's work in it."""
-
-    def make(t):
-        (t / "out").mkdir()
-        write(t / "out" / "thesis.tex", "")
-        return command(t)
-
-    return make
-
-
-def ablation(what, *lines, train=""):
-    """ablation.py whose --out has these lines in its results.jsonl."""
-
-    def make(t):
-        if lines:
-            (t / "out").mkdir()
-            write(
-                t / "out" / "results.jsonl",
-                "".join(line if isinstance(line, str) else json.dumps(line) for line in lines),
-            )
-        return ["studies/ablation.py", what, "--out", t / "out", *(["--train", train] if train else [])]
-
-    return make
-
-
-def ran(**changes):
-    """A line of ablation.py's."""
-    arm = {
-        "task": "recall",
-        "algorithm": "dapo",
-        "rule": "top",
-        "fraction": 0.3,
-        "learning_rate": 1e-4,
-        "seed": 1000,
-    }
-    found = {"rewards": [0.5], "held_out": {"a": {"prompt_tokens": 9, "accuracy": 0.5}}}
-    return json.dumps({**arm, **found, "moved_selected": 1.0, "moved_unselected": None, **changes}) + "\n"
-
-
-STEPS = '{"step": 1, "reward": 0.5}\n{"step": 2, "reward": null}\n'
-
-
-def drawn(metrics=STEPS, results=None, tensors=None):
-    """plot.py with a run of these files; tensors: of its magnitudes, or the file's bytes."""
-
-    def make(t):
-        run = t / "run"
-        run.mkdir()
-        write(run / "metrics.jsonl", metrics)
-        if results is not None:
-            write(run / "results.json", results)
-        if isinstance(tensors, dict):
-            save_file(tensors, run / "magnitudes.safetensors")
-        else:
-            write(run / "magnitudes.safetensors", tensors or "")
-        return ["base/plot.py", run]
-
-    return make
-
-
-def magnitudes(shape=(2, 4), of=("", ".selected")):
-    return {
-        f"model.layers.0.self_attn.{which}_proj{part}": torch.ones(shape) for which in "qk" for part in of
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------------------- the table
 
 CHECKPOINT = {
     "none": (
@@ -308,8 +215,10 @@ DATA = {
 RULER = {
     "too long": (
         lambda t: ["eval_ruler.py", TINY],
-        "--lengths 8192 16384 32768 65536 131072: .* has a context of 4096 tokens; 131072 need a YaRN factor of 32, and "
-        r"Qwen3's model card validates no more than 4; without that: --lengths 4096 \(up to 4096\), or --lengths 4096 8192 "
+        "--lengths 8192 16384 32768 65536 131072: .* has a context of 4096 tokens; 131072 need a YaRN "
+        "factor of 32, and "
+        r"Qwen3's model card validates no more than 4; without that: --lengths 4096 \(up to 4096\), or "
+        r"--lengths 4096 8192 "
         r"16384 --yarn 4 \(up to 16384\)",
     ),
     "too long to think": (
@@ -317,8 +226,10 @@ RULER = {
             *("eval_ruler.py", of_model("config.json", config(max_position_embeddings=40960))(t)[1]),
             *("--mode", "thinking", "--yarn", 4),
         ],
-        "--lengths 131072 with --thinking-budget 8192: .* has a context of 131072 tokens; 139264 need a YaRN factor of 5, "
-        "and Qwen3's model card validates no more than 4; without that: --lengths 4096 8192 16384 32768 65536 "
+        "--lengths 131072 with --thinking-budget 8192: .* has a context of 131072 tokens; 139264 need a "
+        "YaRN factor of 5, "
+        "and Qwen3's model card validates no more than 4; without that: --lengths 4096 8192 16384 32768 "
+        "65536 "
         r"\(up to 122880\)",
     ),
     "no room": (
@@ -349,7 +260,8 @@ RULER = {
     ),
     "some too short": (
         ruler("--lengths", 4096, 1200),
-        r"niah_multivalue at 1200 \(2051 and more are enough\); niah_multiquery at 1200 \(2121 and more are enough\); cwe "
+        r"niah_multivalue at 1200 \(2051 and more are enough\); niah_multiquery at 1200 \(2121 and more "
+        r"are enough\); cwe "
         r"at 1200, 4096 \(1470 to 4095, or 5433 and more are enough\); --tasks niah_single_1 niah_multikey_2 "
         "niah_multikey_3 vt fwe fit",
     ),
@@ -473,88 +385,6 @@ COMPARE = {
     ),
 }
 
-PERTURB = {
-    "no evaluation": (
-        perturb("--", "nothing.py"),
-        "-- nothing.py: write an evaluation after --, one of eval_gsm8k.py, eval_",
-    ),
-    "another script": (perturb("--", "train.py"), "-- train.py: write an evaluation"),
-    "a path": (perturb("--", "/tmp/eval_task.py"), "-- /tmp/eval_task.py: write an evaluation"),
-    "nothing": (perturb("--"), "write an evaluation"),
-    "fraction": (perturb("--fraction", 2), "--fraction must be at most 1, not 2"),
-    "data": (perturb("--data", "{t}/d", d="{"), "d, line 1 is not JSON"),
-    "too long": (
-        perturb("--data", "{t}/d", d={"prompt": "a b " * 3000, "answer": "x"}),
-        "the context leaves 4096",
-    ),
-    "somebody's": (
-        foreign(perturb()),
-        r"holds no perturbation \(untouched.safetensors\); choose another --out",
-    ),
-    "a clamp damaged": (
-        lambda t: ((t / "out").mkdir(), write(t / "out" / "untouched.safetensors", "x"), perturb()(t))[-1],
-        "untouched.safetensors cannot be read",
-    ),
-}
-
-ABLATION = {
-    "no command": (ablation("train"), "'train' is none of sweep, compare, report"),
-    "nothing swept": (
-        ablation("compare"),
-        "lacks 36 runs of the sweep: python -m studies.ablation sweep first",
-    ),
-    "nothing to report": (ablation("report"), "lacks 36 runs of the sweep"),
-    "no JSON": (ablation("report", "{\n"), "results.jsonl, line 1 is not a result: no JSON object"),
-    "a list": (ablation("sweep", ran(), [], "\n"), "line 2 is not a result: no JSON object"),
-    "nothing in it": (ablation("sweep", "{}\n"), "line 1 is not a result: task is null"),
-    "task a list": (ablation("sweep", ran(task=["recall"])), r'line 1 is not a result: task is \["recall"\]'),
-    "no rewards": (ablation("sweep", ran(rewards=[])), r"line 1 is not a result: rewards is \[\]"),
-    "rewards no numbers": (ablation("sweep", ran(rewards=[float("nan")])), r"rewards is \[NaN\]"),
-    "accuracy of 5": (
-        ablation("sweep", ran(held_out={"a": {"prompt_tokens": 9, "accuracy": 5}})),
-        "held_out is ",
-    ),
-    "somebody's": (foreign(ablation("sweep")), r"out is not empty and holds no ablation \(results.jsonl\)"),
-    "open quote": (ablation("sweep", train="'--rank"), "--train .*: No closing quotation"),
-    "flag": (ablation("sweep", train="--steps 0"), "--steps must be at least 1, not 0"),
-    "data alone": (ablation("sweep", train="--data x.jsonl"), "--train has data and no held-out data"),
-}
-
-PLOT = {
-    "nothing": (
-        lambda t: ["base/plot.py", t],
-        "metrics.jsonl is missing; give the directory of a finished run",
-    ),
-    "metrics empty": (drawn(""), "metrics.jsonl has no rows"),
-    "metrics cut off": (drawn(STEPS + '{"step"'), "metrics.jsonl, line 3 is not JSON"),
-    "metrics no numbers": (
-        drawn('{"step": 1, "reward": "a"}'),
-        'line 1 is not a line of metrics: "step" and "reward" must',
-    ),
-    "metrics too large": (drawn(f'{{"step": 1, "reward": {10**400}}}'), "line 1 is not a line of metrics"),
-    "results no JSON": (drawn(results="{"), "results.json is not what train.py leaves: JSONDecodeError"),
-    "results without": (drawn(results={}), r"results.json is not what train.py leaves: KeyError\('before'\)"),
-    "results text": (
-        drawn(results={"before": None, "after": {"a": {"accuracy": "x"}}}),
-        "not what train.py leaves: accuracy",
-    ),
-    "magnitudes damaged": (drawn(tensors="x"), "magnitudes.safetensors cannot be read"),
-    "magnitudes of a model": (
-        drawn(tensors={"model.norm.weight": torch.ones(2)}),
-        "does not hold the magnitudes of Q and K",
-    ),
-    "magnitudes without rows": (
-        drawn(tensors=magnitudes(of=[""])),
-        "does not hold the magnitudes of Q and K",
-    ),
-    "magnitudes flat": (drawn(tensors=magnitudes((4,))), "does not hold the magnitudes of Q and K"),
-    "a sample nowhere": (
-        lambda t: ["studies/longbench_sample.py", t / "none" / "x.json"],
-        "x.json cannot be written: No such file",
-    ),
-}
-
-
 TABLE = {
     "checkpoint": CHECKPOINT,
     "data": DATA,
@@ -563,7 +393,6 @@ TABLE = {
     "out": OUT,
     "compare": COMPARE,
 }
-TABLE |= {"perturb": PERTURB, "ablation": ABLATION, "plot": PLOT}
 CASES = [
     pytest.param(*case, id=f"{kind}, {name}") for kind, cases in TABLE.items() for name, case in cases.items()
 ]
@@ -571,29 +400,24 @@ CASES = [
 
 @pytest.mark.parametrize("make, line", CASES)
 def test_bad_input_gets_one_line_and_nothing_is_written_or_lost(make, line, tmp_path):
-    check_refusal(make(tmp_path), line, tmp_path, longest=700, but=FIGURES)
+    check_refusal(make(tmp_path), line, tmp_path, longest=700)
 
 
-# ------------------------------------------------------------------------------------------------------------ full disks
+# ------------------------------------------------------------------------------------------------- full disks
 
 
 FULL = {
     "settings": (lambda t: math("--data", write(t / "data", QUESTION))(t), 99, "settings.json"),
     "report": (finished(result()), 600, "results.json"),
     "what ranks wrote": (finished(result()), 99, "results.jsonl"),
-    "reward curve": (drawn(tensors=magnitudes()), 99, "reward.png"),
-    "clamps": (perturb(), 4000, "untouched.safetensors"),
 }
 
 
-@pytest.mark.parametrize("case", FULL)
-def test_a_full_disk_is_one_line_that_names_the_file_and_what_was_there_stays(case, tmp_path, full):
-    make, size, name = FULL[case]
-    arguments = make(tmp_path)
-    before = files_in(tmp_path, FIGURES)
-    full(size)
-    assert re.search(rf"/{name} cannot be written: .*File too large", refusal(*arguments))
-    assert files_in(tmp_path, FIGURES) == before
+@pytest.mark.parametrize("make, size, name", FULL.values(), ids=FULL)
+def test_a_full_disk_is_one_line_that_names_the_file_and_what_was_there_stays(
+    make, size, name, tmp_path, full
+):
+    check_full_disk(make(tmp_path), size, name, tmp_path, full)
 
 
 def test_a_sample_that_the_disk_does_not_take_is_made_again(tmp_path, full):

@@ -4,20 +4,16 @@ import itertools
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, run_here, run_ranks, run_script
+from conftest import ROOT, killed, output_of, refusal, run_here, run_ranks, run_script
 from tokenizers import Tokenizer
 
 from base.cli import BadInput
 from evals.ruler import sets as ruler
 from model import Qwen3, Qwen3Config
 
-pytestmark = pytest.mark.xdist_group("engine")  # vLLM is imported once
 TINY = ROOT / "assets" / "tiny"
 TASKS = ["niah_single_1", "fwe"]
 ARGUMENTS = [TINY, "--tasks", *TASKS, "--lengths", 640, 700, "--samples", 4]
@@ -28,7 +24,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("ruler") / "cache"
 
 
-def evaluate(cache, out, *arguments, run=run_here):
+def evaluate(cache, out, *arguments, run=output_of):
     """-> (results.json, records, stdout)"""
     stdout = run("eval_ruler.py", *arguments, "--cache", cache, "--out", out)
     return json.loads((out / "results.json").read_text()), lines(out), stdout
@@ -99,33 +95,25 @@ def test_averages_by_hand(cache, tmp_path, whole):
         (deviation[0] ** 2 + deviation[1] ** 2) ** 0.5
     )
     assert "Avg 43.75" in stdout
-    compared = run_here("eval_ruler.py", "--compare", out, tmp_path / "out")
+    compared = output_of("eval_ruler.py", "--compare", out, tmp_path / "out")
     assert "16 samples in both" in compared and "sign flips" in compared
 
 
-def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(cache, tmp_path, whole, capfd):
-    out, command = (
-        tmp_path / "out",
-        [sys.executable, "eval_ruler.py", *ARGUMENTS, "--cache", cache, "--out", tmp_path / "out"],
-    )
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE)
-    path = out / "results.jsonl"
-    while process.poll() is None and not (path.exists() and path.stat().st_size):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGSTOP)  # it lives, and is in the middle
-    with pytest.raises(BadInput, match=f"{out}: another process is running there"):
-        run_here("eval_ruler.py", *ARGUMENTS, "--cache", cache, "--out", out)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    process.stderr.close()
+def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(cache, tmp_path, whole):
+    out = tmp_path / "out"
+    command = "eval_ruler.py", *ARGUMENTS, "--cache", cache, "--out", out
+    with killed(6, *command) as process:  # it lives, and is in the middle
+        assert f"{out}: another process is running there" in refusal(*command)
+    assert process.returncode == -signal.SIGKILL
     kept = lines(out)
-    assert 0 < len(kept) < 16 and not (out / "results.json").exists()
-    with open(path, "a") as file:
+    assert len(kept) == 6 and not (out / "results.json").exists()
+    with open(out / "results.jsonl", "a") as file:
         file.write(json.dumps(kept[0])[:40])  # as a kill within a write leaves it
     with pytest.raises(BadInput, match="other settings: seed 42 there, 43 here"):
         run_here("eval_ruler.py", *ARGUMENTS, "--seed", 43, "--cache", cache, "--out", out)
-    results, records, _ = evaluate(cache, out, *ARGUMENTS)
-    assert "last line is unfinished" in capfd.readouterr().err
+    result = run_script(*command)
+    assert result.returncode == 0 and "last line is unfinished" in result.stderr
+    results, records = json.loads((out / "results.json").read_text()), lines(out)
     assert records == whole[2] and results["scores"] == whole[1]["scores"]
 
 
@@ -218,7 +206,7 @@ def test_thinking_scores_what_follows_it(cache, tmp_path):
         assert digits in records[0]["prediction"] and "temperature 0.6, top_p 0.95, top_k 20" in stdout
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 
 def test_missing_files_are_told_before_samples_are_made(tmp_path, capfd):

@@ -1,5 +1,5 @@
-"""evals/engine.py, results.py and stats.py: results across interruptions, real vLLM with YaRN, statistics worked by
-hand."""
+"""evals/engine.py, results.py and stats.py: results across interruptions, real vLLM with YaRN, statistics
+worked by hand."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def directory(path, records, **settings):
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------- results
 
 
 def test_results_are_kept_taken_in_from_ranks_and_ordered(tmp_path):
@@ -138,7 +138,13 @@ def test_settings_that_are_none_are_refused(tmp_path):
             assert "\n" not in str(error.value)
 
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
 
 
 def test_one_evaluation_at_a_time_writes_to_a_directory(tmp_path):
@@ -203,7 +209,7 @@ def test_the_fingerprint_changes_with_the_weights_only(tmp_path):
     assert a == b == weights_fingerprint(str(tmp_path / "a")) and a != c
 
 
-# -------------------------------------------------------------------------------------------------------------- engine
+# ----------------------------------------------------------------------------------------------------- engine
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +219,6 @@ def engine():
     engine.close()
 
 
-@pytest.mark.xdist_group("engine")
 def test_yarn_reaches_vllm_beyond_the_context(engine):
     """The engine's own configuration, and a prompt of 5,000 tokens continued as our model does with the same
     RoPE."""
@@ -236,7 +241,6 @@ def test_yarn_reaches_vllm_beyond_the_context(engine):
     assert completion == wanted[str(YARN)] != wanted["None"]
 
 
-@pytest.mark.xdist_group("engine")
 def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
     from prompts.chat import load_tokenizer
 
@@ -286,13 +290,12 @@ def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
     assert go(tmp_path / "b", items) == records
 
 
-@pytest.mark.xdist_group("engine")
 def test_an_engine_that_cannot_start_says_so_in_one_line():
     with pytest.raises(BadInput, match="vLLM cannot start with 9000 tokens"):
         Engine(TINY, 9000)
 
 
-# ---------------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------------- statistics
 
 
 def test_mean_and_standard_error_are_over_items():

@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 import torch
-from conftest import ROOT, run_here
+from conftest import ROOT, output_of
 
 from base.cli import BadInput
 from evals import clamp, gsm8k
@@ -38,7 +38,8 @@ def test_the_exemplars_add_up():
     )
     assert examples[-1] == (
         "Q: Olivia has $23. She bought five bagels for $3 each. How much money does she have left?\n"
-        "A: Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. So she has 23 - 15 dollars left. "
+        "A: Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. So she has 23 - "
+        "15 dollars left. "
         "23 - 15 is 8. The answer is 8."
     )
 
@@ -135,7 +136,6 @@ def test_the_official_file(tmp_path):
         gsm8k.read(tmp_path / "none")
 
 
-@pytest.mark.xdist_group("engine")  # vLLM is imported once
 def test_the_script_and_its_report(tmp_path):
     """One run of vLLM, under a clamp; then its predictions are replaced by hand and reported again."""
     heads = {"q": 8, "k": 2}
@@ -154,7 +154,7 @@ def test_the_script_and_its_report(tmp_path):
         tmp_path / "out",
     ]
     arguments += ["--clamp", tmp_path / "clamp"]
-    assert "tiny, clamp: all," in run_here("eval_gsm8k.py", *arguments)
+    assert "tiny, clamp: all," in output_of("eval_gsm8k.py", *arguments)
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["clamp"]["rule"] == "all"
     path = tmp_path / "out" / "results.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -167,7 +167,7 @@ def test_the_script_and_its_report(tmp_path):
     texts = ["2 * 3. The answer is 6.\n\nQ: x\nA: The answer is 7.", "The answer is $1,250.", "I"]
     made = [{**r, "prediction": text, "score": float(text != "I")} for r, text in zip(records, texts)]
     path.write_text("".join(json.dumps(r) + "\n" for r in made))
-    stdout = run_here("eval_gsm8k.py", *arguments)
+    stdout = output_of("eval_gsm8k.py", *arguments)
     assert "accuracy 66.67 ±33.33, 3 problems" in stdout
     assert "1 of 3 completions give no readable number" in stdout and "Not GSM8K's score: 3" in stdout
     assert json.loads((tmp_path / "out" / "results.json").read_text())["score"]["n"] == 3

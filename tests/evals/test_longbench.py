@@ -5,12 +5,10 @@ import hashlib
 import itertools
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, run_here, run_script
+from conftest import ROOT, killed, output_of, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ruler import qwen  # noqa: F401 - a fixture: the tokenizer with Qwen's vocabulary
@@ -51,7 +49,7 @@ def written(tmp_path, content, name="data.json"):
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 
 
 def test_templates_byte_for_byte():
@@ -66,7 +64,8 @@ def test_templates_byte_for_byte():
         "Let\u2019s think step by step:"
     )
     assert longbench.fill(longbench.COT_ANSWER, item(), " So. \n") == (
-        "Please read the following text and answer the questions below.\n\nThe text is too long and omitted here.\n\n"
+        "Please read the following text and answer the questions below.\n\nThe text is too long and "
+        "omitted here.\n\n"
         "What is the correct answer to this question: Who?\nChoices:\n(A) a\n(B) b\n(C) c\n(D) d\n\n"
         "Let\u2019s think step by step: So.\n\n"
         "Based on the above, what is the single, most likely answer choice? "
@@ -170,7 +169,7 @@ def test_items_of_a_document_follow_each_other_on_each_engine():
     assert longbench.by_document([], 3) == []
 
 
-# ------------------------------------------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------------- answers
 
 
 @pytest.mark.parametrize(
@@ -203,7 +202,7 @@ def test_extraction(text, letter):
     assert stated_choice(text) == letter
 
 
-# ---------------------------------------------------------------------------------------------------------------- file
+# ------------------------------------------------------------------------------------------------------- file
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -344,28 +343,21 @@ def test_the_sample_file_is_what_its_script_writes(tmp_path):
         assert told == [i["answer"]] and len({i[f"choice_{c}"] for c in "ABCD"}) == 4
 
 
-# ---------------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------------------- the script
+
+
+def command(out, *arguments):
+    return ["eval_longbench.py", TINY, "--max-input", 1000, "--out", out, *arguments]
 
 
 def evaluate(out, *arguments):
-    """In this process -> (results.json, records, what was printed)"""
-    stdout = run_here("eval_longbench.py", TINY, "--max-input", 1000, "--out", out, *arguments)
+    """-> (results.json, records, what was printed)"""
+    stdout = output_of(*command(out, *arguments))
     return json.loads((out / "results.json").read_text()), lines(out), stdout
 
 
 def lines(out):
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-
-
-def killed(out, stage, *arguments):
-    """The script, killed as soon as results.jsonl in the directory `stage` has a line."""
-    command = [sys.executable, "eval_longbench.py", TINY, "--max-input", 1000, "--out", out, *arguments]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
-    path = stage / "results.jsonl"
-    while process.poll() is None and not (path.exists() and path.stat().st_size):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (out / "results.json").exists()
 
 
 def test_a_chain_of_thought_killed_in_both_stages_goes_on(tmp_path):
@@ -380,11 +372,17 @@ def test_a_chain_of_thought_killed_in_both_stages_goes_on(tmp_path):
         "--seeds",
         2,
     ]
-    killed(out, out / "reasoning", *arguments)
+
+    def kill(count):
+        with killed(count, *command(out, *arguments)) as process:
+            pass
+        assert process.returncode == -signal.SIGKILL and not (out / "results.json").exists()
+
+    kill(7)  # amid the first stage's 24
     kept = lines(out / "reasoning")
-    killed(out, out, *arguments)
+    kill(24 - 7 + 5)  # amid the second's
     kept_answers = lines(out)
-    assert 0 < len(kept) < len(lines(out / "reasoning")) == 24 > len(kept_answers) > 0
+    assert (len(kept), len(lines(out / "reasoning")), len(kept_answers)) == (7, 24, 5)
     results, records, stdout = evaluate(out, *arguments)
     reasoning = {(r["id"], r["seed"]): r for r in lines(out / "reasoning")}
     assert all(reasoning[r["id"], r["seed"]] == r for r in kept) and all(r in records for r in kept_answers)
@@ -466,7 +464,7 @@ def test_the_table_by_hand(tmp_path):
     results, score, items, stdout = finished(tmp_path, "--skip-empty", "--compensated")  # 2.25 / 4
     assert [cell.split("±")[0] for cell in score] == ["56.2", "100.0", "12.5", "62.5", "50.0", "-"]
     assert results["variants"] == ["skip_empty", "compensated"] and "--skip-empty, --compensated" in stdout
-    compared = run_here("eval_longbench.py", "--compare", tmp_path / "out", tmp_path / "out")
+    compared = output_of("eval_longbench.py", "--compare", tmp_path / "out", tmp_path / "out")
     assert "5 samples in both" in compared
     rows = [line.split()[:2] for line in compared.splitlines()[5:]]
     assert rows == [["all", "5"], ["easy", "2"], ["hard", "3"], ["short", "3"], ["medium", "2"]]

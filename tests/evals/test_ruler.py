@@ -114,7 +114,7 @@ def test_control_tokens_in_documents_are_text(name, tmp_path, tiny):
             )
 
 
-# -------------------------------------------------------------------------------------------------- counting and windows
+# --------------------------------------------------------------------------------------- counting and windows
 
 PIECES = st.sampled_from(
     [
@@ -235,7 +235,7 @@ def test_without_the_answer_prefix_the_prompt_ends_with_the_template(tiny, corpo
         assert tokens(tiny, row) + ruler.TASKS[name].tokens_to_generate == row["length"] <= 3500
 
 
-# ------------------------------------------------------------------------------------- the answers, found in the text
+# ----------------------------------------------------------------------------- the answers, found in the text
 
 
 @pytest.mark.parametrize("name", [name for name in ruler.TASKS if name.startswith("niah")])
@@ -366,7 +366,7 @@ def test_qa(name, gold, qwen, corpora):
         ruler.generate(name, 2000, 61, 42, qwen, QWEN3, corpora)
 
 
-# -------------------------------------------------------------------------------------------------------------- scoring
+# ---------------------------------------------------------------------------------------------------- scoring
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_score(task, prediction, outputs, value):
     assert ruler.score(task, prediction, outputs) == pytest.approx(value)
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 
 def test_refusals_of_arguments(tiny, corpora):

@@ -116,7 +116,8 @@ def test_windows_too_small_are_named_together_before_anything_is_made(tmp_path, 
     with pytest.raises(BadInput) as error:
         build(tmp_path, corpora, tasks=["niah_single_1", "cwe", "vt", "fwe"], lengths=[4096, 700, 800])
     assert re.fullmatch(
-        r"too few tokens for cwe at 700, 800, 4096 \(1\d+ to 4095, or 5\d+ and more are enough\); vt at 700, 800 "
+        r"too few tokens for cwe at 700, 800, 4096 \(1\d+ to 4095, or 5\d+ and more are enough\); vt at "
+        r"700, 800 "
         r"\(1\d+ and more are enough\); --tasks niah_single_1 fwe fit", str(error.value)
     )  # fmt: skip
     with pytest.raises(BadInput, match=r"too few tokens for vt at 300 .*; choose other --lengths"):

@@ -70,40 +70,81 @@ def changed(content, path, value):
 QA = ("data", 0, "paragraphs", 1, "qas", 0)
 DEEP = b"[" * 100_000 + b"]" * 100_000
 DAMAGED = [
-    *((name, content, message) for name in files.FILES for content, message in (
-        (b'{"text": "\xff"}', "can't decode byte 0xff"), (b"{", "line 1 column 2"),
-        (b"", "line 1 column 1"), (DEEP, "recursion"), (b"version https://git-lfs.github.com/spec/v1", "git-LFS pointer"),
-        (b"null", "is null, not"), (b"[3]", "[3]"),
-    ) if (name, content) != ("hotpotqa.json", b"[3]")),
+    *(
+        (name, content, message)
+        for name in files.FILES
+        for content, message in (
+            (b'{"text": "\xff"}', "can't decode byte 0xff"),
+            (b"{", "line 1 column 2"),
+            (b"", "line 1 column 1"),
+            (DEEP, "recursion"),
+            (b"version https://git-lfs.github.com/spec/v1", "git-LFS pointer"),
+            (b"null", "is null, not"),
+            (b"[3]", "[3]"),
+        )
+        if (name, content) != ("hotpotqa.json", b"[3]")
+    ),
     ("PaulGrahamEssays.json", b"{}", 'the file has no "text"'),
     ("PaulGrahamEssays.json", b'{"text": " "}', 'the file["text"] is " ", not a text'),
     ("PaulGrahamEssays.json", b'{"text": ["a"]}', 'the file["text"] is ["a"], not a text'),
-    ("PaulGrahamEssays.json", b'{"text": "ab \\ud800"}', 'an unpaired surrogate at 3'),
+    ("PaulGrahamEssays.json", b'{"text": "ab \\ud800"}', "an unpaired surrogate at 3"),
     ("english_words.json", b'{"1": "a", "2": null}', 'the file["2"] is null, not a text'),
     ("english_words.json", b'{"1": "\\ud800"}', 'the file["1"] has an unpaired surrogate'),
     ("squad.json", squad("data", value=[]), 'the file["data"] is [], not a list with something in it'),
     ("squad.json", squad("data", 0, value=3), "data[0] is 3, not an object"),
-    ("squad.json", squad("data", 0, "paragraphs", 1, "context", value=None), 'data[0].paragraphs[1]["context"] is null'),
-    ("squad.json", squad(*QA, "question", value=None), 'data[0].paragraphs[1].qas[0]["question"] is null, not a text'),
+    (
+        "squad.json",
+        squad("data", 0, "paragraphs", 1, "context", value=None),
+        'data[0].paragraphs[1]["context"] is null',
+    ),
+    (
+        "squad.json",
+        squad(*QA, "question", value=None),
+        'data[0].paragraphs[1].qas[0]["question"] is null, not a text',
+    ),
     ("squad.json", squad(*QA, "question", value=7), 'qas[0]["question"] is 7, not a text'),
     ("squad.json", squad(*QA, "question", value="\ud800"), 'qas[0]["question"] has an unpaired surrogate'),
-    ("squad.json", squad(*QA, "is_impossible", value="no"), 'qas[0]["is_impossible"] is "no", not true or false'),
-    ("squad.json", squad(*QA, "answers", value=[]), 'qas[0]["answers"] is [], not a list with something in it'),
+    (
+        "squad.json",
+        squad(*QA, "is_impossible", value="no"),
+        'qas[0]["is_impossible"] is "no", not true or false',
+    ),
+    (
+        "squad.json",
+        squad(*QA, "answers", value=[]),
+        'qas[0]["answers"] is [], not a list with something in it',
+    ),
     ("squad.json", squad(*QA, "answers", value=["A"]), 'qas[0].answers[0] is "A", not an object'),
     ("squad.json", squad(*QA, "answers", 0, "text", value=""), 'qas[0].answers[0]["text"] is "", not a text'),
-    ("squad.json", squad("data", 0, "paragraphs", value=[{"context": "c", "qas": []}]), "no answerable question"),
+    (
+        "squad.json",
+        squad("data", 0, "paragraphs", value=[{"context": "c", "qas": []}]),
+        "no answerable question",
+    ),
     ("hotpotqa.json", b"[]", "the file is [], not a list of questions"),
     ("hotpotqa.json", b"[3]", "[0] is 3, not an object"),
     ("hotpotqa.json", hotpotqa(1, "question", value=None), '[1]["question"] is null, not a text'),
     ("hotpotqa.json", hotpotqa(1, "answer", value=["A"]), '[1]["answer"] is ["A"], not a text'),
     ("hotpotqa.json", hotpotqa(1, "answer", value=None), '[1]["answer"] is null, not a text'),
-    ("hotpotqa.json", hotpotqa(1, "context", value=[]), '[1]["context"] is [], not a list with something in it'),
+    (
+        "hotpotqa.json",
+        hotpotqa(1, "context", value=[]),
+        '[1]["context"] is [], not a list with something in it',
+    ),
     ("hotpotqa.json", hotpotqa(1, "context", 2, value="T"), '[1].context[2] is "T", not a list'),
     ("hotpotqa.json", hotpotqa(1, "context", 2, value=["T"]), "[1].context[2] has no 1"),
     ("hotpotqa.json", hotpotqa(1, "context", 2, 1, value="One."), '[1].context[2][1] is "One.", not a list'),
-    ("hotpotqa.json", hotpotqa(1, "context", 2, 1, 0, value=3), '[1].context[2][1] is [3, "Two."], not a list of sentences'),
-    ("hotpotqa.json", hotpotqa(1, "context", 2, 1, 0, value="\udfff"), "[1].context[2][0] has an unpaired surrogate"),
-]  # fmt: skip
+    (
+        "hotpotqa.json",
+        hotpotqa(1, "context", 2, 1, 0, value=3),
+        '[1].context[2][1] is [3, "Two."], not a list of sentences',
+    ),
+    (
+        "hotpotqa.json",
+        hotpotqa(1, "context", 2, 1, 0, value="\udfff"),
+        "[1].context[2][0] has an unpaired surrogate",
+    ),
+]
 
 
 def test_a_damaged_file_is_an_error_that_says_where(tmp_path):
@@ -127,19 +168,26 @@ def test_a_damaged_file_is_an_error_that_says_where(tmp_path):
     assert set(ruler.Corpora(tmp_path).blocked(ruler.TASKS.values(), [262144])) == {"cwe"}
 
 
-# -------------------------------------------------------------------------------------------------------------- essays
+# ----------------------------------------------------------------------------------------------------- essays
 
 
 def test_essays(tmp_path):
-    text = 'One is here. "Two," said Mr. Smith (of Ohio.) Three? Yes!  \n Is 4 p.m. late? A. B. Cee wrote e.g. This. End'
+    text = (
+        'One is here. "Two," said Mr. Smith (of Ohio.) Three? Yes!  \n Is 4 p.m. late? A. B. Cee wrote e.g. '
+    )
+    text += "This. End"
     (tmp_path / "PaulGrahamEssays.json").write_text(json.dumps({"text": text}))
     corpora = ruler.Corpora(tmp_path)
     assert corpora.essay_source == "PaulGrahamEssays.json"
     if corpora.sentence_splitter == "own rule":
         assert corpora.sentences(21) == [
-            "One is here.", '"Two," said Mr. Smith (of Ohio.)', "Three?", "Yes!", "Is 4 p.m. late?",
+            "One is here.",
+            '"Two," said Mr. Smith (of Ohio.)',
+            "Three?",
+            "Yes!",
+            "Is 4 p.m. late?",
             "A. B. Cee wrote e.g. This.",
-        ]  # fmt: skip
+        ]
     for size in (1, 3, 20, 21, 22, 47, 500):
         words = (text.split() * 30)[:size]
         assert " ".join(corpora.sentences(size)) == " ".join(words)

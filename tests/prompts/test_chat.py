@@ -61,7 +61,7 @@ def test_the_answer_follows_the_last_think_tag():
     assert chat.answer_text(" yes\n", thinking=False) == "yes"
 
 
-# ------------------------------------------------------------------------------------------------------- recall task
+# ------------------------------------------------------------------------------------------------ recall task
 
 
 @given(st.integers(0, 10**9), st.integers(1, 48), st.integers(0, 30))
@@ -91,7 +91,7 @@ def test_recall_prompts_are_several_hundred_tokens():
     assert 400 < min(lengths) <= max(lengths) < 600
 
 
-# ---------------------------------------------------------------------------------------------------- encoding
+# --------------------------------------------------------------------------------------------------- encoding
 
 
 GOOD = {"prompt": "p", "answer": "a"}
@@ -175,7 +175,7 @@ def test_a_prompt_over_the_limit_is_named_or_loses_its_middle(tiny):
         chat.encode_prompt(tiny, row, False, 5, truncate=True)
 
 
-# ------------------------------------------------------------------------------------- encoding, whatever the text is
+# ----------------------------------------------------------------------------- encoding, whatever the text is
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 PIECES = [
@@ -285,7 +285,7 @@ def test_an_answer_has_no_thinking_and_is_all_that_follows_it(thought, answer, t
         assert whole == answer.strip() and chat.answer_text(answer, True) == ""
 
 
-# ------------------------------------------------------------------------------------------------------ loading
+# ---------------------------------------------------------------------------------------------------- loading
 
 
 def test_long_rows_are_dropped_and_counted_or_kept_and_repeats_are_reported(tmp_path):
@@ -342,7 +342,7 @@ def test_inspect_shows_counts_lengths_and_three_prompts(tmp_path, capsys):
     assert "the assistant's\n" in shown and "characters ..." in shown and len(shown) < 2500
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 
 def test_tokenizers_that_do_not_fit_are_refused(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from base.cli import BadInput
 from prompts import judge, rewards
 
-DOCQA = 'Please read.\n\n<text>\nA </text> B\n</text>\n\nWho?\n\nFormat your response as follows: "The answer is (x)".'
+DOCQA = "Please read.\n\n<text>\nA </text> B\n</text>\n\nWho?\n\n"
+DOCQA += 'Format your response as follows: "The answer is (x)".'
 ROW = {"id": "r", "prompt": DOCQA, "answer": "the answer is Ann Smith", "data_source": "musique_0_20000"}
 
 

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from base.cli import BadInput
 from prompts import chat, rewards
 
-QA, CHOICE, MATH, BOXED = ({"id": "r", "data_source": s} for s in ("musique_0_20000", "long_toc_choices_0_20000",
-                                                                  "docmath_40000_plus", "hotpotqa"))  # fmt: skip
+SOURCES = "musique_0_20000", "long_toc_choices_0_20000", "docmath_40000_plus", "hotpotqa"
+QA, CHOICE, MATH, BOXED = ({"id": "r", "data_source": source} for source in SOURCES)
 REWARDS = [rewards.exact, rewards.contains, rewards.numeric, rewards.choice, rewards.boxed]
 
 
 @pytest.mark.parametrize("answer, gold, value", [
-    ("The Cat.", "cat", 1), ("cat", ["dog", "a cat"], 1), ("cats", "cat", 0), ("", "cat", 0), ("the", "cat", 0),
-    ("cat dog", "cat", 0), ("c", "cat", 0), ("15", "1.5", 0), ("1.5", "1.5", 1), ("5", "-5", 0), ("1,500", "1500", 1),
+    ("The Cat.", "cat", 1), ("cat", ["dog", "a cat"], 1), ("cats", "cat", 0), ("", "cat", 0),
+    ("the", "cat", 0),
+    ("cat dog", "cat", 0), ("c", "cat", 0), ("15", "1.5", 0), ("1.5", "1.5", 1), ("5", "-5", 0),
+    ("1,500", "1500", 1),
     ("", "A", 0), ("the", "A", 0), ("a", "A", 1), ("", "-", 0), ("-", "-", 1),
 ])  # fmt: skip
 def test_exact(answer, gold, value):
@@ -33,7 +35,8 @@ def test_exact(answer, gold, value):
     ("the answer is Parisian", "Paris", 0),  # whole words
     ("Paris", "Paris", 0),  # not in the form that was asked for
     ("the answer is Rome Paris Lyon Bonn Oslo Bern Riga Kiev Cairo Lima", "Paris", 0),  # a list of guesses
-    ("the answer is Yes, they did", "yes", 1), ("the answer is yes or no", "yes", 0), ("the answer is not yes", "yes", 0),
+    ("the answer is Yes, they did", "yes", 1), ("the answer is yes or no", "yes", 0),
+    ("the answer is not yes", "yes", 0),
     ("the answer is 15", "1.5", 0),
 ])  # fmt: skip
 def test_contains(answer, gold, value):
@@ -43,13 +46,16 @@ def test_contains(answer, gold, value):
 @pytest.mark.parametrize("answer, gold, value", [
     ("the answer is 12.5", "12.5", 1), ("the answer is $1,234.50.", "the answer is 1234.5", 1),
     ("the answer is 5. So the answer is 7", "7", 1), ("the answer is 5. So the answer is 7", "5", 0),
-    ("the answer is 12.5%", "0.125", 1), ("the answer is 12.5%", "12.5", 1), ("the answer is 0.125", "12.5%", 1),
-    ("the answer is $3.2 million", "3200000", 1), ("the answer is \u22123", "-3", 1), ("the answer is -$3", "-3", 1),
+    ("the answer is 12.5%", "0.125", 1), ("the answer is 12.5%", "12.5", 1),
+    ("the answer is 0.125", "12.5%", 1),
+    ("the answer is $3.2 million", "3200000", 1), ("the answer is \u22123", "-3", 1),
+    ("the answer is -$3", "-3", 1),
     ("the answer is 100.1", "100.05", 1), ("the answer is 100.3", "100.05", 0),  # 0.15% of 100.05 is 0.15
     ("the answer is 2022", "2020", 0),  # whole numbers are not rounded ones
     ("the answer is 3", "-3", 0), ("the answer is 1/2", "1", 0), ("the answer is 3:00", "3", 0),
     ("the answer is 1e9", "1", 0), ("the answer is 2nd", "2", 0), ("the answer is 1.2.3", "1.2", 0),
-    ("the answer is \\boxed{12.5}", "12.5", 1), ("5", "5", 0), ("the answer is five", "5", 0), ("the answer is 0", "0.0", 1),
+    ("the answer is \\boxed{12.5}", "12.5", 1), ("5", "5", 0), ("the answer is five", "5", 0),
+    ("the answer is 0", "0.0", 1),
 ])  # fmt: skip
 def test_numeric(answer, gold, value):
     assert rewards.numeric(answer, {"answer": gold}) == value
@@ -57,7 +63,8 @@ def test_numeric(answer, gold, value):
 
 @pytest.mark.parametrize("answer, gold, value", [
     ("The correct answer is (B)", "B", 1), ("The correct answer is **B**.", "The correct answer is (B)", 1),
-    ("the correct answer is (b)", "B", 1), ("The correct answer is (A). Rather: the correct answer is (B)", "(B)", 1),
+    ("the correct answer is (b)", "B", 1),
+    ("The correct answer is (A). Rather: the correct answer is (B)", "(B)", 1),
     ("The correct answer is (B)是", "B", 1), ("B", "B", 0), ("The correct answer is (A)", "B", 0),
 ])  # fmt: skip
 def test_choice(answer, gold, value):
@@ -66,7 +73,8 @@ def test_choice(answer, gold, value):
 
 @pytest.mark.parametrize("answer, gold, value", [
     ("so \\boxed{Paris}", ["Rome", "paris"], 1), ("\\boxed{Rome} or \\boxed{Paris}", "Rome", 0),
-    ("\\boxed{x^{2}}", "x^{2}", 1), ("\\boxed{Paris", "Paris", 0), ("Paris", "Paris", 0), ("\\boxed{}", "Paris", 0),
+    ("\\boxed{x^{2}}", "x^{2}", 1), ("\\boxed{Paris", "Paris", 0), ("Paris", "Paris", 0),
+    ("\\boxed{}", "Paris", 0),
     ("\\boxed{15}", "1.5", 0),
 ])  # fmt: skip
 def test_boxed(answer, gold, value):
@@ -83,7 +91,7 @@ def test_the_source_names_the_reward():
             rewards.by_source("x", row)
 
 
-# ---------------------------------------------------------------------------------- holes of the published ones (D.2)
+# -------------------------------------------------------------------------- holes of the published ones (D.2)
 
 HOLES = {
     "nothing is contained in everything": (QA, "the answer is", "Paris"),
@@ -91,7 +99,9 @@ HOLES = {
     "punctuation is nothing": (QA, "the answer is -", "Paris"),
     "a letter is in most answers": (QA, "the answer is s", "Paris"),
     "a part of a word": (QA, "the answer is comparison", "Paris"),
-    "all candidates": (QA, "the answer is Rome, Lyon, Bonn, Oslo, Bern, Riga, Kiev, Cairo, Lima, Paris", "Paris"),
+    "all candidates": (
+        QA, "the answer is Rome, Lyon, Bonn, Oslo, Bern, Riga, Kiev, Cairo, Lima, Paris", "Paris"
+    ),
     "both yes and no": (QA, "the answer is yes and no", "yes"),
     "the sign is ignored": (MATH, "the answer is -5", "the answer is 5"),
     "powers of ten are ignored": (MATH, "the answer is 5", "the answer is 5000"),
@@ -143,7 +153,8 @@ def test_no_number_is_evaluated(text):
 
 
 @pytest.mark.parametrize("row, right", [
-    (QA, "the answer is Ann"), (MATH, "the answer is 4"), (CHOICE, "The correct answer is (C)"), (BOXED, "\\boxed{Ann}"),
+    (QA, "the answer is Ann"), (MATH, "the answer is 4"), (CHOICE, "The correct answer is (C)"),
+    (BOXED, "\\boxed{Ann}"),
 ])  # fmt: skip
 def test_only_what_follows_the_end_of_thinking_counts(row, right):
     row = {**row, "answer": {"musique_0_20000": "Ann", "hotpotqa": ["Ann"]}.get(row["data_source"], "4")}
@@ -156,9 +167,10 @@ def test_only_what_follows_the_end_of_thinking_counts(row, right):
         assert rewards.by_source(chat.answer_text(completion, thinking=True), row) == value
 
 
-# ------------------------------------------------------------------------------------------------ whatever the answer is
+# ------------------------------------------------------------------------------------- whatever the answer is
 
-PIECES = ["the answer is ", "The correct answer is ", "(B)", "\\boxed{", "}", "1e999999", "-", ".", "%", "0", "12,345.6",
+PIECES = ["the answer is ", "The correct answer is ", "(B)", "\\boxed{", "}", "1e999999", "-", ".", "%", "0",
+          "12,345.6",
           "9" * 400, "\u0661", "¥", " ", "\x00", "İ", "million", "{" * 50,
           "the answer is 9", "The correct answer is (", "a ", "1,", "the answer is \\boxed{{"]  # fmt: skip
 texts = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
@@ -260,7 +272,7 @@ def test_a_million_characters_are_nothing_special(piece):
         assert math.isfinite(rewards.published(answer, {**row, "answer": gold}))
 
 
-# ------------------------------------------------------------------------------------------------------ loading, calling
+# ------------------------------------------------------------------------------------------- loading, calling
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def write_parquet(path, *rows):
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------- schemas
+# ---------------------------------------------------------------------------------------------------- schemas
 
 
 def user(text):
@@ -37,7 +37,8 @@ DOCQA = [
     {
         "data_source": source,
         "prompt": user(
-            f"Please read the following text and answer the question below.\n\n<text>\nDoc {i}.\n</text>\n\nQ{i}?\n\n"
+            f"Please read the following text and answer the question below.\n\n<text>\nDoc "
+            f"{i}.\n</text>\n\nQ{i}?\n\n"
             'Format your response as follows: "Therefore, the answer is (insert answer here)".'
         ),
         "ability": ability,
@@ -82,7 +83,8 @@ def test_docqa_rows_keep_their_prompt_and_get_their_ground_truth_as_answer(suffi
 def test_memagent_rows_put_document_and_question_into_one_prompt(tmp_path):
     rows = sources.read(write_parquet(tmp_path / "hotpotqa_train_32k.parquet", *MEMAGENT), prompt_row)
     assert rows[1]["prompt"] == (
-        "Please read the following text and answer the question below.\n\n<text>\nDocument 1:\nIt\nAnna wrote {it} 1.\n"
+        "Please read the following text and answer the question below.\n\n<text>\nDocument 1:\nIt\nAnna "
+        "wrote {it} 1.\n"
         "</text>\n\nWho wrote {it}?\n\nPut the answer in \\boxed{}."
     )
     assert rows[1]["answer"] == ["Anna", "anna b"] and rows[1]["data_source"] == "hotpotqa"
@@ -165,7 +167,7 @@ def test_a_file_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     assert len(rows) == 3 and rows[0]["id"] == "train.parquet row 1"
 
 
-# --------------------------------------------------------------------------------------------------------------- order
+# ------------------------------------------------------------------------------------------------------ order
 
 
 def test_rows_come_in_a_new_order_each_epoch_and_the_same_for_a_seed():

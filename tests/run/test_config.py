@@ -7,7 +7,10 @@ from run.config import Config, check
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"algorithm": "dapo", "aggregation": "constant"}, "--aggregation needs --algorithm grpo: dapo has a mean"),
+    (
+        {"algorithm": "dapo", "aggregation": "constant"},
+        "--aggregation needs --algorithm grpo: dapo has a mean"
+    ),
     ({"algorithm": "gspo", "updates": 2, "dual_clip": 3.0}, "--dual-clip is not for --algorithm gspo"),
     ({"algorithm": "clip-cov", "dual_clip": 3.0}, "--dual-clip is not for --algorithm clip-cov"),
 ])  # fmt: skip

@@ -12,13 +12,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, refusal, run_here
+from conftest import ROOT, names_of_runs, output_of, refusal, run_here
 from safetensors.torch import load_file
 
+from base.cli import parse
 from model import Qwen3, Qwen3Config
 from prompts import chat
-
-pytestmark = pytest.mark.xdist_group("recipes")  # vLLM is imported once
+from run.config import Config, check
+from run.dry_run import PASSED
+from saliency import select_rows
 
 TINY = ROOT / "assets" / "tiny"
 # row of the table -> algorithm, rule, selected of a head's 128 dimensions
@@ -40,7 +42,7 @@ def rl(row):
     return ["--config", "recipes/rl.toml", f"recipes/{row}.toml"]
 
 
-# ---------------------------------------------------------------------------------------------------------- stand-ins
+# -------------------------------------------------------------------------------------------------- stand-ins
 
 
 def write_checkpoint(directory, size):
@@ -86,7 +88,8 @@ def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("recipes")
     for size in ("8B", "4B"):
         write_checkpoint(directory / size, size + "-Base")
-    text = "Please read the following text.\n\n<text>\n{}\n</text>\n\nWhich?\n\nFormat your response as follows: ..."
+    text = "Please read the following text.\n\n<text>\n{}\n</text>\n\nWhich?\n\n"
+    text += "Format your response as follows: ..."
     golds = {
         "long_toc_choices_0_20000": "The correct answer is (B)",
         "docmath_20000_40000": "the answer is 3.5",
@@ -112,7 +115,7 @@ def files(tmp_path_factory):
     return directory
 
 
-# -------------------------------------------------------------------------------------------------------------- tests
+# ------------------------------------------------------------------------------------------------------ tests
 
 
 def test_there_is_a_recipe_for_every_row_and_each_value_says_where_it_is_from():
@@ -122,40 +125,67 @@ def test_there_is_a_recipe_for_every_row_and_each_value_says_where_it_is_from():
             assert not re.match(r"\w+ =", line) or " # " in line, line
 
 
-def dry_run(script, files, size, *flags):
-    """-> what it printed, and its directory, which is there until this process ends."""
-    printed = run_here(script, *flags, "--model", files / size, "--dry-run")
-    assert "32 query and 8 key heads of 128" in printed and printed.endswith(
-        "dry run: passed; nothing is left of it\n"
-    )
-    return printed, Path(re.search(r"dry run: .* in (/.+)\n", printed)[1]) / "run"
+@pytest.mark.parametrize("row", ROWS)
+def test_every_rl_recipe_is_what_its_row_says(row):
+    """Parsed and checked as train.py does; test_the_plans_in_the_docs also starts it."""
+    config = parse(Config, "", rl(row))
+    check(config, world=8, cuda=True)
+    algorithm, rule, selected = ROWS[row]
+    assert (config.algorithm, config.rule) == (algorithm, rule)
+    assert (config.learning_rate, config.warmup) == (1e-6, 20)
+    projection = "model.layers.0.self_attn.q_proj"
+    generator = torch.Generator().manual_seed(0)
+    masks = select_rows({projection: torch.rand(32, 128)}, config.fraction, config.rule, generator)
+    assert (masks[f"{projection}.weight"].view(32, 128).sum(1) == selected).all()
 
 
-@pytest.mark.parametrize("row, size", [*((row, "8B") for row in ROWS), ("dapo-longact", "4B")])
-def test_a_dry_run_of_every_rl_recipe_does_what_the_row_says(row, size, files):
+KEEP = """
+import os, runpy, shutil, sys
+_, keep, *sys.argv = sys.argv
+rmtree = shutil.rmtree
+
+def kept(directory, **how):
+    if os.path.basename(directory).startswith("dry-run-"):
+        shutil.copytree(directory, keep)
+    rmtree(directory, **how)
+
+shutil.rmtree = kept
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def dry_run(script, files, size, directory, *flags):
+    """-> what it printed, and what its temporary directory had in it before it was removed."""
+    (directory / "keep.py").write_text(KEEP)
+    how = directory / "kept", script, *flags, "--model", files / size, "--dry-run"
+    printed = output_of(directory / "keep.py", *how, env={"PYTHONPATH": str(ROOT)})
+    assert "32 query and 8 key heads of 128" in printed and printed.endswith(f"{PASSED}\n")
+    assert not Path(re.search(r"dry run: .* in (/.+)\n", printed)[1]).exists()
+    return printed, directory / "kept" / "run"
+
+
+@pytest.mark.parametrize("row, size", [("dapo-longact", "8B"), ("grpo-longact", "4B")])
+def test_a_dry_run_of_an_rl_recipe_takes_a_step(row, size, files, tmp_path):
     data = [files / "docqa.parquet", files / "memagent.parquet"]
-    before = set((ROOT / "runs").glob("*"))
-    printed, run = dry_run("train.py", files, size, *rl(row), "--data", *data)
+    before = names_of_runs()
+    printed, run = dry_run("train.py", files, size, tmp_path, *rl(row), "--data", *data)
     assert "8 of 9 rows of docqa.parquet, 1 over 28,672 tokens dropped" in printed
     assert "1,000 of 1,001 rows of memagent.parquet" in printed
-    assert set((ROOT / "runs").glob("*")) == before
+    assert names_of_runs() == before
     settings = json.loads((run / "config.json").read_text())
-    algorithm, rule, selected = ROWS[row]
-    assert (settings["algorithm"], settings["rule"]) == (algorithm, rule)
+    assert (settings["algorithm"], settings["rule"]) == ROWS[row][:2]
     [metrics] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert metrics["reward"] == 0.5 and metrics["mismatch_mean"] < 1e-4
     assert metrics["learning_rate"] == pytest.approx(1e-6 / 20)  # the first of 20 steps of warm-up
-    masks = {
-        name: t for name, t in load_file(run / "magnitudes.safetensors").items() if t.dtype == torch.bool
-    }
-    assert len(masks) == 4 and all((mask.view(-1, 128).sum(1) == selected).all() for mask in masks.values())
+    tensors = load_file(run / "magnitudes.safetensors").items()
+    masks = {name: t for name, t in tensors if t.dtype == torch.bool}
+    assert len(masks) == 4 and all((mask.view(-1, 128).sum(1) == 38).all() for mask in masks.values())
 
 
 @pytest.mark.parametrize("size", ["8B", "4B"])
-def test_a_dry_run_of_sft(size, files):
-    printed, run = dry_run(
-        "sft.py", files, size, *SFT, "--data", files / "chats.parquet", "--out", files / "out"
-    )
+def test_a_dry_run_of_sft(size, files, tmp_path):
+    flags = *SFT, "--data", files / "chats.parquet", "--out", files / "out"
+    printed, run = dry_run("sft.py", files, size, tmp_path, *flags)
     assert "19 of 20 rows of chats.parquet, 1 over 16,384 tokens dropped" in printed
     [metrics] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     vocabulary = 1 + max(chat.load_tokenizer(TINY, math.inf).get_vocab().values())

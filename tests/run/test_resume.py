@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import make_small, run_script
+from conftest import ROOT, make_small, run_code, run_script
 
 from base import durable
 from base.cli import BadInput
@@ -234,9 +234,10 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(BadInput, match="step 1 cannot be saved in .*: .*Not a directory"):
         save(tmp_path / "checkpoints", 1, train(*fresh(), 1))
-    result = run_script(
-        "-c", "import cli; cli.one_line_errors(); print(end='x', file=open('/dev/full', 'w'), flush=True)"
+    code = (
+        "from base import cli; cli.one_line_errors(); print(end='x', file=open('/dev/full', 'w'), flush=True)"
     )
+    result = run_code(code)
     assert (
         result.returncode == 1
         and result.stderr.splitlines()[0] == "-c: error: [Errno 28] No space left on device"
@@ -244,18 +245,22 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_a_run_is_entered_by_one_process_at_a_time_and_only_when_asked(tmp_path):
-    lock = resume.claim(tmp_path / "run", "")
-    again = f"import resume, pathlib; resume.claim(pathlib.Path({str(tmp_path / 'run')!r}), 'auto')"
-    assert "another process is running there" in run_script("-c", again).stderr
+    lock = resume.lock_run(tmp_path / "run", "")
+    again = tmp_path / "again.py"
+    again.write_text(
+        f"from run import resume\nresume.lock_run(resume.Path({str(tmp_path / 'run')!r}), 'auto')"
+    )
+    result = run_script(again, env={"PYTHONPATH": str(ROOT)})
+    assert "another process is running there" in result.stderr
     lock.close()
-    resume.claim(tmp_path / "run", "")  # a start that failed left a lock only
+    resume.lock_run(tmp_path / "run", "")  # a start that failed left a lock only
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(BadInput, match="exists; --resume auto goes on with it"):
-        resume.claim(tmp_path / "run", "")
+        resume.lock_run(tmp_path / "run", "")
     (tmp_path / "step-000001").mkdir()
     for path in (tmp_path / "step-000001", tmp_path / "run" / "checkpoints" / "step-000001"):
         with pytest.raises(BadInput, match="is not a checkpoint of this run"):
-            resume.claim(tmp_path / "run", path)
+            resume.lock_run(tmp_path / "run", path)
 
 
 def test_metrics_are_cut_to_the_step_and_missing_lines_are_named(tmp_path):
@@ -280,8 +285,6 @@ def test_a_signal_is_noted_and_the_second_ends_at_once(capfd):
     assert interrupt.asked() and "SIGTERM: saving and ending soon" in capfd.readouterr().err
     interrupt.close()
     assert signal.getsignal(signal.SIGTERM) == before
-    code = (
-        "import interrupt, signal; i = interrupt.Interrupt(); signal.raise_signal(2); print(1, flush=True); "
-    )
-    result = run_script("-c", code + "signal.raise_signal(2); print(2)")
+    code = "import signal; from base.interrupt import Interrupt; i = Interrupt(); signal.raise_signal(2); "
+    result = run_code(code + "print(1, flush=True); signal.raise_signal(2); print(2)")
     assert result.returncode == -signal.SIGINT and result.stdout == "1\n"

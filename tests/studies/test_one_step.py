@@ -16,8 +16,6 @@ from run.config import Config
 from run.metrics import OF_UPDATE
 from studies import one_step
 
-pytestmark = pytest.mark.xdist_group("recipes")  # vLLM is imported once
-
 PAGE, FOLDER = ROOT / "docs" / "one-step.md", ROOT / "docs" / "one-step"
 STORED = FOLDER / "completions.json"
 NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e-\d+)?")

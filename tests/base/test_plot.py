@@ -1,0 +1,75 @@
+"""plot.py with runs whose files are damaged: one clear line for each."""
+
+import pytest
+import torch
+from conftest import check_full_disk, check_refusal
+from inputs import write
+from safetensors.torch import save_file
+
+FIGURES = (".png",)  # drawn again with what can be read, before what cannot
+
+STEPS = '{"step": 1, "reward": 0.5}\n{"step": 2, "reward": null}\n'
+
+
+def drawn(metrics=STEPS, results=None, tensors=None):
+    """plot.py with a run of these files; tensors: of its magnitudes, or the file's bytes."""
+
+    def make(t):
+        run = t / "run"
+        run.mkdir()
+        write(run / "metrics.jsonl", metrics)
+        if results is not None:
+            write(run / "results.json", results)
+        if isinstance(tensors, dict):
+            save_file(tensors, run / "magnitudes.safetensors")
+        else:
+            write(run / "magnitudes.safetensors", tensors or "")
+        return ["base/plot.py", run]
+
+    return make
+
+
+def magnitudes(shape=(2, 4), of=("", ".selected")):
+    return {
+        f"model.layers.0.self_attn.{which}_proj{part}": torch.ones(shape) for which in "qk" for part in of
+    }
+
+
+PLOT = {
+    "nothing": (
+        lambda t: ["base/plot.py", t],
+        "metrics.jsonl is missing; give the directory of a finished run",
+    ),
+    "metrics empty": (drawn(""), "metrics.jsonl has no rows"),
+    "metrics cut off": (drawn(STEPS + '{"step"'), "metrics.jsonl, line 3 is not JSON"),
+    "metrics no numbers": (
+        drawn('{"step": 1, "reward": "a"}'),
+        'line 1 is not a line of metrics: "step" and "reward" must',
+    ),
+    "metrics too large": (drawn(f'{{"step": 1, "reward": {10**400}}}'), "line 1 is not a line of metrics"),
+    "results no JSON": (drawn(results="{"), "results.json is not what train.py leaves: JSONDecodeError"),
+    "results without": (drawn(results={}), r"results.json is not what train.py leaves: KeyError\('before'\)"),
+    "results text": (
+        drawn(results={"before": None, "after": {"a": {"accuracy": "x"}}}),
+        "not what train.py leaves: accuracy",
+    ),
+    "magnitudes damaged": (drawn(tensors="x"), "magnitudes.safetensors cannot be read"),
+    "magnitudes of a model": (
+        drawn(tensors={"model.norm.weight": torch.ones(2)}),
+        "does not hold the magnitudes of Q and K",
+    ),
+    "magnitudes without rows": (
+        drawn(tensors=magnitudes(of=[""])),
+        "does not hold the magnitudes of Q and K",
+    ),
+    "magnitudes flat": (drawn(tensors=magnitudes((4,))), "does not hold the magnitudes of Q and K"),
+}
+
+
+@pytest.mark.parametrize("make, line", PLOT.values(), ids=PLOT)
+def test_a_damaged_run_gets_one_line_and_nothing_is_lost(make, line, tmp_path):
+    check_refusal(make(tmp_path), line, tmp_path, longest=700, but=FIGURES)
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, full):
+    check_full_disk(drawn(tensors=magnitudes())(tmp_path), 99, "reward.png", tmp_path, full)
