@@ -37,7 +37,8 @@ def fill_batch(draw, keep, wanted, max_rounds, interrupted):
         if rounds == max_rounds:
             raise BadInput(
                 f"{rounds} rounds of {wanted} prompts gave {len(batch)} groups whose rewards differ, "
-                f"{wanted} are needed; the task is too hard or too easy, or raise --max-rounds or --completions"
+                f"{wanted} are needed; the task is too hard or too easy, or raise --max-rounds or "
+                "--completions"
             )
         groups = draw(rounds)
         batch += [group for group in groups if keep(group.rewards)]

@@ -1,7 +1,6 @@
-"""Which loss an --algorithm is, and the losses that are neither GRPO's nor DAPO's: GSPO, SAPO, Clip-Cov,
-KL-Cov.
+"""Which loss an --algorithm is; the losses of GSPO, SAPO, Clip-Cov and KL-Cov.
 
-    loss, tokens = losses.choose(config)                     # of tokens: those that Clip-Cov and KL-Cov treat apart
+    loss, pick = losses.choose(config)        # pick: which tokens Clip-Cov or KL-Cov marks, None for others
     loss(logprobs, old_logprobs, advantages, lengths, totals, importance)     # as grpo.loss
 
 Advantages, sampling and rewards are GRPO's; only the loss differs, and there is no KL term.

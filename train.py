@@ -106,7 +106,7 @@ policy_loss, marked_tokens = losses.choose(config)  # dapo.loss, unless --algori
 keep = dapo.keep_group if config.algorithm in losses.DYNAMIC_SAMPLING else lambda rewards: True
 if checkpoint:
     progress.load(checkpoint, model, optimizer, device)
-    engine.sleep()
+    engine.sleep()  # sync wakes it up
     engine.sync(model)
 clock = metrics.Clock(device)
 
@@ -270,8 +270,8 @@ for step in range(first, config.steps + 1):
     for parameters in optimizer.param_groups:
         parameters["lr"] = learning_rate
     with saved_before_it_stops():
-        limits = config.prompts, config.max_rounds
-        batch, sampled, rounds = dapo.fill_batch(sample_round, keep, *limits, interrupt.asked)
+        wanted, most = config.prompts, config.max_rounds
+        batch, sampled, rounds = dapo.fill_batch(sample_round, keep, wanted, most, interrupt.asked)
     if interrupt.asked():
         break  # this step has changed nothing yet
     engine.sleep()
@@ -343,9 +343,6 @@ if main:
     if progress.masks:  # unless every update was skipped
         plot.save_magnitudes(directory / "magnitudes.safetensors", progress.magnitudes, progress.masks)
         plot.heatmap(directory)
-    print(
-        dry_run.PASSED
-        if config.dry_run
-        else f"checkpoint: {directory}/checkpoint  figures: reward.png, magnitudes.png"
-    )
+    done = f"checkpoint: {directory}/checkpoint  figures: reward.png, magnitudes.png"
+    print(dry_run.PASSED if config.dry_run else done)
 engine.close()
