@@ -103,7 +103,7 @@ def digest_of_files(paths):
 
 
 def digest(content):
-    """The first 16 hexadecimal digits of the SHA-256 of a text or bytes: tells whether something is the same."""
+    """The first 16 hexadecimal digits of the SHA-256 of a text or bytes: an identity for what was hashed."""
     return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:16]
 
 
