@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from conftest import ROOT, killed, output_of, run_script
+from conftest import ROOT, killed, output_of, refusal, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ruler import qwen  # noqa: F401 - a fixture: the tokenizer with Qwen's vocabulary
@@ -473,8 +473,9 @@ def test_the_table_by_hand(tmp_path):
 def test_kept_thinking_is_read(tmp_path):
     _, score, _, stdout = finished(tmp_path, "--keep-thinking", keep_thinking=True, scores=(1, 0, 0, 0, 0))
     assert score[0] == "20.0±20.0" and "--keep-thinking" in stdout
-    with pytest.raises(BadInput, match="other settings: keep thinking true there, false here"):
-        finished(tmp_path)
+    data = tmp_path / "data.json"
+    other = refusal(*command(tmp_path / "out", "--data", data))
+    assert "other settings: keep thinking true there, false here" in other
 
 
 def test_thinking_that_did_not_end_is_wrong_and_not_empty(tmp_path):

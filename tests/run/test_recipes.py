@@ -2,6 +2,7 @@
 small, on stand-ins in the published schemas: a checkpoint with the real shapes (and holes for weights), data
 of every source."""
 
+import itertools
 import json
 import math
 import re
@@ -121,8 +122,9 @@ def files(tmp_path_factory):
 def test_there_is_a_recipe_for_every_row_and_each_value_says_where_it_is_from():
     assert {path.stem for path in (ROOT / "recipes").iterdir()} == {"sft", "rl", *ROWS}
     for path in (ROOT / "recipes").iterdir():
-        for line in path.read_text().splitlines():
-            assert not re.match(r"\w+ =", line) or " # " in line, line
+        lines = ["", *path.read_text().splitlines()]
+        for above, line in itertools.pairwise(lines):
+            assert not re.match(r"\w+ =", line) or " # " in line or above.startswith("# "), line
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -206,7 +208,7 @@ def test_a_dry_run_refuses_what_training_would(files, tmp_path):
     assert wrong in refusal("train.py", *flags, "--model", tmp_path)
     flags += ["--model", files / "8B"]
     assert "not one of 9 rows fits" in refusal("train.py", *flags, "--max-completion", 32760)
-    assert "none of A to D" in refusal("train.py", *flags, "--reward", "rewards:choice")
+    assert "is not one of A to D" in refusal("train.py", *flags, "--reward", "rewards:choice")
     assert "nowhere.parquet cannot be read" in refusal("train.py", *flags, "--data", "nowhere.parquet")
 
 
