@@ -236,7 +236,10 @@ def find(directory, which, fixed):
 
 
 def candidates_for(directory, which):
-    """Paths to try, the best first."""
+    """Paths to try, the best first. Only rank 0 looks: it has made the run's directory, which the others may
+    be too early to see."""
+    if rank_and_world()[0] != 0:
+        return []
     if which != "auto":
         return [directory / Path(which).name]
     newest, steps = directory / "LATEST", sorted(steps_in(directory), key=number, reverse=True)
@@ -256,9 +259,8 @@ def candidates_for(directory, which):
         )
     if directory / text in steps:
         return [path for path in steps if number(path) <= int(text.removeprefix("step-"))]
-    if rank_and_world()[0] == 0:
-        what = f"{newest} names {text!r:.40}, which is not there; trying {steps[0].name}"
-        print(f"warning: {what}", file=sys.stderr)
+    what = f"{newest} names {text!r:.40}, which is not there; trying {steps[0].name}"
+    print(f"warning: {what}", file=sys.stderr)
     return steps
 
 

@@ -382,7 +382,9 @@ def keys_of(path, name):
 
 def test_every_metric_is_explained_and_no_other():
     completion = SimpleNamespace(ids=[1], finished=True)
-    group = SimpleNamespace(rewards=torch.ones(2), completions=[completion] * 2, tokens=3, known_lengths=[1, 1])
+    group = SimpleNamespace(
+        rewards=torch.ones(2), completions=[completion] * 2, tokens=3, known_lengths=[1, 1]
+    )
     group.prompt = [1]
     clock = metrics.Clock(torch.device("cpu")).metrics(3)
     written = {*metrics.of_rollout([group], [group]), *metrics.of_updates([], 1), *clock}

@@ -154,6 +154,11 @@ def test_a_damaged_latest_costs_nothing(saved, tmp_path, capsys):
         resume.find(directory, "auto", FIXED)
 
 
+def test_a_rank_that_is_early_does_not_look_for_a_directory_that_rank_0_makes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert resume.candidates_for(tmp_path / "not yet" / "checkpoints", "auto") == []
+
+
 def test_without_a_checkpoint_a_run_begins_anew(tmp_path):
     assert resume.find(tmp_path / "checkpoints", "auto", FIXED) == (None, None)
 
