@@ -30,14 +30,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# rollout first: it sets what vLLM reads when it is imported. The next two vLLM imports when an engine starts.
+# rollout first: it sets what vLLM reads when it is imported. The next three vLLM imports when an engine starts.
 MODULES = (
     "rollout",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.qwen3",
+    "compressed_tensors",
     "transformers.models.qwen3.modeling_qwen3",
     "torch.distributed.run",
-    "matplotlib.pyplot",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "matplotlib.backends.backend_agg",
 )
 
 
