@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# rollout first: it sets what vLLM reads when it is imported. The next three vLLM imports when an engine starts.
+# rollout first: it sets what vLLM reads when it is imported. The next three are what an engine imports.
 MODULES = (
     "rollout",
     "vllm.v1.worker.cpu_worker",
