@@ -215,10 +215,8 @@ def train_pass(group, part, leaves, ref_logprobs, totals, tally):
     if marked_tokens:
         terms["marked"] = of_part(group.marked)
     loss, stats = policy_loss(logprobs, old, advantages, lengths, totals, **terms)
-    with clock.stage("backward"):
-        (
-            loss * (world if mesh else 1)
-        ).backward()  # FSDP2 averages over ranks; ours is a sum (core/parallel.py)
+    with clock.stage("backward"):  # FSDP2 averages gradients over ranks; ours is a sum (core/parallel.py)
+        (loss * (world if mesh else 1)).backward()
     tally.add(loss, stats, entropies, old, sampler, config.importance_cap)
 
 
