@@ -41,7 +41,9 @@ world = dist.get_world_size()
 for sharing in (1, world):
     model.context = context_group("cpu", sharing)
     # The most of several updates: how many blocks are gathered at once depends on which rank waits for which.
-    measured = max(peak_bytes(update) for _ in range(3)) + held
+    peak = torch.tensor(max(peak_bytes(update) for _ in range(4)) + held)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    measured = peak.item()
     lines, _ = plan.training_memory(model.config, 1024, 256, True, world, 4, context_parallel=sharing)
     ratio = sum(lines.values()) / measured
     print(f"{sharing} sharing: predicted / measured {ratio:.3f}, {measured:,} bytes, {lines}", flush=True)
