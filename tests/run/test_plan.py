@@ -139,8 +139,7 @@ def test_predicted_memory_of_two_ranks(tmp_path):
     result = run_ranks(2, ROOT / "tests" / "ranks_memory.py", tmp_path / "checkpoint")
     assert result.returncode == 0, result.stderr[-3000:]
     ratios = [float(x) for x in re.findall(r"predicted / measured ([\d.]+)", result.stdout)]
-    # The plan counts the most blocks that can be gathered at once; a run in which ranks wait has fewer.
-    assert len(ratios) == 4 and all(0.85 <= ratio <= 1.2 for ratio in ratios), result.stdout
+    assert len(ratios) == 4 and all(0.85 <= ratio <= 1.15 for ratio in ratios), result.stdout
 
 
 def test_the_plan_of_a_preset_needs_no_files():
