@@ -264,5 +264,6 @@ report = {
 path = results.write_report(config.tensor_parallel, report)
 incomplete = "" if complete else " (incomplete)"
 title = f"RULER, {name}, {config.mode}: Avg {overall['Avg']['score']:.2f}{incomplete}"
-plot.score_heatmap(results.out / "heatmap.png", title, tasks, lengths, cells)
+every = {(task, length): cell(task, length) for task in tasks for length in lengths}
+plot.score_heatmap(results.out / "heatmap.png", title, tasks, lengths, every)
 print(f"results: {path}  heatmap: {results.out}/heatmap.png")

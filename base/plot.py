@@ -7,6 +7,7 @@ raises BadInput. H heads, D head size.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -189,20 +190,27 @@ def _panel(axes, tensors, layer, which, dot):
     return image
 
 
-def score_heatmap(path, title, rows, columns, scores):
-    """scores {(row, column): per cent}; a pair without a score stays empty -> the PNG `path`. Raises BadInput
-    when the disk cannot be written."""
-    figure, axes = subplots(figsize=(2.5 + 0.9 * len(columns), 1.3 + 0.35 * len(rows)))
-    grid = [[scores.get((row, column), float("nan")) for column in columns] for row in rows]
-    image = axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=0, vmax=100)
+def score_heatmap(path, title, rows, columns, cells):
+    """cells {(row, column): {"score": per cent, "stderr": per cent or None, "n": samples}}; a pair without a
+    cell stays empty -> the PNG `path`: each cell says its score, standard error and n. Raises BadInput when
+    the disk cannot be written."""
+    figure, axes = subplots(figsize=(2.5 + 0.95 * len(columns), 1.5 + 0.5 * len(rows)))
+    grid = [
+        [cells[row, column]["score"] if (row, column) in cells else math.nan for column in columns]
+        for row in rows
+    ]
+    image = axes.imshow(grid, aspect="auto", cmap="cividis", vmin=0, vmax=100)
     axes.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel="length, tokens")
     axes.set_xticklabels([f"{column:,}" for column in columns])
     axes.set_yticklabels(rows)
-    for (row, column), score in scores.items():
-        x, y = columns.index(column), rows.index(row)
-        axes.text(x, y, f"{score:.1f}", ha="center", va="center", fontsize=8)
+    for (row, column), cell in cells.items():
+        error = "" if cell["stderr"] is None else f" ±{cell['stderr']:.1f}"
+        look = {"ha": "center", "va": "center", "fontsize": 7}
+        look["color"] = "black" if cell["score"] > 50 else "white"
+        text = f"{cell['score']:.1f}{error}\nn = {cell['n']:,}"
+        axes.text(columns.index(column), rows.index(row), text, **look)
     axes.set_title(title, parse_math=False, fontsize=9)
-    figure.colorbar(image, ax=axes, fraction=0.05)
+    figure.colorbar(image, ax=axes, fraction=0.05, label="score, per cent; ± is a standard error")
     _save(figure, path)
 
 
