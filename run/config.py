@@ -59,7 +59,8 @@ class Config(Shared):
     eval_filler: list[int] = option([], "task: filler of held-out passages (default: --filler)", least=0)
     # the algorithm
     algorithm: str = option("dapo", "docs/algorithms.md lists what belongs to each", list(losses.EPSILONS))
-    temperature: float = option(1.0, "of sampling, and of the trainer's log-probabilities", above=0)
+    # vLLM's limits: it refuses more, and samples at 0.01 what is below.
+    temperature: float = option(1.0, "of sampling and of the trainer's log-probs", least=0.01, most=2)
     epsilon_low: float = option(0.0, "ratio clipping below 1 (0: the algorithm's own)", least=0)
     epsilon_high: float = option(0.0, "ratio clipping above 1 (0: the algorithm's own)", least=0)
     dual_clip: float = option(10.0, "dapo, grpo: for A < 0 the loss is at most this times |A|", above=1)
@@ -140,6 +141,13 @@ def check(config, world, cuda):
         raise BadInput(f"--aggregation needs --algorithm grpo: {config.algorithm} has a mean of its own")
     if config.dual_clip != Config.dual_clip and config.algorithm not in ("grpo", "dapo"):
         raise BadInput(f"--dual-clip is not for --algorithm {config.algorithm}: it has no dual clip")
+    if config.algorithm != "dapo" and config.overlong_cache != Config.overlong_cache:
+        raise BadInput(f"--overlong-cache needs --algorithm dapo: {config.algorithm} does not shape rewards")
+    if config.algorithm == "dapo" and config.overlong_cache > config.max_completion:
+        what = (
+            f"--overlong-cache {config.overlong_cache} is more than --max-completion {config.max_completion}"
+        )
+        raise BadInput(f"{what}: it is the last of those tokens; 0 for no punishment")
     if config.algorithm in losses.NEED_UPDATES and config.updates == 1:
         raise BadInput(
             f"--algorithm {config.algorithm} needs --updates 2 or more: with 1 every ratio is 1, and it is a "

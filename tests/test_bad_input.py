@@ -311,7 +311,7 @@ TOML = {
 
 FLAGS = {
     "infinite": (flags("--learning-rate", "inf"), "--learning-rate must be more than 0, not inf"),
-    "not a number": (flags("--temperature", "nan"), "--temperature must be more than 0, not nan"),
+    "not a number": (flags("--temperature", "nan"), "--temperature must be at least 0.01, not nan"),
     "negative decay": (flags("--weight-decay", "-0.1"), "--weight-decay must be at least 0"),
     "negative seed": (flags("--seed", -1), "--seed must be at least 0, not -1"),
     "enormous seed": (flags("--seed", 2**31), "--seed must be at most 2147483647"),

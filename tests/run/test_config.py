@@ -13,6 +13,8 @@ from run.config import Config, check
     ),
     ({"algorithm": "gspo", "updates": 2, "dual_clip": 3.0}, "--dual-clip is not for --algorithm gspo"),
     ({"algorithm": "clip-cov", "dual_clip": 3.0}, "--dual-clip is not for --algorithm clip-cov"),
+    ({"algorithm": "grpo", "overlong_cache": 8}, "--overlong-cache needs --algorithm dapo: grpo does not"),
+    ({"overlong_cache": 25}, "--overlong-cache 25 is more than --max-completion 24: it is the last of"),
 ])  # fmt: skip
 def test_flags_of_another_algorithm_are_refused(settings, message):
     with pytest.raises(BadInput, match=message):
@@ -22,3 +24,9 @@ def test_flags_of_another_algorithm_are_refused(settings, message):
 def test_a_dual_clip_that_would_clip_every_loss_is_refused():
     with pytest.raises(BadInput, match="--dual-clip must be more than 1, not 0.5"):
         parse(Config, "", ["--dual-clip", "0.5"])
+
+
+@pytest.mark.parametrize("value, bound", [("2.5", "at most 2"), ("0.001", "at least 0.01")])
+def test_a_temperature_that_vllm_would_refuse_or_change_is_refused(value, bound):
+    with pytest.raises(BadInput, match=f"--temperature must be {bound}, not {value}"):
+        parse(Config, "", ["--temperature", value])
