@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from base import durable, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
@@ -44,6 +43,7 @@ from model import Qwen3
 from prompts import chat, load, sources
 from run import dry_run, plan, resume
 from run.config import Shared, check_shared
+from run.journal import Journal
 from run.preflight import check_model
 
 
@@ -135,8 +135,8 @@ if checkpoint:
     resume.load(checkpoint, model, optimizer)
     resume.set_random_states(state["random"])
 done, skips = (state["step"], state["skips_in_a_row"]) if checkpoint else (0, 0)
+journal = Journal(out, "sft", config.steps, done, main)
 if main:
-    metrics_file = resume.open_metrics(out / "metrics.jsonl", done)
     settings = {**dataclasses.asdict(config), "ranks": world, "device": str(device)}
     durable.write_json(out / "config.json", settings)
 
@@ -148,43 +148,46 @@ def save(step):
 
 # ----------------------------------------------------------------------------------------------------- loop
 
-bar = tqdm(total=config.steps, initial=done, desc="sft", unit="step", leave=False, disable=not main)
 interrupt = Interrupt()
-for step in range(done + 1, config.steps + 1):
-    started = time.perf_counter()
-    decay = schedule.cosine_factor(step - 1, config.steps) if config.schedule == "cosine" else 1
-    rate = config.learning_rate * decay * schedule.warmup_factor(step, config.warmup)
-    rows = [source[i] for i in range((step - 1) * config.batch, step * config.batch)]
-    trained = sum(row["trained"] for row in rows)  # tokens, over all ranks
-    packs = schedule.packs([row["tokens"] for row in rows], config.tokens_per_pass, world)
-    assignments = schedule.assign([sum(rows[i]["tokens"] for i in pack) for pack in packs], world)
-    loss_sum = torch.zeros((), device=device)
-    for k in assignments[rank]:
-        documents = [encode(rows[i]) for i in packs[k]]
-        # Both (1, T): the documents' tokens, and whether each is trained on.
-        ids, mask = (torch.tensor([list(itertools.chain(*part))], device=device) for part in zip(*documents))
-        lengths = [rows[i]["tokens"] for i in packs[k]]
-        what = f"{ids.numel()} tokens, the longest document {max(lengths)}"
-        flags = f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context})"
-        with memory.explain(what, f"{flags}, or use --checkpointing or more ranks"):
-            loss = -model.logprobs(ids, mask, lengths).sum() / trained
-            (loss * (world if mesh else 1)).backward()  # FSDP2 averages gradients over ranks; ours is a sum
-        loss_sum += loss.detach()
-    if mesh:
-        dist.all_reduce(loss_sum)
-    norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    skips = 0 if math.isfinite(norm) and loss_sum.isfinite() else skips + 1  # of all ranks, so they agree
-    if skips > config.max_skips:
-        raise BadInput(
-            f"step {step}: loss or gradient was not finite in {skips} updates in a row (--max-skips "
-            f"{config.max_skips}); start anew with a lower --learning-rate"
-        )
-    if not skips:
-        optimizer.step()
-    optimizer.zero_grad()
-    if main:
+with journal:
+    for step in range(done + 1, config.steps + 1):
+        started = time.perf_counter()
+        decay = schedule.cosine_factor(step - 1, config.steps) if config.schedule == "cosine" else 1
+        rate = config.learning_rate * decay * schedule.warmup_factor(step, config.warmup)
+        rows = [source[i] for i in range((step - 1) * config.batch, step * config.batch)]
+        trained = sum(row["trained"] for row in rows)  # tokens, over all ranks
+        packs = schedule.packs([row["tokens"] for row in rows], config.tokens_per_pass, world)
+        assignments = schedule.assign([sum(rows[i]["tokens"] for i in pack) for pack in packs], world)
+        loss_sum = torch.zeros((), device=device)
+        for k in assignments[rank]:
+            documents = [encode(rows[i]) for i in packs[k]]
+            # Both (1, T): the documents' tokens, and whether each is trained on.
+            ids, mask = (
+                torch.tensor([list(itertools.chain(*part))], device=device) for part in zip(*documents)
+            )
+            lengths = [rows[i]["tokens"] for i in packs[k]]
+            what = f"{ids.numel()} tokens, the longest document {max(lengths)}"
+            flags = f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context})"
+            with memory.explain(what, f"{flags}, or use --checkpointing or more ranks"):
+                loss = -model.logprobs(ids, mask, lengths).sum() / trained
+                (
+                    loss * (world if mesh else 1)
+                ).backward()  # FSDP2 averages gradients over ranks; ours is a sum
+            loss_sum += loss.detach()
+        if mesh:
+            dist.all_reduce(loss_sum)
+        norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        skips = 0 if math.isfinite(norm) and loss_sum.isfinite() else skips + 1  # of all ranks, so they agree
+        if skips > config.max_skips:
+            raise BadInput(
+                f"step {step}: loss or gradient was not finite in {skips} updates in a row (--max-skips "
+                f"{config.max_skips}); start anew with a lower --learning-rate"
+            )
+        if not skips:
+            optimizer.step()
+        optimizer.zero_grad()
         tokens, elapsed = sum(row["tokens"] for row in rows), time.perf_counter() - started
         metrics = {
             "step": step,
@@ -200,19 +203,15 @@ for step in range(done + 1, config.steps + 1):
             "seconds": round(elapsed, 4),
             "tokens_per_second": round(tokens / elapsed, 1),
         }
-        durable.append(metrics_file, metrics)
-        bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
-        bar.update()
-    stop = interrupt.asked()
-    if stop or step % config.save_every == 0 or step == config.steps:
-        save(step)
-    if stop:
-        break
+        journal.step(metrics, "loss")
+        stop = interrupt.asked()
+        if stop or step % config.save_every == 0 or step == config.steps:
+            save(step)
+        if stop:
+            break
 
 # ------------------------------------------------------------------------------------------------------- end
 
-bar.leave = True
-bar.close()
 if interrupt.asked():
     if main:
         print(f"interrupted; --out {out} --resume auto goes on", file=sys.stderr)

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from tqdm import tqdm
 
 import dapo
 import grpo
@@ -38,6 +37,7 @@ from prompts import chat, load, scoring
 from run import dry_run, metrics, plan, resume
 from run.config import MAY_CHANGE, Config, check
 from run.held_out import evaluate
+from run.journal import Journal
 from run.preflight import check_model, prompt_room
 from run.progress import Progress
 
@@ -223,13 +223,12 @@ def train_pass(group, part, leaves, ref_logprobs, totals, tally):
 # ----------------------------------------------------------------------------------------- around the steps
 
 
-def log(batch, sampled, rounds, updates):
+def metrics_of_step(batch, sampled, rounds, updates):
+    """-> the step's line of metrics.jsonl."""
     line = {"step": progress.step, "prompts_drawn": progress.prompts_drawn, "rounds": rounds}
     line |= metrics.of_rollout(sampled, batch) | metrics.of_updates(updates, config.updates)
     line |= {"learning_rate": learning_rate, **clock.metrics(line["tokens_trained"])}
-    durable.append(metrics_file, line)
-    bar.set_postfix_str(f"reward {line['reward']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
-    bar.update()
+    return line
 
 
 def save():
@@ -247,8 +246,8 @@ def saved_before_it_stops():
         raise BadInput(f"step {progress.step + 1}: {error}") from error
 
 
+journal = Journal(directory, "train", config.steps, progress.step, main)
 if main:
-    metrics_file = resume.open_metrics(directory / "metrics.jsonl", progress.step)
     settings = {**asdict(config), "ranks": world, "device": str(device)}
     durable.write_json(directory / "config.json", settings)
     going_on = f", going on after step {progress.step}" if checkpoint else ""
@@ -258,71 +257,68 @@ if held_out and config.eval_before and not checkpoint:
 
 # ------------------------------------------------------------------------------------------------------ loop
 
-bar = tqdm(
-    total=config.steps, initial=progress.step, desc="train", unit="step", leave=False, disable=rank > 0
-)
 first, interrupt = progress.step + 1, Interrupt()
-for step in range(first, config.steps + 1):
-    clock.restart()
-    learning_rate = config.learning_rate * schedule.warmup_factor(step, config.warmup)
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate
-    with saved_before_it_stops():
-        wanted, most = config.prompts, config.max_rounds
-        batch, sampled, rounds = dapo.fill_batch(sample_round, keep, wanted, most, interrupt.asked)
-    if interrupt.asked():
-        break  # this step has changed nothing yet
-    engine.sleep()
-    for group in batch:
-        set_advantages(group)
+with journal:
+    for step in range(first, config.steps + 1):
+        clock.restart()
+        learning_rate = config.learning_rate * schedule.warmup_factor(step, config.warmup)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate
+        with saved_before_it_stops():
+            wanted, most = config.prompts, config.max_rounds
+            batch, sampled, rounds = dapo.fill_batch(sample_round, keep, wanted, most, interrupt.asked)
+        if interrupt.asked():
+            break  # this step has changed nothing yet
+        engine.sleep()
+        for group in batch:
+            set_advantages(group)
 
-    minibatches = [batch[i :: config.updates] for i in range(config.updates)]
-    if config.updates > 1:
-        remember_old_logprobs(minibatches)  # before the first update changes them
-    updates = []
-    for update, minibatch in enumerate(minibatches, step * config.updates):
-        tally = metrics.Tally(minibatch, config.context_parallel, device)
-        totals = grpo.Totals(len(minibatch) * config.completions, max(1, tally.tokens), config.max_completion)
-        if marked_tokens:
-            losses.mark(minibatch, marked_tokens, config.seed * 2**32 + update)
-        with saliency.Tracker(model, config.site, config.saliency_tokens) as tracker:
-            for group, passes in work(minibatch):
-                train_group(group, passes, totals, tally)
-        tally.reduce()
-        tally.check_mismatch(step, config.mismatch_limit)
-        norm = get_total_norm([parameter.grad for parameter in model.parameters()]).item()
-        if not (tally.finite and math.isfinite(norm)):  # of all ranks, so they agree
-            optimizer.zero_grad()
-            progress.skip_update(step, config.max_skips)
-            continue
+        minibatches = [batch[i :: config.updates] for i in range(config.updates)]
+        if config.updates > 1:
+            remember_old_logprobs(minibatches)  # before the first update changes them
+        updates = []
+        for update, minibatch in enumerate(minibatches, step * config.updates):
+            tally = metrics.Tally(minibatch, config.context_parallel, device)
+            totals = grpo.Totals(
+                len(minibatch) * config.completions, max(1, tally.tokens), config.max_completion
+            )
+            if marked_tokens:
+                losses.mark(minibatch, marked_tokens, config.seed * 2**32 + update)
+            with saliency.Tracker(model, config.site, config.saliency_tokens) as tracker:
+                for group, passes in work(minibatch):
+                    train_group(group, passes, totals, tally)
+            tally.reduce()
+            tally.check_mismatch(step, config.mismatch_limit)
+            norm = get_total_norm([parameter.grad for parameter in model.parameters()]).item()
+            if not (tally.finite and math.isfinite(norm)):  # of all ranks, so they agree
+                optimizer.zero_grad()
+                progress.skip_update(step, config.max_skips)
+                continue
 
-        with clock.stage("mask"):  # LongAct: rows of W_Q and W_K by this update's own activations
-            magnitudes = tracker.magnitudes()
-            masks = saliency.select_rows(magnitudes, config.fraction, config.rule, progress.random_rows)
-            saliency.mask_gradients(model, masks)
-        with clock.stage("step"), memory.explained(config, longest_prompt):
-            masked_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-            moved = saliency.masked_step(optimizer, model, masks, config.unselected)
-            optimizer.zero_grad()
-        updates.append(tally.with_update(norm, masked_norm, moved, magnitudes, masks, progress.masks))
-        progress.finish_update(magnitudes, masks)
-    if step == first:  # the optimizer has its moments now: what does not fit shows here, not in hours
-        with clock.stage("rehearsal"):
-            memory.rehearse(config, model, reference, longest_prompt)
-            optimizer.zero_grad()
-    with clock.stage("sync"):
-        engine.sync(model)
+            with clock.stage("mask"):  # LongAct: rows of W_Q and W_K by this update's own activations
+                magnitudes = tracker.magnitudes()
+                masks = saliency.select_rows(magnitudes, config.fraction, config.rule, progress.random_rows)
+                saliency.mask_gradients(model, masks)
+            with clock.stage("step"), memory.explained(config, longest_prompt):
+                masked_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+                moved = saliency.masked_step(optimizer, model, masks, config.unselected)
+                optimizer.zero_grad()
+            updates.append(tally.with_update(norm, masked_norm, moved, magnitudes, masks, progress.masks))
+            progress.finish_update(magnitudes, masks)
+        if step == first:  # the optimizer has its moments now: what does not fit shows here, not in hours
+            with clock.stage("rehearsal"):
+                memory.rehearse(config, model, reference, longest_prompt)
+                optimizer.zero_grad()
+        with clock.stage("sync"):
+            engine.sync(model)
 
-    progress.finish_step(step, rounds * config.prompts)
-    if main:
-        log(batch, sampled, rounds, updates)
-    if step % config.save_every == 0 or step == config.steps:
-        save()
+        progress.finish_step(step, rounds * config.prompts)
+        journal.step(metrics_of_step(batch, sampled, rounds, updates), "reward")
+        if step % config.save_every == 0 or step == config.steps:
+            save()
 
 # ------------------------------------------------------------------------------------------------------- end
 
-bar.leave = True
-bar.close()
 if interrupt.asked():
     if progress.saved < progress.step:
         save()
