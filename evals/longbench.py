@@ -11,7 +11,6 @@ remembers its place.
 """
 
 import codecs
-import copy
 import hashlib
 import json
 import re
@@ -70,27 +69,20 @@ def encoder(tokenizer, thinking):
     first max_input // 2 and the last (max_input + 1) // 2 tokens stay and become text again. That text may
     have a few tokens more than it was made of, where the halves meet. The message is encoded without its
     template, once: it begins with a letter after a line end and ends before a special token, and none of
-    Qwen's tokens crosses either (see the tests). A special token that a document spells, such as <|im_end|>,
+    Qwen's tokens crosses either (see the tests). An added token that a document spells, such as <|im_end|>,
     stays text; in the official code it ends the user's turn, or is lost if the prompt is cut.
     """
     template = chat.render([{"role": "user", "content": "\0"}], thinking)
-    before, after = (_ids(tokenizer, part) for part in template.split("\0"))
-    plain = copy.deepcopy(tokenizer)
-    plain.encode_special_tokens = True  # as text
+    before, after = (tokenizer.encode(part, add_special_tokens=False).ids for part in template.split("\0"))
 
     def encode(message, max_input):
-        ids = _ids(plain, message)
+        ids = chat.text_ids(tokenizer, message)
         if len(ids) > max_input:
-            ids = _ids(plain, plain.decode(ids[: max_input // 2] + ids[-((max_input + 1) // 2) :]))
+            kept = ids[: max_input // 2] + ids[-((max_input + 1) // 2) :]
+            ids = chat.text_ids(tokenizer, tokenizer.decode(kept))
         return before + ids + after
 
     return encode
-
-
-def _ids(tokenizer, text):
-    # A batch of one, since only batches let other threads run; the fast kind, which leaves out the tokens'
-    # places in the text.
-    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def ahead(function, keys, workers, depth):

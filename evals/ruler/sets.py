@@ -39,7 +39,7 @@ from evals.ruler.tasks import FWE_LEAST_BUDGET, KINDS, TASKS, Job, TooSmall, fit
 from evals.ruler.texts import PROMPTS, TEMPLATES, Corpora, Counter, additive  # noqa: F401 - callers use ruler.Corpora
 
 # Of the samples: raise it when the same arguments give other samples, so that caches are made again.
-VERSION = 2
+VERSION = 3
 
 
 def generate(task_name, length, samples, seed, tokenizer, template, corpora, answer_prefix=True):
@@ -59,7 +59,7 @@ def generate(task_name, length, samples, seed, tokenizer, template, corpora, ans
 
 
 def encode(task_name, text, tokenizer, template):
-    """A sample's input + answer_prefix -> token ids (list of int), as `generate` counted them: a control
+    """A sample's input + answer_prefix -> token ids (list of int), as `generate` counted them: an added
     token that a document spells is text."""
     return _counter(TASKS[task_name], tokenizer, False, template).encode(text)
 

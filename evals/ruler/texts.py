@@ -10,7 +10,6 @@ import bisect
 import functools
 import heapq
 import importlib.resources
-import itertools
 import json
 import random
 import re
@@ -110,19 +109,13 @@ class Counter:
         self.tokenizer, self.fast, self.template, self.counts = tokenizer, fast, template, {}
 
     def encode(self, text):
-        """A full text -> token ids. Of the control tokens that it spells only the template's act, which are
-        the first ones and the last; in a document <|im_end|> is plain text, see chat.encode_parts. Without a
-        template all act."""
-        added = self.tokenizer.get_added_tokens_decoder().values()
-        control = [token.content for token in added if token.special]
-        if self.template is None or not control:
+        """A full text -> token ids. Of the added tokens that it spells only the template's act; in a document
+        <|im_end|> is plain text, see chat.encode_parts. Without a template all act."""
+        if self.template is None:
             return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        split = re.compile(f"({'|'.join(map(re.escape, control))})")
-        head, tail = (len(split.findall(part)) for part in self.template.split("{task_template}"))
-        pieces = split.split(text)  # text, control token, text, ..., text
-        acts = [i % 2 == 1 and not head <= i // 2 < len(pieces) // 2 - tail for i in range(len(pieces))]
-        runs = itertools.groupby(zip(acts, pieces, strict=True), key=lambda pair: pair[0])
-        parts = [("".join(piece for _, piece in run), control) for control, run in runs]
+        head, tail = self.template.split("{task_template}")
+        end = text.rindex(tail)
+        parts = [(head, True), (text[len(head) : end], False), (tail, True), (text[end + len(tail) :], False)]
         return [token for part in chat.encode_parts(self.tokenizer, parts) for token in part]
 
     def full(self, text):

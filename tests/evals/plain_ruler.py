@@ -269,7 +269,7 @@ def small_data(folder):
 
 
 def breaks_the_sums(*tokens):
-    """A tokenizer with tokens across a cut, such as "y-b", which ruler.additive cannot see."""
+    """A tokenizer with added tokens that texts have, such as "-ba", which ruler.additive cannot see."""
     tokenizer = Tokenizer.from_file(str(ROOT / "assets" / "tiny" / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     return tokenizer

@@ -90,18 +90,19 @@ def check_plain(name, length, template, tokenizer, corpora):
 def test_control_tokens_in_documents_are_text(name, tmp_path, tiny):
     """They neither end the user's turn nor make the prompt longer than its window: as text they are many
     tokens."""
-    said = "He typed <|im_end|>\n<|im_start|>assistant\n<|endoftext|> twice. "
+    said = "He typed <|im_end|>\n<|im_start|>assistant\n<|endoftext|></think> twice. "
     qa = [{"question": "Who <|im_end|>?", "answers": [{"text": "A"}], "is_impossible": False}]
     paragraphs = [{"context": f"{i} {said}", "qas": qa} for i in range(150)]
     (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     (tmp_path / "PaulGrahamEssays.json").write_text(
         json.dumps({"text": (said + "The grass is green on most days of the year. " * 9) * 9})
     )
-    control = [tiny.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")]
+    names = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>"
+    control = [tiny.token_to_id(token) for token in names]
     for template, prefix, counts in (
-        (QWEN3, True, [2, 1, 0]),
-        (QWEN3, False, [2, 1, 0]),
-        ("{task_template}", True, [0] * 3),
+        (QWEN3, True, [2, 1, 0, 1, 1]),
+        (QWEN3, False, [2, 1, 0, 1, 1]),
+        ("{task_template}", True, [0] * 5),
     ):
         for row in ruler.generate(name, 4000, 3, 42, tiny, template, ruler.Corpora(tmp_path), prefix):
             text = row["input"] + row["answer_prefix"]
@@ -202,14 +203,15 @@ def test_a_window_too_small_is_refused_with_the_smallest(name, tiny, corpora):
 
 
 def test_a_tokenizer_that_breaks_the_sums_is_counted_in_whole_texts(tiny, corpora):
-    """A token that lies across a cut, which `additive` cannot see: the samples are those of whole counts."""
-    tokenizer = breaks_the_sums(*(letter + "-" + other for letter in "ydelt" for other in "abcpst"))
+    """Added tokens that texts have, which `additive` cannot see. In texts they do not act: the samples are
+    those of whole counts without them."""
+    tokenizer = breaks_the_sums(*("-" + letter for letter in "abcpst"))
     assert ruler.additive(tokenizer)
     row = ruler.generate("niah_multikey_2", 3000, 5, 42, tokenizer, QWEN3, corpora)
     assert [(r["input"] + r["answer_prefix"], r["outputs"]) for r in row] == plain(
-        "niah_multikey_2", 3000, 5, tokenizer, QWEN3, corpora
+        "niah_multikey_2", 3000, 5, tiny, QWEN3, corpora
     )
-    assert all(tokens(tokenizer, r) + 128 == r["length"] <= 3000 for r in row)
+    assert all(tokens(tiny, r) + 128 == r["length"] <= 3000 for r in row)
 
 
 def test_a_tokenizer_that_truncates_is_refused(corpora):

@@ -105,7 +105,7 @@ def test_a_set_is_made_sample_by_sample(tmp_path, corpora, tiny):
     arguments = ("vt", 2500, 4, 42, tiny, QWEN3, corpora, True)
     ruler._write(tmp_path / "a", arguments, told.append)
     assert told == [2500] * 4 and list(ruler.read(tmp_path / "a", 3)) == ruler.generate(*arguments)[:3]
-    told, tokenizer = [], breaks_the_sums("y-b")
+    told, tokenizer = [], breaks_the_sums("-ba")
     arguments = ("niah_multikey_2", 1000, 8, 42, tokenizer, QWEN3, corpora, True)
     ruler._write(tmp_path / "b", arguments, told.append)
     assert told == [1000] * 3 + [-3000] + [1000] * 8

@@ -97,7 +97,7 @@ def test_recall_prompts_are_several_hundred_tokens():
 GOOD = {"prompt": "p", "answer": "a"}
 CHATS = [
     [{"role": "user", "content": "One\n\ntwo Zürich e\u0301 123 don't \n"}],
-    [{"role": "system", "content": " S"}, {"role": "user", "content": "</think> U "}],
+    [{"role": "system", "content": " S"}, {"role": "user", "content": " U "}],
     [{"role": "user", "content": "U"}, {"role": "assistant", "content": "<think>\nt\n</think>\n\nA"}] * 2
     + [{"role": "user", "content": "V"}],
 ]
@@ -106,6 +106,25 @@ CHATS = [
 @pytest.fixture(scope="module")
 def tiny():
     return chat.load_tokenizer(TINY, 10**6)
+
+
+def with_added(directory, *more, special=True):
+    """assets/tiny's tokenizer.json with these added tokens, too, which it does not call special, and what it
+    says of the others."""
+    file = json.loads((TINY / "tokenizer.json").read_text())
+    for token in file["added_tokens"]:
+        token["special"] = special and token["special"]
+    last = file["added_tokens"][-1]
+    file["added_tokens"] += [{**last, "id": last["id"] + 1 + i, "content": new} for i, new in enumerate(more)]
+    (directory / "tokenizer.json").write_text(json.dumps(file))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    """A tokenizer with more of Qwen3's added tokens, and one that has another's spelling in it."""
+    more = "<tool_call>", "</tool_call>", "<|vision_start|>", "x<|im_end|>"
+    return chat.load_tokenizer(with_added(tmp_path_factory.mktemp("tools"), *more), 10**6)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -157,6 +176,20 @@ def test_a_conversation_trains_what_the_assistant_says_as_it_would_say_it(tiny):
     )
 
 
+def test_of_the_tags_an_assistant_says_those_of_its_thought_act(tiny):
+    think, close = (tiny.token_to_id(token) for token in ("<think>", "</think>"))
+    for content, acting in (
+        ("<think>\nI say </think> and <think>\n</think>\n\nYes <think>", [think, close]),
+        ("\n<think>a</think>b", [think, close]), ("a </think> b", [close]), ("a <think> b</think>", [close]),
+        ("</think></think>", [close]), ("<think> b", [think, close]),  # no thought: after an empty block
+    ):  # fmt: skip
+        turns = [{"role": "user", "content": "</think>"}, {"role": "assistant", "content": content}]
+        ids, trained = chat.encode_conversation(tiny, turns)
+        assert [i for i in ids if i in (think, close)] == acting, content
+        said = tiny.decode([i for i, t in zip(ids, trained) if t], skip_special_tokens=False)
+        assert said == content + "<|im_end|>"
+
+
 def test_a_prompt_over_the_limit_is_named_or_loses_its_middle(tiny):
     row = {
         "id": "line 7",
@@ -177,11 +210,12 @@ def test_a_prompt_over_the_limit_is_named_or_loses_its_middle(tiny):
 
 # ----------------------------------------------------------------------------- encoding, whatever the text is
 
-CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>"]
 PIECES = [
     *CONTROL,
-    "<think>",
-    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "x",
     "<|im_",
     "assistant\n",
     "\n",
@@ -211,22 +245,23 @@ def control_in(tiny, ids):
 
 @settings(max_examples=150)
 @given(messages, st.booleans())
-def test_no_text_yields_a_control_token_and_all_text_comes_back(tiny, turns, thinking):
-    ids = chat.encode_prompt(tiny, {"id": "x", "prompt": turns}, thinking, 10**9)
-    assert control_in(tiny, ids) == [len(turns) + 1, len(turns), 0]
-    assert same_text(tiny.decode(ids, skip_special_tokens=False), chat.render(turns, thinking))
+def test_no_text_yields_a_control_token_and_all_text_comes_back(tiny, tools, turns, thinking):
+    empty = int(not thinking)
+    for tokenizer in (tiny, tools):
+        ids = chat.encode_prompt(tokenizer, {"id": "x", "prompt": turns}, thinking, 10**9)
+        assert control_in(tokenizer, ids) == [len(turns) + 1, len(turns), 0, empty, empty]
+        assert len(turns) * 2 + 1 + 2 * empty == sum(i in tokenizer.get_added_tokens_decoder() for i in ids)
+        assert same_text(tokenizer.decode(ids, skip_special_tokens=False), chat.render(turns, thinking))
 
 
 @settings(max_examples=150)
 @given(texts)
 def test_parts_of_text_are_what_the_tokenizer_makes_of_them(tiny, text):
     """Where nothing is spelled, token for token; where something is, none of it acts."""
-    [ids] = chat.encode_parts(tiny, [(text, False)])
+    ids = [token for part in chat.encode_parts(tiny, [(text, False)]) for token in part]
     if not any(token in text for token in CONTROL):
         assert ids == tiny.encode(text, add_special_tokens=False).ids
-    assert not set(ids) & set(chat.stop_ids(tiny)) and same_text(
-        tiny.decode(ids, skip_special_tokens=False), text
-    )
+    assert control_in(tiny, ids) == [0] * 5 and same_text(tiny.decode(ids, skip_special_tokens=False), text)
     assert chat.encode_parts(tiny, [("<|im_end|>", True)]) == [[chat.stop_ids(tiny)[0]]]
     assert tiny.encode("<|im_end|>").ids == [chat.stop_ids(tiny)[0]]  # the tokenizer is as it was
 
@@ -254,10 +289,13 @@ def test_what_is_cut_is_one_piece_of_the_longest_message(tiny, turns, limit):
 def test_trained_on_is_what_the_assistant_says_and_nothing_else(tiny, turns, last):
     turns = [*turns, {"role": "assistant", "content": last}]
     ids, trained = chat.encode_conversation(tiny, turns)
-    assert len(ids) == len(trained) and control_in(tiny, ids) == [len(turns), len(turns), 0]
+    spoken = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    opened = sum("</think>" not in text or text.lstrip().startswith("<think>") for text in spoken)
+    assert control_in(tiny, ids) == [len(turns), len(turns), 0, opened, len(spoken)]
+    assert len(ids) == len(trained)
     learned = [token for token, train in zip(ids, trained) if train]
-    spoken = [turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant"]
-    assert same_text(tiny.decode(learned, skip_special_tokens=False), "".join(spoken))
+    learned_text = "".join(text + "<|im_end|>" for text in spoken)
+    assert same_text(tiny.decode(learned, skip_special_tokens=False), learned_text)
     given = [token for token, train in zip(ids, trained) if not train]
     heard = [
         f"<|im_start|>{turn['role']}\n"
@@ -353,3 +391,11 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInput, match="cannot be read"):
         chat.load_tokenizer(tmp_path, 100)
+    with pytest.raises(BadInput, match=r'json has <\|im_start\|> with "special": false; set it to true$'):
+        chat.load_tokenizer(with_added(tmp_path, special=False), 10**6)
+    file = json.loads((with_added(tmp_path) / "tokenizer.json").read_text())
+    word = {"id": file["model"]["vocab"]["The"], "content": "The", "special": True}
+    file["added_tokens"].append({**file["added_tokens"][0], **word})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(BadInput, match="its merges make the control token The of plain text, too"):
+        chat.load_tokenizer(tmp_path, 10**6)
