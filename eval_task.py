@@ -32,8 +32,8 @@ class Config(subject.Options):
     sampling: str = option("greedy", "greedy or paper, see above", list(SAMPLING))
     task: str = option("recall", "recall or tracking, see prompts/tasks.py", list(tasks.TASKS))
     facts: int = option(17, "facts in a passage", least=1)
-    filler: int = option(17, "filler sentences in a passage", least=0, most=10**6)
-    samples: int = option(256, "prompts", least=1, most=10**6)
+    filler: int = option(17, "filler sentences in a passage", least=0, most=10**5)
+    samples: int = option(256, "prompts", least=1, most=10**5)
     max_tokens: int = option(24, "tokens of an answer", least=1)
 
 

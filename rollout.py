@@ -29,6 +29,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
+from base import bars  # noqa: E402
 from core.checkpoint import Qwen3Config, full_tensor  # noqa: E402
 
 
@@ -196,7 +197,7 @@ class Rollout:
             for seed in seeds
         ]
         outputs = self.engine.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress
+            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress and bars.bar
         )
         return [[self._completion(sample) for sample in output.outputs] for output in outputs]
 

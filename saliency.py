@@ -11,6 +11,7 @@ Shapes: S sequences of T tokens, H heads (Hk: key heads), D head size.
 """
 
 import math
+import sys
 
 import torch
 import torch.distributed as dist
@@ -216,3 +217,7 @@ def overlap(masks, others):
     """Share of the selected rows that `others` selected too; a 0-dim tensor in [0, 1]."""
     both = sum((mask & others[name]).sum() for name, mask in masks.items())
     return both / sum(mask.sum() for mask in masks.values())
+
+
+if __name__ == "__main__":
+    sys.exit("saliency.py: error: it is a part, not a program; run python -m studies.magnitudes CHECKPOINT")

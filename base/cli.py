@@ -8,9 +8,9 @@ overrides the default.
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import json
-import math
 import os
 import sys
 import time
@@ -18,20 +18,37 @@ import tomllib
 import typing
 from pathlib import Path
 
+from base import bars, files
+
+LONGEST = 1500  # characters of a message
+# Bounds of numbers whose option names no other. Integers must fit into the 32 bits that libraries have.
+MOST = {int: 2**31 - 1, float: 1e9}
+
 
 class BadInput(ValueError):
     """The user's input is wrong. The message is one line: what is wrong, where, and the fix."""
 
     def __init__(self, message):
-        super().__init__(" ".join(message.splitlines()))  # a quoted library may have written several lines
+        line = " ".join(message.splitlines())  # a quoted library may have written several
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        if len(shown) > LONGEST:
+            shown = f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 2 :]}"
+        super().__init__(shown)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse would print a hundred lines of usage and exit with code 2."""
+
+    def error(self, message):
+        raise BadInput(f"{message}; --help lists the flags")
 
 
 def option(default, help, choices=None, least=None, above=None, most=None, positional=False):
     """A dataclass field with its line of --help.
 
     choices: the allowed values. least, above, most: bounds of a number, or of each number of a list: at least
-    `least`, more than `above`, at most `most`; a bound from below also refuses infinity. A field whose type
-    is a list takes its values after one flag: --lengths 1 2. positional: given without a flag; optional.
+    `least`, more than `above`, at most `most`, or MOST. A field whose type is a list takes its values after
+    one flag: --lengths 1 2. positional: given without a flag; optional.
     """
     limits = {"least": least, "above": above, "most": most}
     metadata = {"help": help, "choices": choices, "positional": positional, **limits}
@@ -43,12 +60,10 @@ def option(default, help, choices=None, least=None, above=None, most=None, posit
 def parse(config_class, doc, argv=None):
     """Command line (default: sys.argv) -> an instance of `config_class`. `doc` opens --help.
 
-    Raises BadInput for numbers out of range and for a wrong --config file. A wrong flag, and --help, exit as
-    argparse does.
+    Raises BadInput for wrong flags, numbers out of range, and a wrong --config file. --help exits with code
+    0.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     more = "TOML files with any of the keys below (underscores); later files override earlier ones"
     parser.add_argument("--config", metavar="FILE", nargs="+", default=[], help=more)
     types = typing.get_type_hints(config_class)
@@ -70,27 +85,51 @@ def parse(config_class, doc, argv=None):
             help=_help(field),
             **how,
         )
-    given = vars(parser.parse_intermixed_args(argv))
-    values = {}
+    given, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        what = f"unknown flag {word}" if word.startswith("-") else f"{word!r} follows no flag"
+        known = ["--" + field.name.replace("_", "-") for field in fields]
+        raise BadInput(f"{what}; {_nearest(word, known)}--help lists the flags")
+    values, given = {}, vars(given)
     for path in given.pop("config"):
-        values |= _read_toml(Path(path), config_class, types)
+        values |= _read_toml(path, config_class, types)
     values |= given
     for field in fields:
         if field.name in values:
-            _check_number(field, values[field.name])
+            _check(field, values[field.name])
     return config_class(**values)
 
 
-def _check_number(field, value):
+def _nearest(word, known):
+    """A hint for a misspelt word, or ""."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def _check(field, value):
+    """Raises BadInput for a number out of range, and for text that is not UTF-8."""
     flag = "--" + field.name.replace("_", "-")
-    least, above, most = (field.metadata[key] for key in ("least", "above", "most"))
-    for number in value if isinstance(value, list) else [value]:
-        if least is not None and not least <= number < math.inf:
-            raise BadInput(f"{flag} must be at least {least}, not {number}")
-        if above is not None and not above < number < math.inf:
-            raise BadInput(f"{flag} must be more than {above}, not {number}")
-        if most is not None and not number <= most:
-            raise BadInput(f"{flag} must be at most {most}, not {number}")
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, str):
+            try:
+                each.encode()
+            except UnicodeEncodeError as error:
+                raise BadInput(f"{flag} {each!r} is not UTF-8") from error
+        if type(each) in MOST:
+            check_number(flag, each, field.metadata)
+
+
+def check_number(flag, number, limits):
+    least, above, most = (limits[key] for key in ("least", "above", "most"))
+    most = MOST[type(number)] if most is None else most
+    if above is not None and not number > above:
+        raise BadInput(f"{flag} must be more than {above}, not {number}")
+    least = -most if least is None else least
+    if not number >= least:
+        raise BadInput(f"{flag} must be at least {least}, not {number}")
+    if not number <= most:
+        raise BadInput(f"{flag} must be at most {most}, not {number}")
 
 
 def _help(field):
@@ -103,13 +142,15 @@ def _help(field):
 
 def _read_toml(path, config_class, types):
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(files.read_text(path))
     except (OSError, ValueError, RecursionError) as error:  # not TOML and not UTF-8 are ValueErrors
         raise BadInput(f"--config {path}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for key, value in values.items():
         if key not in fields:
-            raise BadInput(f"--config {path}: unknown key {key!r}; --help lists the keys")
+            raise BadInput(
+                f"--config {path}: unknown key {key!r}; {_nearest(key, fields)}--help lists the keys"
+            )
         if types[key] is float:
             values[key] = value = _as_float(value)
         kind = types[key]
@@ -140,13 +181,17 @@ def brief(value, longest=120):
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-# A disk that is full, over its quota or a file's size limit, or one that we may not write to.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# A disk that is full, over its quota or a file's size limit, or one that we may not write to; too many open
+# files, processes, or bytes in use.
+MACHINE_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM),
+)
 
 
 def one_line_errors():
-    """From here on a BadInput, or a disk that cannot be written, ends the process with one line and exit code
-    1. Other errors keep their traceback.
+    """From here on a BadInput, or a limit of the machine, ends the process with one line and exit code 1.
+    Other errors keep their traceback.
 
     Before ranks are connected (base/processes.py) all of a node find the same error; the first prints it.
     """
@@ -161,7 +206,7 @@ def one_line_errors():
 
 def is_expected(error):
     """Whether the user can fix the error without its traceback."""
-    return isinstance(error, BadInput) or getattr(error, "errno", None) in DISK_ERRORS
+    return isinstance(error, BadInput) or getattr(error, "errno", None) in MACHINE_ERRORS
 
 
 def one_line(error):
@@ -173,6 +218,7 @@ def one_line(error):
 
 def print_error(kind, error, traceback):
     """To standard error: one line for an error that is expected, else the traceback."""
+    bars.clear()
     if is_expected(error):
         print(one_line(error), file=sys.stderr, flush=True)
     else:

@@ -8,7 +8,7 @@ raises BadInput. H heads, D head size.
 
 import json
 import math
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from base import durable
-from base.cli import BadInput, one_line_errors
+from base.cli import BadInput, one_line_errors, option, parse
 from base.durable import json_lines
+
+
+@dataclass
+class Config:
+    run: str = option("", "directory of a finished run of train.py", positional=True)
 
 
 def subplots(rows=1, columns=1, *, figsize, **how):
@@ -216,10 +221,10 @@ def score_heatmap(path, title, rows, columns, cells):
 
 if __name__ == "__main__":
     one_line_errors()
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] == ["--help"] else 2)
-    directory = Path(sys.argv[1])
+    config = parse(Config, __doc__)
+    if not config.run:
+        raise BadInput("no run is given: python -m base.plot runs/NAME")
+    directory = Path(config.run)
     for file in ("metrics.jsonl", "magnitudes.safetensors"):
         if not (directory / file).exists():
             raise BadInput(f"{directory / file} is missing; give the directory of a finished run")

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from base import processes  # noqa: E402
-from base.cli import option, parse  # noqa: E402
+from base.cli import one_line_errors, option, parse  # noqa: E402
 from prompts import rewards  # noqa: E402
 
 exact = rewards.exact  # --reward kill:exact
@@ -85,6 +85,7 @@ def read(run):
 
 
 def main():
+    one_line_errors()
     config = parse(Config, __doc__)
     rng, places, ends = random.Random(config.seed), Counter(), []
     whole, killed = ROOT / "runs" / "kill-whole", ROOT / "runs" / "kill-killed"

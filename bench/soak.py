@@ -34,7 +34,7 @@ import numpy
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from base.cli import option, parse  # noqa: E402
+from base.cli import one_line_errors, option, parse  # noqa: E402
 
 FLAGS = (
     "--algorithm grpo --prompts 4 --completions 4 --updates 2 --eval-prompts 0 --facts 6 --filler 6 "
@@ -79,6 +79,7 @@ def live(name, last):
     return seen
 
 
+one_line_errors()
 config = parse(Config, __doc__)
 run = ROOT / "runs" / config.name
 shutil.rmtree(run, ignore_errors=True)

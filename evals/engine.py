@@ -16,9 +16,8 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from base import processes
+from base import bars, processes
 from base.cli import BadInput
 
 # Qwen3's model card: greedy decoding makes its thinking repeat itself. RULER is greedy.
@@ -118,7 +117,7 @@ def evaluate(engine, results, items, total, seeds, sampling, stop_ids, tokenizer
     unfinished = total - sum(n >= seeds for n in seeds_done.values())
     share = len(range(engine.number, unfinished, engine.engines))  # this engine's items
     rank, world = processes.rank_and_world()
-    bar = tqdm(total=share * seeds, desc="evaluate", unit="sample", disable=rank != 0, smoothing=0.05)
+    bar = bars.bar(total=share * seeds, desc="evaluate", unit="sample", disable=rank != 0, smoothing=0.05)
 
     def requests():
         left = (item for item in items if seeds_done[item["id"]] < seeds)

@@ -8,8 +8,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
+from base import bars
 from base.cli import BadInput, one_line_errors, option, parse
 from prompts import chat, sources
 
@@ -28,7 +27,7 @@ def inspect(config):
     tokenizer = chat.load_tokenizer(config.model, math.inf)
     rows = sources.read(config.file, sources.any_row)
     lengths, said = [], 0  # tokens of each row; the assistant's in total
-    for row in tqdm(rows, unit="row", leave=False):
+    for row in bars.bar(rows, unit="row", leave=False):
         ids, trained = encode_row(tokenizer, row, config.thinking)
         lengths.append(len(ids))
         said += sum(trained)

@@ -4,8 +4,7 @@ import math
 import random
 from pathlib import Path
 
-from tqdm import tqdm
-
+from base import bars
 from base.cli import BadInput
 from prompts import sources, tasks
 
@@ -62,7 +61,7 @@ def rows_of_files(paths, parse_row, counts, seed, measure, limit, keep_long=Fals
             raise BadInput(f"--data-rows {count}: {path} has only {len(rows)} rows")
         name, fit, over = Path(path).name, [], 0
         order = random.Random(f"{seed} rows").sample(rows, len(rows)) if count else rows
-        for row in tqdm(order, desc=name, unit="row", disable=not progress, leave=False):
+        for row in bars.bar(order, desc=name, unit="row", disable=not progress, leave=False):
             tokens = measure(row)
             over += tokens > limit
             if keep_long or tokens <= limit:

@@ -38,25 +38,29 @@ class Config(Shared):
     truncate_prompts: bool = option(False, "cut the middle out of prompts that are too long, or drop them")
     eval_data: list[str] = option([], "files of held-out prompts, evaluated before and after (default: none)")
     reward: str = option("rewards:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
-    reward_workers: int = option(0, "processes of each rank that score answers (0: the rank itself)", least=0)
+    reward_workers: int = option(
+        0, "processes of each rank that score answers (0: itself)", least=0, most=1024
+    )
     reward_timeout: float = option(0.0, "seconds to score an answer, or save and stop (0: any)", least=0)
     thinking: bool = option(False, "the model thinks first (Qwen3's template); the answer follows </think>")
     task: str = option("recall", "without --data: recall or track facts", list(tasks.TASKS))
     facts: int = option(17, "task: facts in a passage")
-    filler: int = option(17, "task: filler sentences in a passage", least=0)
+    filler: int = option(17, "task: filler sentences in a passage", least=0, most=10**5)
     # The seed's limit: vLLM gets it times 2^32.
     seed: int = option(0, "seed of prompts, sampling and random rows", least=0, most=2**31 - 1)
     # how much
     steps: int = option(60, "training steps, each one rollout", least=1)
-    prompts: int = option(16, "groups (prompts) a step trains on, over all ranks", least=1)
-    completions: int = option(16, "G, completions per prompt", least=2)
+    prompts: int = option(16, "groups (prompts) a step trains on, over all ranks", least=1, most=10**5)
+    completions: int = option(16, "G, completions per prompt", least=2, most=10**4)
     updates: int = option(1, "optimizer updates per rollout; each takes prompts / updates groups", least=1)
     context: int = option(0, "maximum length of prompt and completion, tokens (0: the model's)", least=0)
     max_completion: int = option(24, "maximum completion length, tokens", least=1)
     eval_before: bool = option(True, "evaluate the starting model too")
-    eval_completions: int = option(1, "completions of a held-out prompt at temperature 1", least=1)
-    eval_prompts: int = option(256, "task: held-out prompts for the accuracy before and after", least=0)
-    eval_filler: list[int] = option([], "task: filler of held-out passages (default: --filler)", least=0)
+    eval_completions: int = option(
+        1, "completions of a held-out prompt at temperature 1", least=1, most=10**4
+    )
+    eval_prompts: int = option(256, "task: held-out prompts, before and after", least=0, most=10**5)
+    eval_filler: list[int] = option([], "task: filler held out (default: --filler)", least=0, most=10**5)
     # the algorithm
     algorithm: str = option("dapo", "docs/algorithms.md lists what belongs to each", list(losses.EPSILONS))
     # vLLM's limits: it refuses more, and samples at 0.01 what is below.
@@ -72,12 +76,12 @@ class Config(Shared):
     importance_cap: float = option(2.0, "cap of the weights pi_old / pi_sampler of tokens; 0: none", least=0)
     # LongAct
     rule: str = option("top", "rows to update: top is LongAct, all is dense", list(saliency.RULES))
-    fraction: float = option(0.3, "share of each head's dimensions that is selected (paper: 0.3)")
+    fraction: float = option(0.3, "share of each head's dimensions selected (paper: 0.3)", above=0, most=1)
     site: str = option("proj", "magnitudes at the projections, or after their norms", list(saliency.SITES))
     saliency_tokens: str = option("all", "tokens that count, see docs/paper.md", list(saliency.TOKENS))
     unselected: str = option("grad", "other rows: masked by gradient, or frozen", list(saliency.UNSELECTED))
     # the optimizer
-    learning_rate: float = option(3e-4, "AdamW's learning rate, constant after warm-up (8B: 1e-6)", above=0)
+    learning_rate: float = option(3e-4, "AdamW's, constant after warm-up (8B: 1e-6)", above=0, most=1)
     warmup: int = option(10, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay; moves masked rows too", least=0)
     adam_beta2: float = option(0.999, "AdamW's second-moment decay")
@@ -85,7 +89,7 @@ class Config(Shared):
     # the machine
     mismatch_limit: float = option(0.0, "largest mismatch_mean (0: 0.001 in fp32, 0.1 in bf16)", least=0)
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
-    vllm_share: float = option(0.5, "share of GPU memory for vLLM; freed while training", above=0)
+    vllm_share: float = option(0.5, "share of GPU memory for vLLM; freed while training", above=0, most=1)
     tokens_per_pass: int = option(8192, "completion tokens that train at once; sets peak memory", least=1)
     context_parallel: int = option(1, "ranks that share a group's tokens, for very long prompts", least=1)
     replicate: int = option(0, "copies of the model, each sharded (0: one a node)", least=0)
@@ -102,10 +106,6 @@ MAY_CHANGE = (
 
 def check(config, world, cuda):
     """Raises BadInput for settings that contradict each other or the number of ranks."""
-    if not 0 < config.fraction <= 1:
-        raise BadInput(f"--fraction must be in (0, 1], not {config.fraction}")
-    if config.vllm_share > 1:
-        raise BadInput(f"--vllm-share is a share of the GPU's memory, at most 1, not {config.vllm_share:g}")
     if world % config.context_parallel:
         raise BadInput(f"--context-parallel {config.context_parallel} does not divide the {world} ranks")
     if config.replicate and world % config.replicate:

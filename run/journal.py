@@ -1,8 +1,6 @@
 """What a run writes as it goes, so that it can be read while it runs and after a kill."""
 
-from tqdm import tqdm
-
-from base import durable
+from base import bars, durable
 from run import resume
 
 
@@ -22,7 +20,7 @@ class Journal:
         self.of_bar = {"total": steps, "initial": done, "desc": name, "disable": not main}
 
     def __enter__(self):
-        self.bar = tqdm(**self.of_bar, unit="step", leave=False)
+        self.bar = bars.bar(**self.of_bar, unit="step", leave=False)
         return self
 
     def __exit__(self, kind, error, traceback):

@@ -49,9 +49,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from base import durable, plot
+from base import bars, durable, plot
 from base.cli import BadInput, brief, one_line_errors, option, parse
 from evals import stats
 from evals.results import lock_results, read_lines
@@ -104,10 +103,10 @@ def compared_arms(families):
 @dataclass
 class Config:
     what: str = option("report", "sweep, compare or report", positional=True)
-    seeds: int = option(8, "compare: seeds 0, 1, ... of each arm", least=1)
+    seeds: int = option(8, "compare: seeds 0, 1, ... of each arm", least=1, most=1000)
     train: str = option("", "flags for train.py, which override ours; keys of a --config in them do not")
-    ranks: int = option(1, "processes of a run, by torchrun", least=1)
-    jobs: int = option(2, "runs at the same time, which share the cores", least=1)
+    ranks: int = option(1, "processes of a run, by torchrun", least=1, most=10**4)
+    jobs: int = option(2, "runs at the same time, which share the cores", least=1, most=1000)
     out: str = option("runs/ablation", "directory of results.jsonl, report.md and the figure")
 
 
@@ -196,7 +195,7 @@ def run_all(config, out, wanted, done):
     with (
         open(out / "results.jsonl", "ab", buffering=0) as file,
         ThreadPoolExecutor(config.jobs) as pool,
-        tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=config.what, unit="run") as bar,
+        bars.bar(total=len(wanted), initial=len(wanted) - len(todo), desc=config.what, unit="run") as bar,
     ):
         try:
             for record in pool.map(lambda each: run(config, *each), todo):

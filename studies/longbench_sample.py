@@ -10,9 +10,9 @@ document; a hard question's are other people's codes.
 
 import json
 import random
-import sys
+from dataclasses import dataclass
 
-from base.cli import BadInput, one_line_errors
+from base.cli import BadInput, one_line_errors, option, parse
 from prompts.tasks import WORDS, recall
 
 FACTS = 8
@@ -25,6 +25,11 @@ DOMAINS = {
     "Code Repository Understanding": "Code repo QA",
     "Long Structured Data Understanding": "Table QA",
 }
+
+
+@dataclass
+class Config:
+    file: str = option("", "where to write it", positional=True)
 
 
 def write(path, documents, filler, seed=0):
@@ -51,11 +56,11 @@ def write(path, documents, filler, seed=0):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] == ["--help"] else 2)
     one_line_errors()
+    file = parse(Config, __doc__).file
+    if not file:
+        raise BadInput("no file is given: python -m studies.longbench_sample FILE")
     try:
-        write(sys.argv[1], 24, FILLER)
+        write(file, 24, FILLER)
     except OSError as error:
-        raise BadInput(f"{sys.argv[1]} cannot be written: {error.strerror}") from error
+        raise BadInput(f"{file} cannot be written: {error.strerror}") from error

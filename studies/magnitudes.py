@@ -32,10 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import saliency
-from base import durable, plot
+from base import bars, durable, plot
 from base.cli import BadInput, one_line_errors, option, parse
 from core.checkpoint import load_weights
 from evals import stats, subject
@@ -54,8 +53,10 @@ class Measured:
     data: str = option("", "a file of prompts, see prompts/sources.py (default: --task)")
     task: str = option("recall", "without --data: a task of prompts/tasks.py", list(tasks.TASKS))
     facts: int = option(17, "task: facts in a passage", least=1)
-    filler: int = option(17, "task: filler sentences in a passage", least=0)
-    prompts: int = option(32, "prompts to measure on; with --data drawn at random from its rows", least=1)
+    filler: int = option(17, "task: filler sentences in a passage", least=0, most=10**5)
+    prompts: int = option(
+        32, "prompts to measure on; with --data drawn at random from its rows", least=1, most=10**5
+    )
     thinking: bool = option(False, "Qwen3's template with thinking, as train.py has it")
     seed: int = option(0, "seed of the prompts", least=0)
     tokens: str = option("all", "tokens that count: all, or not-first, without the attention sink", TOKENS)
@@ -112,7 +113,7 @@ def measure(model, prompts, site, tokens="all"):
     """Lists of token ids -> for each prompt on its own, saliency.Tracker's magnitudes {name: (H, D) fp32} on
     the CPU. It takes the memory of one prompt."""
     device, measured = next(model.parameters()).device, []
-    for prompt in tqdm(prompts, desc=f"magnitudes, {site}", unit="prompt"):
+    for prompt in bars.bar(prompts, desc=f"magnitudes, {site}", unit="prompt"):
         ids = torch.tensor([prompt], device=device)
         last = torch.arange(len(prompt), device=device)[None] == len(prompt) - 1
         with saliency.Tracker(model, site, tokens) as tracker:

@@ -58,7 +58,7 @@ PAPER = {"untouched": 173, "bottom": 108, "top": 0}
 
 @dataclass
 class Config(magnitudes.Measured):
-    draws: int = option(1, "sets of random dimensions, each evaluated", least=1)
+    draws: int = option(1, "sets of random dimensions, each evaluated", least=1, most=1000)
     out: str = option("", "directory of the results (default: runs/perturb/<checkpoint's name>)")
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tqdm import tqdm
 
+from base import bars
 from base.cli import BadInput, one_line_errors, option, parse
 from core import schedule
 from model import Qwen3, Qwen3Config
@@ -54,20 +54,22 @@ CHAT_TEMPLATE = r"""{%- for message in messages %}
 class Config:
     out: str = option("runs/tiny", "directory of the run; the model is in its checkpoint/")
     seed: int = option(1, "seed of weights and data", least=0, most=2**31 - 1)
-    batch: int = option(32, "groups of tokens a step, and half as many chats", least=2)
+    batch: int = option(32, "groups of tokens a step, and half as many chats", least=2, most=10**5)
     copy_until: float = option(0.5, "first stage: ends when a step's loss is below this, nats", above=0)
     steps: int = option(1200, "second stage: steps over which the learning rate's cosine falls", least=1)
     stop: int = option(401, "second stage: stop early, with plenty left to learn (0: do not)", least=0)
-    learning_rate: float = option(3e-3, "AdamW's peak learning rate", above=0)
+    learning_rate: float = option(3e-3, "AdamW's peak learning rate", above=0, most=1)
     warmup: int = option(50, "steps of linear warm-up of each stage", least=1)
     min_facts: int = option(2, "fewest facts in a passage; as many filler sentences stand between them")
     max_facts: int = option(16, "most facts in a passage, reached after half of the second stage")
     questions: int = option(12, "most questions about one passage", least=1)
-    layers: int = option(3, "layers of the new model", least=1)
-    hidden_size: int = option(128, "its hidden size", least=1)
-    heads: int = option(8, "its query heads; two key heads", least=2)
-    head_dim: int = option(32, "its head size", least=2)
-    vocab_size: int = option(896, "rows of its embedding; the tokenizer has no more tokens", least=BYTES)
+    layers: int = option(3, "layers of the new model", least=1, most=64)
+    hidden_size: int = option(128, "its hidden size", least=1, most=1024)
+    heads: int = option(8, "its query heads; two key heads", least=2, most=64)
+    head_dim: int = option(32, "its head size", least=2, most=256)
+    vocab_size: int = option(
+        896, "rows of its embedding; the tokenizer has no more tokens", least=BYTES, most=2**18
+    )
 
 
 def train_tokenizer(vocab_size, seed):
@@ -185,7 +187,7 @@ def make(config, out):
     metrics_file, total = open(out / "metrics.jsonl", "w"), itertools.count(1)
 
     for stage in ("copy", "recall"):
-        bar = tqdm(desc=stage, unit="step", total=config.steps if stage == "recall" else None)
+        bar = bars.bar(desc=stage, unit="step", total=config.steps if stage == "recall" else None)
         for step in itertools.count():
             if stage == "recall" and (step == config.steps or step == config.stop > 0):
                 break

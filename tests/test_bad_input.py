@@ -310,17 +310,17 @@ TOML = {
 }
 
 FLAGS = {
-    "infinite": (flags("--learning-rate", "inf"), "--learning-rate must be more than 0, not inf"),
+    "infinite": (flags("--learning-rate", "inf"), "--learning-rate must be at most 1, not inf"),
     "not a number": (flags("--temperature", "nan"), "--temperature must be at least 0.01, not nan"),
     "negative decay": (flags("--weight-decay", "-0.1"), "--weight-decay must be at least 0"),
     "negative seed": (flags("--seed", -1), "--seed must be at least 0, not -1"),
     "enormous seed": (flags("--seed", 2**31), "--seed must be at most 2147483647"),
-    "enormous context": (flags("--context", 10**30), "is more than the 4096 tokens of assets/tiny"),
-    "fraction": (flags("--fraction", "nan"), r"--fraction must be in \(0, 1\], not nan"),
+    "enormous context": (flags("--context", 10**9), "is more than the 4096 tokens of assets/tiny"),
+    "fraction": (flags("--fraction", "nan"), "--fraction must be more than 0, not nan"),
     "no room": (flags("--context", 24), "--max-completion 24 leaves no room for a prompt in 24 tokens"),
     "uneven": (flags("--prompts", 5, "--updates", 2), "--prompts 5 cannot be shared"),
     "more rows than there are": (
-        lambda t: [*prompts()(t), "--data-rows", 10**30],
+        lambda t: [*prompts()(t), "--data-rows", 10**9],
         "rows.jsonl has only 1 rows",
     ),
     "weights without files": (flags("--data-weights", 1), "need --data"),

@@ -31,9 +31,8 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from base import durable
+from base import bars, durable
 from base.cli import BadInput
 from evals.ruler.tasks import FWE_LEAST_BUDGET, KINDS, TASKS, Job, TooSmall, fit, fit_fwe, sample
 from evals.ruler.texts import PROMPTS, TEMPLATES, Corpora, Counter, additive  # noqa: F401 - callers use ruler.Corpora
@@ -248,7 +247,7 @@ def _make(cache_dir, sets, samples, workers):
         for leftover in cache_dir.glob("*.tmp"):  # of processes that were killed
             leftover.unlink()
         total = sum(arguments[1] * samples for _, arguments in sets)
-        with tqdm(total=total, desc="RULER", unit="token", unit_scale=True) as bar:
+        with bars.bar(total=total, desc="RULER", unit="token", unit_scale=True) as bar:
             if workers == 1:
                 for target, arguments in sets:
                     _write(target, arguments, bar.update)
