@@ -1,4 +1,5 @@
-"""Qwen3 by hand: blocks, log-probabilities of a group that reads its prompt once, activation statistics.
+"""Qwen3, Qwen2 and Llama by hand: blocks, log-probabilities of a group that reads its prompt once, activation
+statistics.
 
     model = Qwen3.from_pretrained("assets/tiny")
     logits = model(input_ids)                                   # (B, T) -> (B, T, V), a causal language model
@@ -13,13 +14,15 @@ Training takes group_logprobs apart, so that memory does not grow with the group
         loss(model.completion_logprobs(leaves, part)).backward()    # adds to the gradient of the leaves
     prompt.backward(leaves)                                     # and that gradient once through the prompt
 
-Parameter names are Hugging Face's. All dense Qwen3 sizes are supported; what is not is refused by name.
+Parameter names are Hugging Face's. The families differ in two switches of the config: Qwen3 has q_norm and
+k_norm, Qwen2 (also 2.5) biases on q, k and v, Llama neither. What is not supported is refused by name.
 Qwen3Config, config.json and the files of weights are in core/checkpoint.py, attention in core/attention.py.
 
 Shapes: B sequences, T tokens, C hidden size, H query heads, Hk key/value heads, D head size, V vocabulary,
 P prompt tokens, G completions of R_i tokens, N = sum(R_i).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -58,12 +61,12 @@ class Attention(nn.Module):
             config.head_dim,
         )
         self.D = D
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, Hk * D, bias=False)
-        self.v_proj = nn.Linear(C, Hk * D, bias=False)
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, Hk * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, Hk * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=False)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps)
-        self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        norm = partial(RMSNorm, D, config.rms_norm_eps) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, cos, sin, squares, prompt, layout, share):
         heads = -1, (-1, self.D)
@@ -229,7 +232,9 @@ class Prompt(NamedTuple):
 
 
 class Qwen3(nn.Module):
-    """`tracker`: set by saliency.Tracker, receives every layer's sums of squares. `checkpointing`: recompute
+    """A model of any of core.checkpoint's FAMILIES.
+
+    `tracker`: set by saliency.Tracker, receives every layer's sums of squares. `checkpointing`: recompute
     blocks in backward. `context`: the ProcessGroup whose ranks share a group's tokens (core/parallel.py), or
     None."""
 

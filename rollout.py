@@ -34,10 +34,10 @@ from core.checkpoint import Qwen3Config, full_tensor  # noqa: E402
 
 
 def rope_overrides(config):
-    """vLLM's hf_overrides for a Qwen3Config with YaRN; {} without. vLLM 0.32 wants rope_theta inside, and
-    takes max_position_embeddings for the length after scaling, which Qwen3's published YaRN settings leave at
-    40960."""
-    if config.rope_scaling is None:
+    """vLLM's hf_overrides for a Qwen3Config with YaRN; {} for other RoPE types, which vLLM reads itself.
+    vLLM 0.32 wants rope_theta inside, and takes max_position_embeddings for the length after scaling, which
+    Qwen3's published YaRN settings leave at 40960."""
+    if config.rope_scaling is None or config.rope_scaling["rope_type"] != "yarn":
         return {}
     rope = {**config.rope_scaling, "rope_theta": config.rope_theta}
     return {"rope_parameters": rope, "max_position_embeddings": config.context_length}
@@ -57,13 +57,13 @@ def hold(output, values):
 
 
 def clamp_hooks(clamp, model):
-    """Clamp vLLM's Qwen3, whole on one rank -> the hooks' handles. Its fused projection is [q | k | v]."""
+    """Clamp vLLM's model, whole on one rank -> the hooks' handles. Its fused projection is [q | k | v]."""
     handles = []
     for i, layer in enumerate(model.model.layers if clamp else []):
         attention = layer.self_attn
         q, k = (clamp[f"model.layers.{i}.self_attn.{which}_proj"] for which in "qk")
         values = torch.cat((q, k, torch.full((attention.kv_size,), torch.nan))).to(
-            attention.q_norm.weight.device
+            layer.input_layernorm.weight.device
         )
         hook = lambda module, args, output, values=values: (hold(output[0], values), output[1])  # noqa: E731
         handles.append(attention.qkv_proj.register_forward_hook(hook))

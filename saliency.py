@@ -48,7 +48,8 @@ class Tracker:
     """Context manager that gathers the magnitudes of a model's queries and keys.
 
     site "proj" measures the outputs of q_proj and k_proj, one to one with the rows of their weights (the
-    paper's reading); "norm" measures after q_norm and k_norm. Neither is mixed by RoPE. tokens "all" counts
+    paper's reading); "norm" measures after q_norm and k_norm, which Qwen3 has, Llama and Qwen2 have not.
+    Neither is mixed by RoPE. tokens "all" counts
     every token, "prompt" those of prompts only (a sequence that is not a group's is all prompt), "not-first"
     leaves out the first of each sequence, an attention sink.
     """
@@ -56,6 +57,8 @@ class Tracker:
     def __init__(self, model, site="proj", tokens="all"):
         if site not in SITES:
             raise ValueError(f"site must be 'proj' or 'norm', not {site!r}")
+        if site == "norm" and not model.config.qk_norm:
+            raise ValueError("site 'norm' needs a model with q_norm and k_norm, as Qwen3's")
         if tokens not in TOKENS:
             raise ValueError(f"tokens must be one of {TOKENS}, not {tokens!r}")
         self.model, self.site, self.tokens = model, site, tokens
@@ -144,38 +147,36 @@ def select_rows(magnitudes, fraction=0.3, rule="top", generator=None):
 
 @torch.no_grad()
 def mask_gradients(model, masks):
-    """Zero the gradient rows outside the masks, in place (Algorithm 1, step 4); nothing else is touched.
+    """Zero the gradient rows outside the masks, in place (Algorithm 1, step 4), those of a projection's bias,
+    if it has one, with those of its weight; nothing else is touched.
 
     Gradients may be plain tensors or FSDP2 DTensors with uneven or empty shards; nothing is communicated.
     Call it after the last backward of a step and before clipping. KeyError for a mask without a parameter.
     """
-    parameters = dict(model.named_parameters())
-    for name, mask in masks.items():
-        gradient = parameters[name].grad
-        local_part(gradient).mul_(mask_rows(mask, gradient))
+    for parameter, mask in masked_parameters(model, masks):
+        local_part(parameter.grad).mul_(mask_rows(mask, parameter.grad))
 
 
 @torch.no_grad()
 def masked_step(optimizer, model, masks, unselected="grad"):
-    """optimizer.step() after mask_gradients, and how far it moved W_Q and W_K -> root mean square change of a
-    weight in selected rows and in the others; two 0-dim tensors, NaN where there are no such rows.
+    """optimizer.step() after mask_gradients, and how far it moved W_Q and W_K (and their biases) -> root mean
+    square change of a weight in selected rows and in the others; two 0-dim tensors, NaN where there are no
+    such rows.
 
     unselected "grad": the optimizer moves a row without gradient as it does, AdamW by the momentum of steps
     that had selected it and by weight decay. "frozen": the row and its moments are afterwards what they were
     before. Every rank must call it. It holds a copy of W_Q and W_K ("frozen": and of their moments) during
     the step.
     """
-    parameters = dict(model.named_parameters())
     kept = []
-    for name, mask in masks.items():
-        weight = parameters[name]
+    for parameter, mask in masked_parameters(model, masks):
         moments = (
-            [x for x in optimizer.state[weight].values() if x.shape == weight.shape]
-            if weight in optimizer.state
+            [x for x in optimizer.state[parameter].values() if x.shape == parameter.shape]
+            if parameter in optimizer.state
             else []
         )
-        tensors = [local_part(x) for x in (weight, *(moments if unselected == "frozen" else ()))]
-        kept.append((mask_rows(mask, weight), tensors, [x.clone() for x in tensors]))
+        tensors = [local_part(x) for x in (parameter, *(moments if unselected == "frozen" else ()))]
+        kept.append((mask_rows(mask, parameter), tensors, [x.clone() for x in tensors]))
     optimizer.step()
     sums = torch.zeros(
         4, dtype=torch.float64, device=kept[0][0].device
@@ -184,12 +185,26 @@ def masked_step(optimizer, model, masks, unselected="grad"):
         if unselected == "frozen":
             for now, old in zip(tensors, before):
                 now.copy_(torch.where(rows, now, old))
-        change = (tensors[0] - before[0]).square().sum(1, keepdim=True, dtype=torch.float64)
-        parts = [part for r in (rows, ~rows) for part in ((change * r).sum(), r.sum() * tensors[0].size(1))]
+        change = (tensors[0] - before[0]).square()
+        width = change[:1].numel()  # of a row
+        parts = [
+            part for r in (rows, ~rows) for part in ((change * r).sum(dtype=torch.float64), r.sum() * width)
+        ]
         sums += torch.stack(parts)
     if dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[0] / sums[1]).sqrt(), (sums[2] / sums[3]).sqrt()
+
+
+def masked_parameters(model, masks):
+    """select_rows' masks -> yields (parameter, its mask): each weight, and its projection's bias if there is
+    one, whose elements belong to the weight's rows. KeyError for a mask without a parameter."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        yield parameters[name], mask
+        bias = name.removesuffix("weight") + "bias"
+        if bias in parameters:
+            yield parameters[bias], mask
 
 
 def local_part(tensor):
@@ -197,11 +212,12 @@ def local_part(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def mask_rows(mask, weight):
-    """mask (rows,) bool -> (rows, 1) bool, of the rows of `weight` that this rank holds."""
-    rows = mask[:, None]
-    if isinstance(weight, DTensor):
-        rows = distribute_tensor(rows, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+def mask_rows(mask, tensor):
+    """mask (rows,) bool -> of the rows of `tensor` that this rank holds, (rows, 1) bool for a weight, (rows,)
+    for a bias."""
+    rows = mask.view(-1, *[1] * (tensor.dim() - 1))
+    if isinstance(tensor, DTensor):
+        rows = distribute_tensor(rows, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
     return rows
 
 

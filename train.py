@@ -58,7 +58,7 @@ if config.deterministic:
 
 # --------------------------------------------------------------------------------------------------- prompts
 
-model_config, tokenizer, config.context, _ = check_model(config.model, config.context)
+model_config, tokenizer, config.context, _ = check_model(config.model, config.context, config.site)
 parallel.check_heads(config.context_parallel, model_config)
 prompt_limit = prompt_room(config.context, config.max_completion)
 stop_ids = chat.stop_ids(tokenizer)

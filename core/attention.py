@@ -18,11 +18,31 @@ import torch.nn.functional as F
 
 def rope_frequencies(config):
     """Qwen3Config -> inverse frequencies (D/2,) fp32 on the CPU, and the factor on cos and sin, 1.0 without
-    YaRN (arXiv 2309.00071, sections 3.2 and 3.4)."""
-    dim, base, yarn = config.head_dim, config.rope_theta, config.rope_scaling
-    wavelengths = base ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
-    if yarn is None:
+    YaRN. Types of RoPE: default (arXiv 2104.09864), linear (2306.15595), llama3 (2407.21783), yarn
+    (2309.00071, sections 3.2 and 3.4)."""
+    dim, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    wavelengths = base ** (torch.arange(0, dim, 2, device="cpu").float() / dim)  # over 2 pi, in tokens
+    if scaling is None:
         return 1.0 / wavelengths, 1.0
+    if scaling["rope_type"] == "linear":
+        return 1.0 / wavelengths / scaling["factor"], 1.0
+    if scaling["rope_type"] == "llama3":
+        return llama3_frequencies(1.0 / wavelengths, scaling), 1.0
+    return yarn_frequencies(wavelengths, base, scaling)
+
+
+def llama3_frequencies(frequencies, scaling):
+    """(D/2,) -> (D/2,): dimensions that turn less than low_freq_factor times over the original context are
+    slowed by the factor, those that turn more than high_freq_factor times are not, between them in part."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
+
+
+def yarn_frequencies(wavelengths, base, yarn):
+    """Wavelengths (D/2,), RoPE's base, YaRN's settings -> rope_frequencies' result."""
+    dim = 2 * len(wavelengths)
     factor, original = yarn["factor"], yarn["original_max_position_embeddings"]
 
     def correction_dim(rotations):  # the dimension that turns `rotations` times over the original context
@@ -33,7 +53,8 @@ def rope_frequencies(config):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(dim // 2, device="cpu").float() - low) / max(high - low, 0.001)).clamp(0, 1)
-    frequencies = (1 - ramp) / wavelengths + ramp / (factor * wavelengths)
+    kept = 1 - ramp
+    frequencies = 1 / (factor * wavelengths) * (1 - kept) + 1 / wavelengths * kept
 
     def mscale(weight):
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

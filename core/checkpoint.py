@@ -39,9 +39,21 @@ SIZES = {
 }
 
 
+# model_type of config.json: the class that transformers and vLLM have for it. What else tells the families
+# apart is in Qwen3Config: qk_norm and qkv_bias.
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ROPE_NEEDS = {  # RoPE types, and the settings without which they are not known
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 @dataclass(frozen=True)
 class Qwen3Config:
-    """The keys of Hugging Face's config.json that Qwen3 depends on. rope_scaling: None or YaRN's settings."""
+    """The keys of Hugging Face's config.json that the model depends on, of Qwen3 or another of FAMILIES.
+    rope_scaling: None, or the settings of a RoPE of type linear, llama3 or yarn."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -58,6 +70,17 @@ class Qwen3Config:
     initializer_range: float = 0.02
     bos_token_id: int | None = 151643
     eos_token_id: int | None = 151645
+    family: str = "qwen3"
+
+    @property
+    def qk_norm(self):
+        """Whether each head's queries and keys are normalised before RoPE."""
+        return self.family == "qwen3"
+
+    @property
+    def qkv_bias(self):
+        """Whether q_proj, k_proj and v_proj have biases."""
+        return self.family == "qwen2"
 
     @classmethod
     def preset(cls, name):
@@ -70,7 +93,8 @@ class Qwen3Config:
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Read `directory`/config.json. Raises BadInput if it is missing, unreadable or not a dense Qwen3."""
+        """Read `directory`/config.json. Raises BadInput if it is missing, unreadable or of no model that is
+        supported."""
         path = Path(directory) / "config.json"
         if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
             problem = "is not a checkpoint: it has no config.json"
@@ -81,61 +105,103 @@ class Qwen3Config:
     def from_dict(cls, raw, path="config"):
         """Hugging Face's dictionary -> Qwen3Config. RoPE may be in the old form (rope_theta, rope_scaling) or
         the new (rope_parameters). Raises BadInput, which names the first thing that is not supported."""
-        model_type = raw.get("model_type")
-        if model_type != "qwen3":
-            raise BadInput(f"{path}: model_type {model_type!r} is not supported, only dense 'qwen3'")
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise BadInput(
+                f"{path}: model_type {family!r:.60} is not supported, only dense {', '.join(FAMILIES)}"
+            )
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        layers = raw.get("layer_types") or []
-        for key, value, kind in (("rope_scaling", rope, dict), ("layer_types", layers, list)):
-            if not isinstance(value, kind):
-                raise BadInput(f"{path}: {key} is {value!r:.60}, not an object or list as Qwen3 has it")
+        lists = {key: raw.get(key) or [] for key in ("layer_types", "architectures")}
+        for key, value in {"rope_scaling": rope, **lists}.items():
+            if not isinstance(value, dict if value is rope else list):
+                raise BadInput(f"{path}: {key} is {value!r:.60}, not an object or list as {family} has it")
         rope = dict(rope)
-        theta = rope.pop("rope_theta", raw.get("rope_theta"))
+        # Qwen's files name it; Llama's first ones do not, and transformers and vLLM have this for them.
+        theta = rope.pop("rope_theta", raw.get("rope_theta", 1e4 if family == "llama" else None))
         kind = rope.pop("rope_type", rope.pop("type", "default"))
+        whole = (None, 1, 1.0)
         unsupported = {
+            f"architecture {lists['architectures']}": lists["architectures"] not in ([], [FAMILIES[family]]),
             "attention bias (attention_bias)": raw.get("attention_bias"),
+            "bias in the MLP (mlp_bias)": raw.get("mlp_bias"),
             "sliding-window attention (use_sliding_window)": raw.get("use_sliding_window"),
-            "sliding-window attention (layer_types)": any(layer != "full_attention" for layer in layers),
-            f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+            "sliding-window attention (layer_types)": any(
+                layer != "full_attention" for layer in lists["layer_types"]
+            ),
+            f"hidden_act {raw.get('hidden_act')!r:.60}": raw.get("hidden_act", "silu") != "silu",
             "quantized weights (quantization_config)": raw.get("quantization_config"),
-            f"RoPE type {kind!r}": kind not in ("default", "yarn"),
-            "partial rotary embedding": rope.pop("partial_rotary_factor", 1.0) != 1.0,
+            f"RoPE type {kind!r:.60}": kind not in tuple(ROPE_NEEDS),
+            "partial rotary embedding": rope.pop("partial_rotary_factor", None) not in whole
+            or raw.get("partial_rotary_factor") not in whole,
+            "interleaved RoPE (rope_interleaved)": raw.get("rope_interleaved"),
         }
         for what, present in unsupported.items():
             if present:
                 raise BadInput(f"{path}: {what} is not supported")
         if theta is None:
-            raise BadInput(f"{path}: rope_theta is missing; Qwen3 has 1000000")
+            usual = {"qwen2": 10000, "qwen3": 1000000}[family]
+            raise BadInput(f"{path}: rope_theta is missing; {FAMILIES[family]} usually has {usual}")
         check_numbers({"rope_theta": theta}, path)
-        if kind == "yarn" and "factor" not in rope:
-            raise BadInput(f"{path}: YaRN needs a factor")
         if kind == "yarn":
             original = raw.get("max_position_embeddings", cls.max_position_embeddings)
             rope.setdefault("original_max_position_embeddings", original)
-        names = [name for name in cls.__dataclass_fields__ if name not in ("rope_theta", "rope_scaling")]
+        for key in ROPE_NEEDS[kind]:
+            if key not in rope:
+                raise BadInput(f"{path}: RoPE of type {kind} needs {key}")
+        scaling = {"rope_type": kind, **rope} if kind != "default" else None
+        raw = cls.with_defaults(raw, family)
+        fields = set(cls.__dataclass_fields__) - {"rope_theta", "rope_scaling", "family"}
         # Sizes must be given: a default that differs from transformers' would be another model.
-        required = {name for name in names if name not in cls.__dict__}
+        required = {name for name in fields if name not in cls.__dict__}
         required |= {"num_key_value_heads", "vocab_size"}
         missing = sorted(required - raw.keys())
         if missing:
             raise BadInput(f"{path}: {', '.join(missing)} missing")
-        known = {name: raw[name] for name in names if name in raw}
+        known = {name: raw[name] for name in fields if name in raw}
         check_numbers(known, path)
-        scaling = {"rope_type": "yarn", **rope} if kind == "yarn" else None
-        if scaling:
-            check_numbers(scaling, path)
-        config = cls(**known, rope_theta=float(theta), rope_scaling=scaling)
-        queries, keys = config.num_attention_heads, config.num_key_value_heads
+        check_numbers(scaling or {}, path)
+        if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise BadInput(f"{path}: low_freq_factor must be less than high_freq_factor")
+        config = cls(**known, rope_theta=float(theta), rope_scaling=scaling, family=family)
+        config.check_heads(path)
+        return config
+
+    @staticmethod
+    def with_defaults(raw, family):
+        """config.json -> the same with the values that transformers has for a family's missing keys. Qwen3's
+        files name all keys."""
+        if family == "qwen3":
+            return raw
+        heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
+        defaults = {
+            "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+            "qwen2": {"max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None},
+        }[family]
+        defaults["tie_word_embeddings"] = False
+        if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+            defaults |= {"num_key_value_heads": heads, "head_dim": hidden // heads}
+        return defaults | {key: value for key, value in raw.items() if value is not None}
+
+    def check_heads(self, path):
+        """Raises BadInput for numbers of heads that do not fit each other, or the family."""
+        queries, keys = self.num_attention_heads, self.num_key_value_heads
         if queries % keys:
             raise BadInput(f"{path}: {queries} query heads cannot share {keys} key heads")
-        return config
+        # transformers' Llama refuses a width that is no multiple, vLLM's Qwen2 knows no head_dim.
+        if self.family != "qwen3" and self.hidden_size % queries:
+            raise BadInput(f"{path}: hidden_size {self.hidden_size} is no multiple of {queries} heads")
+        if self.family == "qwen2" and self.head_dim * queries != self.hidden_size:
+            problem = f"is not hidden_size / num_attention_heads, {self.hidden_size // queries}"
+            raise BadInput(f"{path}: head_dim {self.head_dim} {problem}, which vLLM's Qwen2 has")
 
     def to_dict(self, dtype=torch.float32):
         """The config.json that transformers and vLLM read. RoPE is in the old form, which all their versions
         take."""
-        fixed = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"}
-        fixed |= {"attention_bias": False, "use_sliding_window": False}
-        return {**fixed, "torch_dtype": str(dtype).removeprefix("torch."), **asdict(self)}
+        fixed = {"model_type": self.family, "architectures": [FAMILIES[self.family]], "hidden_act": "silu"}
+        if self.family != "qwen2":  # which has the biases of q, k and v without saying so
+            fixed["attention_bias"] = False
+        fields = {key: value for key, value in asdict(self).items() if key != "family"}
+        return {**fixed, "torch_dtype": str(dtype).removeprefix("torch."), **fields}
 
     def context(self, asked, directory):
         """--context `asked` -> tokens: `asked`, or for 0 all that the model has. Raises BadInput for more
@@ -147,16 +213,17 @@ class Qwen3Config:
 
     @property
     def context_length(self):
-        """Tokens a sequence may have: YaRN's factor times the original length, or max_position_embeddings."""
+        """Tokens a sequence may have: YaRN's factor times the original length, or max_position_embeddings,
+        which other RoPE types have extended already."""
         yarn = self.rope_scaling
-        if yarn is None:
+        if yarn is None or yarn["rope_type"] != "yarn":
             return self.max_position_embeddings
         extended = int(yarn["factor"] * yarn["original_max_position_embeddings"])
         return max(extended, self.max_position_embeddings)
 
 
 LARGEST = 2**20  # of any size, so that torch can still hold a product of three
-# {key of config.json or of its YaRN settings: (type, least, most)}
+# {key of config.json or of its RoPE settings: (type, least, most)}
 NUMBERS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), (int, 1, LARGEST)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (int, 1, LARGEST)),
@@ -166,6 +233,7 @@ NUMBERS = {
     "rope_theta": (float, 1 + 1e-6, 1e30),  # YaRN divides by its logarithm
     **dict.fromkeys(("rms_norm_eps", "initializer_range"), (float, 0, 1)),
     "factor": (float, 1, 1e6),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor"), (float, 1e-6, 1e6)),
 }
 # YaRN's: more than 0, or null.
 OPTIONAL_NUMBERS = "beta_fast beta_slow attention_factor mscale mscale_all_dim".split()
@@ -224,6 +292,8 @@ def check_weights(model, directory):
     parameters = dict(model.named_parameters())
     if model.config.tie_word_embeddings:
         files.pop("lm_head.weight", None)  # some exports write the tied head a second time
+    # Llama's first exports wrote RoPE's frequencies, which follow from config.json.
+    files = {name: file for name, file in files.items() if not name.endswith("rotary_emb.inv_freq")}
     missing, unexpected = sorted(parameters.keys() - files.keys()), sorted(files.keys() - parameters.keys())
     if missing or unexpected:
         what, names = ("lacks", missing) if missing else ("has unexpected", unexpected)

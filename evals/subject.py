@@ -57,10 +57,12 @@ def check_seeds(options, sampling, flags):
 
 
 def load(checkpoint, yarn=0.0):
-    """-> (config, tokenizer, original context in tokens, of which YaRN's factor is a multiple).
+    """-> (config, tokenizer, original context in tokens, of which YaRN's factor is a multiple; 0 where
+    config.json has another type of RoPE, which YaRN cannot extend).
 
     yarn: a factor that replaces the one in config.json; 0 keeps what config.json says. Raises BadInput unless
-    the directory is a checkpoint of Qwen3 with a Qwen tokenizer."""
+    the directory is a checkpoint of a supported model with its tokenizer, and for a factor on another type of
+    RoPE."""
     config = Qwen3Config.from_pretrained(checkpoint)
     # Qwen3 was trained on 32,768 tokens; its 40,960 positions are those and room for an answer.
     trained = {40960: 32768}.get(config.max_position_embeddings, config.max_position_embeddings)
@@ -69,6 +71,12 @@ def load(checkpoint, yarn=0.0):
         "original_max_position_embeddings": trained,
         **(config.rope_scaling or {}),
     }
+    if scaling["rope_type"] != "yarn":
+        if yarn:
+            raise BadInput(
+                f"--yarn: the RoPE of {checkpoint} is of type {scaling['rope_type']}; leave it out"
+            )
+        scaling["original_max_position_embeddings"] = 0
     if yarn:
         if yarn <= 1:
             raise BadInput(f"--yarn must be more than 1, not {yarn:g}")
@@ -80,6 +88,8 @@ def load(checkpoint, yarn=0.0):
 
 def yarn_for(tokens, trained):
     """How to extend a context of `trained` tokens to `tokens`, as a part of a message."""
+    if not trained:
+        return "YaRN does not extend its type of RoPE"
     factor = math.ceil(tokens / trained)
     if factor <= YARN_VALIDATED:
         return f"give --yarn {factor}"

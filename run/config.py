@@ -77,7 +77,7 @@ class Config(Shared):
     # LongAct
     rule: str = option("top", "rows to update: top is LongAct, all is dense", list(saliency.RULES))
     fraction: float = option(0.3, "share of each head's dimensions selected (paper: 0.3)", above=0, most=1)
-    site: str = option("proj", "magnitudes at the projections, or after their norms", list(saliency.SITES))
+    site: str = option("proj", "at the projections, or after their norms (Qwen3)", list(saliency.SITES))
     saliency_tokens: str = option("all", "tokens that count, see docs/paper.md", list(saliency.TOKENS))
     unselected: str = option("grad", "other rows: masked by gradient, or frozen", list(saliency.UNSELECTED))
     # the optimizer

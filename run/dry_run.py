@@ -3,7 +3,7 @@
 It comes when the script has checked all it checks before training: settings, the checkpoint's config.json,
 tokenizer and tensors (their headers), every row of the data, its length in tokens, its reward. From there on
 it goes the same way as training, vLLM included, with another model, shorter texts and one step:
-    model        LAYERS layers of random weights, HIDDEN wide, with the heads and RoPE of the model's
+    model        LAYERS layers of random weights, about HIDDEN wide, with the heads and RoPE of the model's
                  config.json; an embedding of as many rows as its tokenizer has ids
     texts        at most TOKENS tokens: prompts without their middle, chats without their beginning
     completions  GROUP to a prompt, as many prompts as the ranks need
@@ -39,19 +39,33 @@ def stand_in(model_config, tokenizer, checkpoint):
     if dist.is_initialized():
         dist.broadcast_object_list(directory)
     directory = Path(directory[0])
-    sizes = {"num_hidden_layers": LAYERS, "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN}
-    small = replace(model_config, **sizes, vocab_size=1 + max(tokenizer.get_vocab().values()))
+    vocabulary = 1 + max(tokenizer.get_vocab().values())
+    small = replace(model_config, **small_sizes(model_config), vocab_size=vocabulary)
     model = Qwen3.from_config(small, generator=torch.Generator().manual_seed(0))
     model.save_pretrained(directory / "model", companions_from=checkpoint)
     if dist.is_initialized():
         dist.barrier()
     if rank == 0:
         print(
-            f"dry run: 1 step of {LAYERS} layers of random weights, {HIDDEN} wide, "
+            f"dry run: 1 step of {LAYERS} layers of random weights, {small.hidden_size} wide, "
             f"{small.num_attention_heads} query and {small.num_key_value_heads} key heads of "
             f"{small.head_dim}; texts of at most {TOKENS} tokens; in {directory}"
         )
     return directory
+
+
+def small_sizes(model_config):
+    """-> the fields of a Qwen3Config that make a small model of another: a width that its family can have."""
+    heads, head_dim = model_config.num_attention_heads, model_config.head_dim
+    if model_config.family == "qwen2":  # vLLM's is as wide as its heads, of which it has none smaller
+        head_dim = min(head_dim, 32)
+        width = heads * head_dim
+    elif model_config.family == "llama":  # transformers' is a multiple of the number of heads
+        width = heads * -(-HIDDEN // heads)
+    else:
+        width = HIDDEN
+    sizes = {"num_hidden_layers": LAYERS, "hidden_size": width, "intermediate_size": 2 * width}
+    return {**sizes, "head_dim": head_dim}
 
 
 def of_rl(config, model_config, tokenizer, world):

@@ -30,7 +30,8 @@ RESERVE = 2 * GIB  # for CUDA, NCCL and fragmentation, when saying whether it fi
 def parameter_counts(c):
     """Qwen3Config -> parameters of one block, and of all outside the blocks (embedding, head, last norm)."""
     heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
-    attention = c.hidden_size * c.head_dim * heads + 2 * c.head_dim
+    attention = c.hidden_size * c.head_dim * heads + (2 * c.head_dim if c.qk_norm else 0)
+    attention += c.head_dim * (heads - c.num_attention_heads) if c.qkv_bias else 0
     block = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
     return block, c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.hidden_size
 
@@ -44,10 +45,11 @@ def block_bytes(c, size, exchanged=False):
     C, F = c.hidden_size, c.intermediate_size
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     wide = 4 if size == 2 else 0  # fp32 copies that fp32 compute does not make
-    norms = (size + wide) * (2 * C + q + k)
+    normed = q + k if c.qk_norm else 0
+    norms = (size + wide) * (2 * C + normed)
     # Inputs of q, k, v and of the MLP; q and k before their norms (in bf16 the fp32 copy replaces them);
     # rotated q and k, and v.
-    projections = 2 * size * C + (size if size == 4 else 0) * (q + k) + size * (q + k + k)
+    projections = 2 * size * C + (size if size == 4 else 0) * normed + size * (q + k + k)
     # Attention's output and log-sum-exp; the sum after it.
     attention = size * q * (1 + exchanged) + 4 * c.num_attention_heads + size * C
     mlp = 4 * size * F  # gate, silu(gate), up, product

@@ -12,7 +12,7 @@ Left in --out:
 
     proj.safetensors    magnitudes at "proj": model.layers.N.self_attn.q_proj (H, D) and .k_proj (Hk, D) fp32;
                         and the selected rows, bool, under the same names with ".selected" appended
-    norm.safetensors    the same at "norm"
+    norm.safetensors    the same at "norm"; not of models without q_norm and k_norm (Llama, Qwen2)
     queries.png, keys.png   heads x dimensions of --layers at "proj", each head divided by its largest, with
                         the selected rows marked
     summary.json        with these keys:
@@ -25,7 +25,8 @@ Left in --out:
                         selected rows; and stability, the share of one prompt's selected rows that another
                         prompt selects, too, averaged over all pairs of prompts (null for one prompt). Each
                         has q and k, and these have mean (over layers) and layers (a list)
-        overlap         the share of proj's selected rows that norm selects, too; q and k likewise
+        overlap         the share of proj's selected rows that norm selects, too; q and k likewise. norm and
+                        overlap are of models that have the site norm
 """
 
 from dataclasses import dataclass
@@ -175,14 +176,16 @@ def overlap(magnitudes, others, fraction):
 
 def summarize(measured, fraction):
     """{site: each prompt's magnitudes} -> the dictionary of summary.json, without settings."""
-    means = {site: average(measured[site]) for site in saliency.SITES}
+    means = {site: average(each) for site, each in measured.items()}
     size = next(iter(means["proj"].values())).size(-1)
     rows = kept(fraction, size)
     summary = {"fraction": fraction, "kept": rows, "head_dim": size, "chance": rows / size}
-    for site in saliency.SITES:
+    for site in measured:
         stable = by_layer(stability(measured[site], fraction)) if len(measured[site]) > 1 else None
         summary[site] = {"concentration": by_layer(concentration(means[site], fraction)), "stability": stable}
-    return {**summary, "overlap": by_layer(overlap(means["proj"], means["norm"], fraction))}
+    if "norm" in means:
+        summary["overlap"] = by_layer(overlap(means["proj"], means["norm"], fraction))
+    return summary
 
 
 def report(summary):
@@ -190,13 +193,16 @@ def report(summary):
     columns = {
         "share": summary["proj"]["concentration"],
         "stability": summary["proj"]["stability"],
-        "share, norm": summary["norm"]["concentration"],
-        "stability, norm": summary["norm"]["stability"],
-        "proj's in norm's": summary["overlap"],
     }
+    if "norm" in summary:
+        columns |= {
+            "share, norm": summary["norm"]["concentration"],
+            "stability, norm": summary["norm"]["stability"],
+            "proj's in norm's": summary["overlap"],
+        }
     columns = {name: column for name, column in columns.items() if column}  # one prompt has no stability
     rows = [["layer", *columns]]
-    for layer in range(len(summary["overlap"]["q"]["layers"])):
+    for layer in range(len(columns["share"]["q"]["layers"])):
         for which in "qk":
             numbers = [f"{100 * column[which]['layers'][layer]:.1f}" for column in columns.values()]
             rows.append([f"{layer} {which.upper()}", *numbers])
@@ -224,11 +230,12 @@ if __name__ == "__main__":
         raise BadInput(f"--out {out}: {there} is a file; choose a directory")
 
     model = load_model(config.checkpoint, model_config)
-    measured = {site: measure(model, prompts, site, config.tokens) for site in saliency.SITES}
+    sites = saliency.SITES if model_config.qk_norm else ("proj",)
+    measured = {site: measure(model, prompts, site, config.tokens) for site in sites}
 
     summary = {"settings": settings, **summarize(measured, config.fraction)}
     out.mkdir(parents=True, exist_ok=True)
-    for site in saliency.SITES:
+    for site in sites:
         magnitudes = average(measured[site])
         masks = saliency.select_rows(magnitudes, config.fraction)
         plot.save_magnitudes(out / f"{site}.safetensors", magnitudes, masks)

@@ -1,4 +1,4 @@
-"""What tests share: small random Qwen3 models, and scripts run as scripts."""
+"""What tests share: small random models, and scripts run as scripts."""
 
 import contextlib
 import gc
@@ -50,6 +50,15 @@ SMALL = dict(
     max_position_embeddings=256,
     initializer_range=0.2,  # large enough that wrong attention or rope shows
 )
+
+# Changes to SMALL: a model of each family, and of the types of RoPE that it comes with.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 64
+FAMILIES = {
+    "qwen3": {},
+    "llama": dict(family="llama", hidden_size=64, rope_scaling=LLAMA3),
+    "qwen2": dict(family="qwen2", hidden_size=64),
+}
 
 
 @pytest.fixture

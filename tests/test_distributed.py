@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, make_small, run_nodes, run_ranks
+from conftest import FAMILIES, ROOT, make_small, run_nodes, run_ranks
 
 from run import resume
 
@@ -13,9 +13,9 @@ EMPTY = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=2, num_hidde
     "run, ranks, tied, replicate, context_parallel, shape",
     [
         (run_ranks, 3, False, 1, 1, EMPTY),  # k_proj has two rows, the last rank none; 101 rows are uneven
-        (run_ranks, 2, True, 1, 2, {}),  # each rank has one of the two key heads
-        (run_ranks, 4, False, 2, 2, {}),
-        (run_nodes, 2, True, 2, 1, {}),
+        (run_ranks, 2, True, 1, 2, FAMILIES["qwen2"]),  # each rank has one of the two key heads
+        (run_ranks, 4, False, 2, 2, FAMILIES["qwen3"]),
+        (run_nodes, 2, True, 2, 1, FAMILIES["llama"]),
     ],
 )
 def test_values_gradients_masks_steps_exports_and_checkpoints_equal_one_process(
@@ -35,7 +35,7 @@ def test_values_gradients_masks_steps_exports_and_checkpoints_equal_one_process(
     directories = tmp_path / "checkpoint", tmp_path / "export", tmp_path
     result = run(ranks, ROOT / "tests" / "ranks.py", *directories, replicate, context_parallel)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert f"agree; empty shards: {bool(shape)}" in result.stdout
+    assert f"agree; empty shards: {shape is EMPTY}" in result.stdout
 
     other = make_small(tied, seed=1, **shape)
     other_optimizer = torch.optim.AdamW(other.parameters())

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import SMALL, make_small
+from conftest import FAMILIES, LLAMA3, SMALL, make_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -25,14 +25,26 @@ def reference(model, path, **kwargs):
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **kwargs)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("yarn", [None, YARN, {**YARN, "factor": 2.5, "beta_fast": 16, "truncate": False}])
-def test_logits_and_every_gradient_agree_with_transformers(tied, yarn, tmp_path):
-    ours = make_small(tied, rope_scaling=yarn)
-    theirs = reference(ours, tmp_path / "checkpoint", attn_implementation="eager")
+@pytest.mark.parametrize(
+    "family, tied, rope",
+    [
+        ("qwen3", True, None),
+        ("qwen3", False, YARN),
+        ("qwen3", True, {**YARN, "factor": 2.5, "beta_fast": 16, "truncate": False}),
+        ("llama", True, LLAMA3),
+        ("llama", False, {"rope_type": "linear", "factor": 4.0}),
+        ("qwen2", True, None),
+        ("qwen2", False, YARN),
+    ],
+)
+def test_logits_and_every_gradient_agree_with_transformers(family, tied, rope, tmp_path):
+    """The logits to the bit: both call the same attention kernel."""
+    ours = make_small(tied, **{**FAMILIES[family], "rope_scaling": rope})
+    theirs = reference(ours, tmp_path / "checkpoint", attn_implementation="sdpa")
+    assert type(theirs).__name__ == checkpoint.FAMILIES[family]
     ids = torch.randint(0, 101, (2, 200))
     logits, expected = ours(ids), theirs(ids).logits
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits, expected)
     weights = torch.randn(logits.shape)
     (logits * weights).mean().backward()
     (expected * weights).mean().backward()
@@ -54,6 +66,9 @@ def test_logits_and_every_gradient_agree_with_transformers(tied, yarn, tmp_path)
         {"rope_parameters": {"rope_theta": 5e5, **YARN}},
         {"rope_parameters": {"rope_theta": 5e5, **YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
         {"rope_parameters": {"rope_theta": 5e5, **YARN, "attention_factor": 1.5}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
     ],
 )
 def test_rope_of_old_and_new_configs_equals_transformers(raw):
@@ -96,16 +111,29 @@ def test_presets_have_the_published_number_of_parameters(name, millions):
 @pytest.mark.parametrize(
     "change, word",
     [
-        ({"model_type": "llama"}, "llama"),
         ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"model_type": "smollm3"}, "smollm3"),  # layers without RoPE
+        ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "SequenceClassification"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary"),
         ({"attention_bias": True}, "attention_bias"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3 needs low_freq_factor"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "must be less than high_freq_factor"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "linear"}}, "linear needs factor"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_theta": None}, "rope_theta"),
         ({"num_key_value_heads": 3}, "share"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "llama", "hidden_size": 50}, "no multiple of 4 heads"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"]}, "sliding-window"),
+        ({"model_type": "qwen2"}, "head_dim 16 is not hidden_size / num_attention_heads, 12"),
     ],
 )
 def test_unsupported_configs_are_refused_by_name(change, word):
@@ -113,6 +141,21 @@ def test_unsupported_configs_are_refused_by_name(change, word):
     Qwen3Config.from_dict(config)
     with pytest.raises(BadInput, match=word):
         Qwen3Config.from_dict({**config, **change})
+
+
+@pytest.mark.parametrize(
+    "family, theirs", [("llama", transformers.LlamaConfig), ("qwen2", transformers.Qwen2Config)]
+)
+def test_keys_that_old_files_lack_are_what_transformers_takes_for_them(family, theirs):
+    kept = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    raw = {key: SMALL[key] for key in kept} | {"num_key_value_heads": None, "rope_theta": 1e4}
+    ours = Qwen3Config.from_dict({**raw, "model_type": family})
+    theirs = theirs(**{**raw, "num_key_value_heads": 4})
+    assert ours.head_dim == 12
+    for key in ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert Qwen3Config.from_dict({**raw, "model_type": "llama", "rope_theta": 1e4}).rope_theta == 1e4
 
 
 def test_missing_config_keys_are_named():
@@ -125,11 +168,18 @@ def test_missing_config_keys_are_named():
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sharded_checkpoints_round_trip_and_load_in_transformers(tied, dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "family, tied, dtype",
+    [
+        ("qwen3", True, torch.float32),
+        ("qwen3", False, torch.bfloat16),
+        ("llama", False, torch.float32),
+        ("qwen2", True, torch.bfloat16),
+    ],
+)
+def test_sharded_checkpoints_round_trip_and_load_in_transformers(family, tied, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
-    ours = make_small(tied)
+    ours = make_small(tied, **FAMILIES[family])
     (tmp_path / "from").mkdir()
     (tmp_path / "from" / "tokenizer.json").write_text("{}")
     ours.save_pretrained(tmp_path / "checkpoint", dtype, companions_from=tmp_path / "from")
@@ -152,11 +202,13 @@ def test_sharded_checkpoints_round_trip_and_load_in_transformers(tied, dtype, tm
         assert torch.equal(theirs[name], expected), name
 
 
-def test_a_checkpoint_written_by_transformers_loads(tmp_path):
-    config = transformers.Qwen3Config(
-        **SMALL, tie_word_embeddings=True, rope_parameters={"rope_theta": 5e5, **YARN}
-    )
-    theirs = transformers.Qwen3ForCausalLM(config)
+@pytest.mark.parametrize(
+    "family, rope", [("qwen3", YARN), ("llama", LLAMA3), ("qwen2", {"rope_type": "default"})]
+)
+def test_a_checkpoint_written_by_transformers_loads(family, rope, tmp_path):
+    sizes = {**SMALL, "hidden_size": 64, "tie_word_embeddings": family == "qwen3"}
+    config = transformers.AutoConfig.for_model(family, **sizes, rope_parameters={"rope_theta": 5e5, **rope})
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     ours = Qwen3.from_pretrained(tmp_path)
     ids = torch.randint(0, 101, (1, 50))
@@ -225,11 +277,12 @@ def dense(model, prompt, completions, temperature):
     st.booleans(),
     st.booleans(),
     st.integers(1, 50),
+    st.sampled_from([*FAMILIES]),
 )
 def test_group_logprobs_equal_the_dense_layout(
-    prompt_length, lengths, temperature, tied, checkpointing, chunk
+    prompt_length, lengths, temperature, tied, checkpointing, chunk, family
 ):
-    model = make_small(tied)
+    model = make_small(tied, **FAMILIES[family])
     model.checkpointing, model.lm_head.chunk = checkpointing, chunk
     prompt = torch.randint(0, 101, (prompt_length,))
     completions = [torch.randint(0, 101, (n,)) for n in lengths]
@@ -273,12 +326,13 @@ def test_the_prompt_passes_through_the_network_once(small):
     st.lists(st.integers(1, 12), min_size=1, max_size=6),
     st.integers(1, 6),
     st.booleans(),
-    st.sampled_from(["proj", "norm"]),
+    st.sampled_from(["qwen3 proj", "qwen3 norm", "llama proj", "qwen2 proj"]),
     st.randoms(use_true_random=False),
 )
-def test_two_stage_backward_equals_one_pass(prompt_length, lengths, passes, checkpointing, site, rng):
+def test_two_stage_backward_equals_one_pass(prompt_length, lengths, passes, checkpointing, which, rng):
     """Any split of the completions, in any order: the same log-probabilities, gradients and magnitudes."""
-    model = make_small(tied=rng.random() < 0.5)
+    family, site = which.split()
+    model = make_small(tied=rng.random() < 0.5, **FAMILIES[family])
     prompt = torch.randint(0, 101, (prompt_length,))
     completions = [torch.randint(0, 101, (n,)) for n in lengths]
     weights = [torch.randn(n) for n in lengths]
@@ -329,12 +383,16 @@ def test_logprobs_of_masked_tokens_equal_full_logits(small):
 
 @settings(max_examples=8, deadline=None)
 @given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=6), st.booleans(), st.booleans(), st.integers(0, 10**6)
+    st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 10**6),
+    st.sampled_from([*FAMILIES]),
 )
-def test_packed_documents_equal_documents_alone(lengths, tied, checkpointing, seed):
+def test_packed_documents_equal_documents_alone(lengths, tied, checkpointing, seed, family):
     """Values and gradients of one row of documents, against each document as a batch of one."""
     generator = torch.Generator().manual_seed(seed)
-    model = make_small(tied, seed=seed % 7)
+    model = make_small(tied, seed=seed % 7, **FAMILIES[family])
     model.lm_head.chunk = 7
     documents = [torch.randint(0, 101, (n,), generator=generator) for n in (2, *lengths)]
     masks = [torch.rand(len(ids), generator=generator) < 0.6 for ids in documents]

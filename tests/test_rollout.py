@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import make_small
+from conftest import FAMILIES, make_small
 
 from evals import clamp
 from rollout import Rollout, hold
@@ -14,11 +14,12 @@ from studies import magnitudes
 PROMPTS = [list(range(1, 70)), list(range(5, 12)), list(range(30, 95))]
 
 
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
+@pytest.fixture(scope="module", params=FAMILIES)
+def setup(request, tmp_path_factory):
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     path = tmp_path_factory.mktemp("model") / "checkpoint"
-    model = make_small(head_dim=32)  # the smallest that vLLM has on a CPU
+    # Heads of 32 are the smallest that vLLM has on a CPU, and Qwen2 is as wide as its heads.
+    model = make_small(**{**FAMILIES[request.param], "head_dim": 32, "hidden_size": 128})
     model.save_pretrained(path)
     random_state = torch.get_rng_state()
     engine = Rollout(path, 256, "float32")

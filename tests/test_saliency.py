@@ -3,7 +3,7 @@ rows."""
 
 import pytest
 import torch
-from conftest import make_small
+from conftest import FAMILIES, make_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,6 +91,8 @@ def test_tracker_misuse_is_refused(small):
         Tracker(small).magnitudes()
     with Tracker(small), pytest.raises(RuntimeError, match="another Tracker"), Tracker(small):
         pass
+    with pytest.raises(ValueError, match="'norm' needs a model with q_norm"):
+        Tracker(make_small(**FAMILIES["llama"]), "norm")
 
 
 # -------------------------------------------------------------------------------------------------- selection
@@ -172,7 +174,10 @@ def test_gradients_are_zero_outside_the_rows_and_untouched_elsewhere(small):
         assert (heads == 4).all()  # floor(0.3 * 16)
 
 
-def test_after_an_adamw_step_only_selected_rows_have_moved(small):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_an_adamw_step_only_selected_rows_have_moved(family):
+    """A bias of Qwen2's q_proj and k_proj with the rows of its weight; v_proj's as a whole."""
+    small = make_small(**FAMILIES[family])
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2, weight_decay=0.0)
     masks = select_rows(backward(small), 0.3)
     old = {name: p.detach().clone() for name, p in small.named_parameters()}
@@ -180,30 +185,39 @@ def test_after_an_adamw_step_only_selected_rows_have_moved(small):
     optimizer.step()
     for name, parameter in small.named_parameters():
         moved = (parameter != old[name]).flatten(1).any(1) if parameter.dim() > 1 else parameter != old[name]
-        if name in masks:
-            assert torch.equal(moved, masks[name]), name
+        if (weight := name.replace("bias", "weight")) in masks:
+            assert torch.equal(moved, masks[weight]), name
         elif "embed" not in name:
             assert moved.any(), name
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("unselected", ["grad", "frozen"])
-def test_unselected_rows_after_several_steps_are_what_is_promised(small, unselected, decay):
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+def test_unselected_rows_after_several_steps_are_what_is_promised(family, unselected, decay):
     """Against AdamW written out by hand in float64, row by row: under "grad" a row selected before goes on
-    moving, under "frozen" neither it nor its moments change, weight decay included."""
+    moving, under "frozen" neither it nor its moments change, weight decay included. Biases, too."""
+    small = make_small(**FAMILIES[family])
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2, weight_decay=decay)
     parameters = dict(small.named_parameters())
     generator = torch.Generator().manual_seed(3)
     magnitudes = backward(small)
-    names = list(select_rows(magnitudes, 0.3))
+    names = [
+        name.replace("weight", kind)
+        for name in select_rows(magnitudes, 0.3)
+        for kind in ("weight", *(["bias"] if small.config.qkv_bias else []))
+    ]
     weights = {name: parameters[name].detach().double() for name in names}
     first, second = ({name: torch.zeros_like(weights[name]) for name in names} for _ in range(2))
     for t in range(1, 6):
         masks = select_rows(backward(small), 0.3, "random", generator)  # a fresh draw each step
         mask_gradients(small, masks)
+        masks |= {name: masks[name.replace("bias", "weight")] for name in names}
         gradients = {name: parameters[name].grad.double() for name in names}
+        assert not any(gradients[name][~masks[name]].any() for name in names)
         before = {name: parameters[name].detach().clone() for name in names}
-        moved = masked_step(optimizer, small, masks, unselected)
+        chosen = {name: mask for name, mask in masks.items() if name.endswith("weight")}
+        moved = masked_step(optimizer, small, chosen, unselected)
         for name in names:
             m, v = (
                 0.9 * first[name] + 0.1 * gradients[name],
@@ -212,7 +226,8 @@ def test_unselected_rows_after_several_steps_are_what_is_promised(small, unselec
             new = weights[name] * (1 - 1e-2 * decay) - 1e-2 * (m / (1 - 0.9**t)) / (
                 (v / (1 - 0.999**t)).sqrt() + 1e-8
             )
-            rows = masks[name][:, None] if unselected == "frozen" else torch.tensor(True)
+            rows = masks[name] if unselected == "frozen" else torch.tensor(True)
+            rows = rows[:, None] if unselected == "frozen" and weights[name].dim() == 2 else rows
             weights[name] = torch.where(rows, new, weights[name])
             first[name], second[name] = torch.where(rows, m, first[name]), torch.where(rows, v, second[name])
             state = optimizer.state[parameters[name]]

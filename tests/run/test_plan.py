@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,8 @@ def measured(model, optimizer, prompt, lengths, tokens_per_pass):
         (WIDE, 64, [40, 200, 90, 130, 250, 10], 500),  # a short one: a pass is
         (DEEP, 300, [100] * 4, 100),
         (DEEP, 32, [500] * 4, 1000),
+        ({**DEEP, "family": "llama"}, 32, [500] * 4, 1000),
+        ({**WIDE, "family": "qwen2", "head_dim": 16}, 1024, [64] * 16, 128),
     ],
 )
 def test_predicted_memory_is_within_15_percent_of_the_measured_peak(
@@ -122,9 +125,11 @@ def test_a_long_completion_does_not_make_memory_of_short_ones():
 
 def test_the_whole_is_the_sum_of_parts_sharded_over_ranks():
     c = Qwen3Config.preset("8B")
-    block, rest = plan.parameter_counts(c)
-    with torch.device("meta"):
-        assert block * c.num_hidden_layers + rest == sum(p.numel() for p in Qwen3(c).parameters())
+    for family in ("llama", "qwen2", "qwen3"):
+        c = replace(c, family=family)
+        block, rest = plan.parameter_counts(c)
+        with torch.device("meta"):
+            assert block * c.num_hidden_layers + rest == sum(p.numel() for p in Qwen3(c).parameters())
     one, _ = plan.training_memory(c, 28672, 8192, True, 1, 2)
     eight, _ = plan.training_memory(c, 28672, 8192, True, 8, 2)
     both, _ = plan.training_memory(c, 28672, 8192, True, 8, 2, reference=True)

@@ -7,12 +7,14 @@ import json
 import math
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from conftest import ROOT, names_of_runs, output_of, refusal, run_here
 from safetensors.torch import load_file
 
@@ -20,7 +22,7 @@ from base.cli import parse
 from model import Qwen3, Qwen3Config
 from prompts import chat
 from run.config import Config, check
-from run.dry_run import PASSED
+from run.dry_run import PASSED, small_sizes
 from saliency import select_rows
 
 TINY = ROOT / "assets" / "tiny"
@@ -193,6 +195,17 @@ def test_a_dry_run_of_sft(size, files, tmp_path):
     assert metrics["loss"] == pytest.approx(math.log(vocabulary), rel=0.1)  # random weights know nothing
     assert metrics["tokens"] == 512 and metrics["learning_rate"] == pytest.approx(1e-5 / 50)
     assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("family, heads, head_dim", [("llama", 9, 64), ("qwen2", 14, 64), ("qwen3", 16, 128)])
+def test_the_small_model_of_a_dry_run_is_one_that_its_family_can_have(family, heads, head_dim):
+    """The heads of SmolLM2-135M, Qwen2.5-0.5B, Qwen3-0.6B."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": head_dim}
+    small = replace(Qwen3Config.preset("0.6B"), family=family, **sizes)
+    small = replace(small, **small_sizes(small))
+    assert small.hidden_size < 500
+    assert Qwen3Config.from_dict(json.loads(json.dumps(small.to_dict()))) == small
+    transformers.AutoConfig.for_model(**small.to_dict())  # checks it as vLLM will
 
 
 def test_a_dry_run_refuses_what_training_would(files, tmp_path):

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, make_small, python, refusal, run_here
+from conftest import FAMILIES, ROOT, make_small, python, refusal, run_here
 from safetensors.torch import load_file, save_file
 
 import saliency
@@ -79,6 +79,16 @@ def test_the_script_of_saliency_py(tmp_path):
     assert f"{100 * summary['overlap']['k']['mean']:.1f}" in printed
     for name in ("queries.png", "keys.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_model_without_norms_has_one_site(tmp_path):
+    make_small(**FAMILIES["llama"], vocab_size=896).save_pretrained(tmp_path / "c", companions_from=TINY)
+    out, how = tmp_path / "out", ("--prompts", 2, "--facts", 3, "--filler", 0, "--layers", 0)
+    run_here("studies/magnitudes.py", tmp_path / "c", *how, "--out", out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert "proj" in summary and not {"norm", "overlap"} & summary.keys()
+    assert (out / "proj.safetensors").exists() and not (out / "norm.safetensors").exists()
+    assert "which has no q_norm" in refusal("train.py", "--model", tmp_path / "c", "--site", "norm")
 
 
 @pytest.mark.parametrize(
