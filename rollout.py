@@ -82,13 +82,16 @@ class Completion:
 
 @dataclass
 class Group:
-    """One prompt and its completions; `index` is its place among all prompts drawn, which fixes its seed."""
+    """One prompt and its completions; `index` is its place among all prompts drawn, which fixes its seed,
+    `id` its row's."""
 
     index: int
     prompt: list  # P token ids
     completions: list  # G Completions
-    rewards: torch.Tensor  # (G,) as the reward function gave them
+    rewards: torch.Tensor = None  # (G,) as the reward function gave them
+    id: str | int = ""
     advantages: torch.Tensor = None  # (G,)
+    entropies: torch.Tensor = None  # (G,) means over tokens, nats, by the trainer
     old_logprobs: list = None  # G times (R_i,), on the rank that trains it
     marked: list = None  # G times (R_i,) bool, by clip-cov or kl-cov
 

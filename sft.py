@@ -8,9 +8,10 @@ each read as if it were alone: positions restart, attention stays within a docum
 the loss is the mean over all trained tokens of the step. So neither packing nor the number of ranks changes
 what is computed. Documents longer than --context are dropped and counted.
 
-A run leaves in --out: config.json (every setting), metrics.jsonl, loss.png, checkpoint/ (a Hugging Face
-directory), and checkpoints/ that the same command with --resume auto goes on from (run/resume.py; to the same
-weights, on a CPU bit for bit). At SIGTERM and SIGINT it saves and exits with code 75 (base/interrupt.py).
+A run leaves in --out: config.json (every setting), metrics.jsonl, samples.jsonl (some documents of each step,
+run/samples.py), loss.png, checkpoint/ (a Hugging Face directory), and checkpoints/ that the same command with
+--resume auto goes on from (run/resume.py; to the same weights, on a CPU bit for bit). At SIGTERM and SIGINT
+it saves and exits with code 75 (base/interrupt.py).
 
 metrics.jsonl, one object a step
   step, epoch                  steps done; how often the rows have been drawn on average
@@ -23,7 +24,6 @@ metrics.jsonl, one object a step
                                runs with the same seed on the same machine
 """
 
-import dataclasses
 import itertools
 import math
 import sys
@@ -41,7 +41,7 @@ from base.interrupt import EXIT_CODE, Interrupt
 from core import memory, parallel, schedule
 from model import Qwen3
 from prompts import chat, load, sources
-from run import dry_run, plan, resume
+from run import dry_run, plan, resume, samples
 from run.config import Shared, check_shared
 from run.journal import Journal
 from run.preflight import check_model
@@ -67,8 +67,8 @@ class Config(Shared):
 
 # What may differ when the run goes on; the data's and the model's files are compared by what is in them.
 MAY_CHANGE = (
-    "out data model resume save_every keep max_skips deterministic tokens_per_pass checkpointing dry_run "
-    "plan ranks gpu_memory"
+    "out data model resume save_every keep log_groups max_skips deterministic tokens_per_pass checkpointing "
+    "dry_run plan ranks gpu_memory"
 ).split()
 
 one_line_errors()
@@ -135,10 +135,7 @@ if checkpoint:
     resume.load(checkpoint, model, optimizer)
     resume.set_random_states(state["random"])
 done, skips = (state["step"], state["skips_in_a_row"]) if checkpoint else (0, 0)
-journal = Journal(out, "sft", config.steps, done, main)
-if main:
-    settings = {**dataclasses.asdict(config), "ranks": world, "device": str(device)}
-    durable.write_json(out / "config.json", settings)
+journal = Journal(out, config, done, "sft", device)
 
 
 def save(step):
@@ -177,8 +174,7 @@ with journal:
         if mesh:
             dist.all_reduce(loss_sum)
         norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        schedule.set_rate(optimizer, rate)
         skips = 0 if math.isfinite(norm) and loss_sum.isfinite() else skips + 1  # of all ranks, so they agree
         if skips > config.max_skips:
             raise BadInput(
@@ -194,7 +190,7 @@ with journal:
             "epoch": step * config.batch / row_count,
             "loss": loss_sum.item(),
             "grad_norm": norm,
-            "learning_rate": optimizer.param_groups[0]["lr"],
+            "learning_rate": rate,
             "documents": len(rows),
             "tokens": tokens,
             "tokens_trained": trained,
@@ -203,7 +199,8 @@ with journal:
             "seconds": round(elapsed, 4),
             "tokens_per_second": round(tokens / elapsed, 1),
         }
-        journal.step(metrics, "loss")
+        shown = samples.of_documents(step, rows, config.log_groups, encode, tokenizer)
+        journal.step(metrics, "loss", shown)
         stop = interrupt.asked()
         if stop or step % config.save_every == 0 or step == config.steps:
             save(step)

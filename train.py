@@ -17,7 +17,6 @@ import math
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -28,13 +27,13 @@ import dapo
 import grpo
 import losses
 import saliency
-from base import durable, plot, processes
+from base import processes
 from base.cli import BadInput, one_line_errors, parse
 from base.interrupt import EXIT_CODE, Interrupt
 from core import memory, parallel, schedule
 from model import Qwen3
 from prompts import chat, load, scoring
-from run import dry_run, metrics, plan, resume
+from run import dry_run, metrics, plan, resume, samples
 from run.config import MAY_CHANGE, Config, check
 from run.held_out import evaluate
 from run.journal import Journal
@@ -113,25 +112,36 @@ clock = metrics.Clock(device)
 # ---------------------------------------------------------------------------------------- rollout and reward
 
 
-def sample(rows, indices, n, temperature, show_bar=False):
-    """rows and their indices -> Groups with rewards, on every rank the same list in the same order.
+def share_of_engine(items):
+    return items[rank // config.tensor_parallel :: world // config.tensor_parallel]
 
-    Each engine samples its share; the seed of a completion depends on its prompt's index and its place only.
-    """
-    engine_index, engines = rank // config.tensor_parallel, world // config.tensor_parallel
-    rows, indices = rows[engine_index::engines], indices[engine_index::engines]
+
+def generate(rows, indices, n, temperature, show_bar=False):
+    """rows and their indices -> Groups without rewards, those of this rank's engine. The seed of a completion
+    depends on its prompt's index and its place only."""
+    rows, indices = share_of_engine(rows), share_of_engine(indices)
     with clock.stage("rollout"):
         encoded = [encode(row) for row in rows]
         seeds = [config.seed * 2**32 + index * max(n, config.completions) for index in indices]
         how = temperature, config.max_completion, seeds, stop_ids, show_bar and main
         sampled = engine.generate(encoded, n, *how) if encoded else []
+    parts = zip(indices, encoded, sampled, rows, strict=True)
+    return [Group(index, prompt, completions, id=row["id"]) for index, prompt, completions, row in parts]
+
+
+def score(groups, rows):
+    """What `generate` made of the rows -> Groups with rewards, of all engines, on every rank the same list in
+    the same order."""
 
     def scored():
-        texts = [[tokenizer.decode(c.ids, skip_special_tokens=True) for c in group] for group in sampled]
-        answers = [chat.answer_text(text, config.thinking) for group in texts for text in group]
-        repeated = [row for row in rows for _ in range(n)]
-        rewards = torch.tensor(score_all(list(zip(answers, repeated, strict=True)))).view(len(rows), n)
-        return [Group(*group) for group in zip(indices, encoded, sampled, rewards, strict=True)]
+        pairs = []
+        for group, row in zip(groups, share_of_engine(rows), strict=True):
+            texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in group.completions]
+            pairs += [(chat.answer_text(text, config.thinking), row) for text in texts]
+        rewards = torch.tensor(score_all(pairs)).split([len(group.completions) for group in groups])
+        for group, own in zip(groups, rewards, strict=True):
+            group.rewards = own
+        return groups
 
     with clock.stage("reward"):
         everyone = processes.gather_or_fail(scored)
@@ -139,11 +149,19 @@ def sample(rows, indices, n, temperature, show_bar=False):
     return sorted((group for groups in leaders for group in groups), key=lambda group: group.index)
 
 
+def sample(rows, *how, **more):
+    """`generate`, then `score`."""
+    return score(generate(rows, *how, **more), rows)
+
+
 def sample_round(number):
     """-> the groups of round `number` of this step's sampling."""
     first = progress.prompts_drawn + number * config.prompts
     indices = list(range(first, first + config.prompts))
-    return sample([source[i] for i in indices], indices, config.completions, config.temperature)
+    rows = [source[i] for i in indices]
+    shown.rounds.append(generate(rows, indices, config.completions, config.temperature))
+    shown.rounds[-1] = score(shown.rounds[-1], rows)
+    return shown.rounds[-1]
 
 
 def set_advantages(group):
@@ -217,18 +235,10 @@ def train_pass(group, part, leaves, ref_logprobs, totals, tally):
     loss, stats = policy_loss(logprobs, old, advantages, lengths, totals, **terms)
     with clock.stage("backward"):  # FSDP2 averages gradients over ranks; ours is a sum (core/parallel.py)
         (loss * (world if mesh else 1)).backward()
-    tally.add(loss, stats, entropies, old, sampler, config.importance_cap)
+    tally.add(group, part, loss, stats, entropies, old, sampler, config.importance_cap)
 
 
 # ----------------------------------------------------------------------------------------- around the steps
-
-
-def metrics_of_step(batch, sampled, rounds, updates):
-    """-> the step's line of metrics.jsonl."""
-    line = {"step": progress.step, "prompts_drawn": progress.prompts_drawn, "rounds": rounds}
-    line |= metrics.of_rollout(sampled, batch) | metrics.of_updates(updates, config.updates)
-    line |= {"learning_rate": learning_rate, **clock.metrics(line["tokens_trained"])}
-    return line
 
 
 def save():
@@ -246,10 +256,9 @@ def saved_before_it_stops():
         raise BadInput(f"step {progress.step + 1}: {error}") from error
 
 
-journal = Journal(directory, "train", config.steps, progress.step, main)
+shown = samples.Groups(tokenizer, config.log_groups)
+journal = Journal(directory, config, progress.step, "train", device, shown.of_failure)
 if main:
-    settings = {**asdict(config), "ranks": world, "device": str(device)}
-    durable.write_json(directory / "config.json", settings)
     going_on = f", going on after step {progress.step}" if checkpoint else ""
     print(f"run directory: {directory}{going_on}", flush=True)
 if held_out and config.eval_before and not checkpoint:
@@ -257,13 +266,12 @@ if held_out and config.eval_before and not checkpoint:
 
 # ------------------------------------------------------------------------------------------------------ loop
 
-first, interrupt = progress.step + 1, Interrupt()
+first, G, interrupt = progress.step + 1, config.completions, Interrupt()
 with journal:
     for step in range(first, config.steps + 1):
         clock.restart()
         learning_rate = config.learning_rate * schedule.warmup_factor(step, config.warmup)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate
+        schedule.set_rate(optimizer, learning_rate)
         with saved_before_it_stops():
             wanted, most = config.prompts, config.max_rounds
             batch, sampled, rounds = dapo.fill_batch(sample_round, keep, wanted, most, interrupt.asked)
@@ -279,9 +287,7 @@ with journal:
         updates = []
         for update, minibatch in enumerate(minibatches, step * config.updates):
             tally = metrics.Tally(minibatch, config.context_parallel, device)
-            totals = grpo.Totals(
-                len(minibatch) * config.completions, max(1, tally.tokens), config.max_completion
-            )
+            totals = grpo.Totals(len(minibatch) * G, max(1, tally.tokens), config.max_completion)
             if marked_tokens:
                 losses.mark(minibatch, marked_tokens, config.seed * 2**32 + update)
             with saliency.Tracker(model, config.site, config.saliency_tokens) as tracker:
@@ -313,7 +319,9 @@ with journal:
             engine.sync(model)
 
         progress.finish_step(step, rounds * config.prompts)
-        journal.step(metrics_of_step(batch, sampled, rounds, updates), "reward")
+        done = batch, sampled, rounds, updates, config.updates, learning_rate
+        line = metrics.of_step(progress, *done, clock)
+        journal.step(line, "reward", shown.of_step(step, batch, sampled))
         if step % config.save_every == 0 or step == config.steps:
             save()
 
@@ -331,12 +339,7 @@ interrupt.close()
 after = evaluate(held_out, sample, config.eval_completions, "after: " * main)
 model.save_pretrained(directory / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
-    if after:
-        durable.write_json(directory / "results.json", {"before": progress.before, "after": after})
-    plot.reward_curve(directory)
-    if progress.masks:  # unless every update was skipped
-        plot.save_magnitudes(directory / "magnitudes.safetensors", progress.magnitudes, progress.masks)
-        plot.heatmap(directory)
+    progress.write_results(directory, after)
     done = f"checkpoint: {directory}/checkpoint  figures: reward.png, magnitudes.png"
     print(dry_run.PASSED if config.dry_run else done)
 engine.close()

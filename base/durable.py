@@ -63,18 +63,22 @@ def publish(partial, directory):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def append(file, row):
-    """Append a dictionary as one line to a JSONL file, and wait until it is on disk.
+def append(file, *rows):
+    """Append dictionaries, one line each, to a JSONL file, and wait until they are on disk.
 
     file: opened for appending bytes, without a buffer, which would try to write again when the process ends.
     NaN and infinity, which JSON cannot represent, become null. Raises BadInput when the disk cannot be
     written.
     """
-    infinite = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-    line = (json.dumps(row | dict.fromkeys(infinite), allow_nan=False) + "\n").encode()
+    lines = b""
+    for row in rows:
+        infinite = [
+            key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)
+        ]
+        lines += (json.dumps(row | dict.fromkeys(infinite), allow_nan=False) + "\n").encode()
     try:
-        while line:
-            line = line[file.write(line) :]
+        while lines:
+            lines = lines[file.write(lines) :]
         os.fsync(file.fileno())
     except OSError as error:
         raise BadInput(f"{file.name} cannot be written: {error.strerror}") from error

@@ -94,6 +94,12 @@ def warmup_factor(step, warmup):
     return min(1.0, step / max(1, warmup))
 
 
+def set_rate(optimizer, rate):
+    """Give all parameters this learning rate."""
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = rate
+
+
 def cosine_factor(done, steps):
     """-> the learning rate's factor after `done` of `steps` steps: a cosine from 1 down to a tenth."""
     return 0.55 + 0.45 * math.cos(math.pi * (done / steps))

@@ -1,36 +1,51 @@
 """What a run writes as it goes, so that it can be read while it runs and after a kill."""
 
-from base import bars, durable
+import contextlib
+from dataclasses import asdict
+
+from base import bars, durable, processes
+from base.cli import BadInput
 from run import resume
 
 
 class Journal:
-    """metrics.jsonl, and a bar on the terminal, of a run of train.py or sft.py. `with journal:` stands around
-    the steps.
+    """config.json, metrics.jsonl and samples.jsonl of a run of train.py or sft.py, and a bar on the terminal.
+    `with journal:` stands around the steps.
 
-    Every rank has one and calls it alike; only with `main`, on rank 0, does it write anything. steps, done:
-    of the whole run, and those that an earlier life has made. Raises BadInput as resume.open_metrics, and
-    when the disk cannot be written.
+    Every rank has one and calls it alike; only rank 0 writes. config: the script's, all resolved; done: steps
+    that an earlier life has made; name: of the bar; of_failure(step): lines of samples.jsonl about a step
+    that ends the run. Raises BadInput as resume.open_metrics and open_samples, and when the disk cannot be
+    written.
     """
 
-    def __init__(self, directory, name, steps, done, main):
-        self.main, self.directory = main, directory
-        if main:
+    def __init__(self, directory, config, done, name, device, of_failure=lambda step: []):
+        rank, world = processes.rank_and_world()
+        self.writes, self.done, self.of_failure = rank == 0, done, of_failure
+        self.of_bar = {"total": config.steps, "initial": done, "desc": name}
+        if self.writes:
             self.metrics = resume.open_metrics(directory / "metrics.jsonl", done)
-        self.of_bar = {"total": steps, "initial": done, "desc": name, "disable": not main}
+            self.samples = resume.open_samples(directory / "samples.jsonl", done)
+            settings = {**asdict(config), "ranks": world, "device": str(device)}
+            durable.write_json(directory / "config.json", settings)
 
     def __enter__(self):
-        self.bar = bars.bar(**self.of_bar, unit="step", leave=False)
+        self.bar = bars.bar(**self.of_bar, unit="step", leave=False, disable=not self.writes)
         return self
 
     def __exit__(self, kind, error, traceback):
+        """The steps are over, or an error has ended them, of which the user hears first."""
         self.bar.leave = error is None
         self.bar.close()
+        if error and self.writes:
+            with contextlib.suppress(BadInput):
+                durable.append(self.samples, *self.of_failure(self.done + 1))
 
-    def step(self, line, shown):
-        """A step has ended. line: its metrics; shown: the metric and its format to show on the bar."""
-        if self.main:
+    def step(self, line, show, samples):
+        """A step has ended. line: its metrics; show: the one of them that the bar shows; samples: its lines
+        of samples.jsonl."""
+        self.done = line["step"]
+        if self.writes:
+            durable.append(self.samples, *samples)
             durable.append(self.metrics, line)
-            tokens = f"{line['tokens_per_second']:,.0f} tokens/s"
-            self.bar.set_postfix_str(f"{shown} {line[shown]:.3f}, {tokens}")
+            self.bar.set_postfix_str(f"{show} {line[show]:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
             self.bar.update()

@@ -71,17 +71,22 @@ class Clock:
 
 
 class Tally:
-    """What the passes of an update add up: SUMS over its completion tokens, and the largest mismatch."""
+    """What the passes of an update add up: SUMS over its completion tokens, the largest mismatch, and each
+    completion's entropy."""
 
     def __init__(self, groups, context_parallel, device):
+        self.groups, self.places = groups, {group.index: i for i, group in enumerate(groups)}
         self.tokens = sum(sum(group.known_lengths) for group in groups)  # over all ranks
         self.context_ranks = context_parallel  # they share a group's tokens, and all of them add its sums
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.mismatch_max = torch.zeros(1, dtype=torch.float64, device=device)
+        sizes = len(groups), len(groups[0].completions)
+        self.entropies = torch.zeros(sizes, dtype=torch.float64, device=device)  # sums over tokens
 
     @torch.no_grad()
-    def add(self, loss, stats, entropies, old_logprobs, sampler_logprobs, importance_cap):
-        """A pass: its loss and grpo.LossStats; of its tokens, (N,) each, entropies and log-probabilities."""
+    def add(self, group, part, loss, stats, entropies, old_logprobs, sampler_logprobs, importance_cap):
+        """A pass, the completions `part` of a group: its loss and grpo.LossStats; of its tokens, (N,) each,
+        entropies and log-probabilities."""
         d = (old_logprobs - sampler_logprobs).double()
         sums = {
             "loss": loss,
@@ -96,12 +101,20 @@ class Tally:
         self.sums += torch.stack([sums[name].double() for name in SUMS]) / self.context_ranks
         if len(d):  # a pass may have no token left
             self.mismatch_max = torch.maximum(self.mismatch_max, d.abs().max())
+        own = entropies.split([group.known_lengths[i] for i in part])
+        own = torch.stack([each.sum() for each in own]).double() / self.context_ranks
+        row, places = self.entropies[self.places[group.index]], torch.tensor(part, device=own.device)
+        row.index_add_(0, places, own)
 
     def reduce(self):
-        """Sum over all ranks, on each; one copy to the CPU for all that is read of the sums."""
-        dist.all_reduce(self.sums)
+        """Sum over all ranks, on each, and give each group the mean entropies of its completions; one copy
+        to the CPU for all of it."""
+        flat = torch.cat((self.sums, self.entropies.flatten()))
+        dist.all_reduce(flat)
         dist.all_reduce(self.mismatch_max, dist.ReduceOp.MAX)
-        self.sums = self.sums.cpu()
+        self.sums, entropies = flat.cpu().split((len(SUMS), self.entropies.numel()))
+        for group, own in zip(self.groups, entropies.view(self.entropies.shape), strict=True):
+            group.entropies = own / torch.tensor(group.known_lengths)
 
     @property
     def finite(self):
@@ -125,6 +138,14 @@ class Tally:
         self.of_update = dict(zip(OF_UPDATE, values, strict=True))
         self.mask_overlap = saliency.overlap(masks, previous_masks).item() if previous_masks else None
         return self
+
+
+def of_step(progress, batch, sampled, rounds, updates, wanted, learning_rate, clock):
+    """The line of a step that has ended, see above. wanted: the number of updates it should make."""
+    line = {"step": progress.step, "prompts_drawn": progress.prompts_drawn, "rounds": rounds}
+    line |= of_rollout(sampled, batch) | of_updates(updates, wanted)
+    line |= {"learning_rate": learning_rate, **clock.metrics(line["tokens_trained"])}
+    return line
 
 
 def of_rollout(sampled, batch):

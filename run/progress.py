@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from base import durable, plot
 from base.cli import BadInput
 from run import resume
 
@@ -40,6 +41,16 @@ class Progress:
     def finish_step(self, step, prompts):
         self.step, self.prompts_drawn = step, self.prompts_drawn + prompts
         self.random = resume.random_states()
+
+    def write_results(self, directory, after):
+        """What a run leaves at its end beside the model: results.json and figures. after: held-out accuracy,
+        {} without held-out prompts."""
+        if after:
+            durable.write_json(directory / "results.json", {"before": self.before, "after": after})
+        plot.reward_curve(directory)
+        if self.masks:  # unless every update was skipped
+            plot.save_magnitudes(directory / "magnitudes.safetensors", self.magnitudes, self.masks)
+            plot.heatmap(directory)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 

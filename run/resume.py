@@ -347,3 +347,22 @@ def open_metrics(path, step):
         )
     durable.write(path, "".join(lines))
     return open(path, "ab", buffering=0)
+
+
+def open_samples(path, step):
+    """Cut samples.jsonl to the lines of steps 1 to `step` -> the file, for durable.append. A file that is not
+    there begins empty: nothing is computed from it. Raises BadInput for a damaged line among those kept."""
+    path.touch()
+    end, damaged = 0, 0
+    with open(path, "rb") as file:
+        for place, line in enumerate(file, 1):
+            found = re.fullmatch(rb'\{"step": (\d+), .*\}\n', line)
+            if found and int(found[1]) <= step:
+                end += len(line)
+                if damaged:
+                    raise BadInput(f"{path}: line {damaged} is damaged; remove that line, or the file")
+            else:
+                damaged = damaged or place  # or of a later step, or half written
+    os.truncate(path, end)
+    durable.sync(path)
+    return open(path, "ab", buffering=0)

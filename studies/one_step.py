@@ -144,7 +144,7 @@ def train_pass(config, model, group, part, leaves, totals, tally):
     policy_loss, _ = losses.choose(config)
     loss, stats = policy_loss(logprobs, old, advantages, lengths, totals, importance=importance)
     loss.backward()
-    tally.add(loss, stats, entropies, old, sampler, config.importance_cap)
+    tally.add(group, part, loss, stats, entropies, old, sampler, config.importance_cap)
     at_keys = leaves.keys[LAYER].grad.norm().item()
     own = dict(zip(part, old.split(lengths)))
     return SimpleNamespace(part=part, logprobs=own, loss=loss, at_keys=at_keys)

@@ -176,6 +176,10 @@ def read_metrics(run):
     return [{key: m[key] for key in m if key not in ("seconds", "tokens_per_second")} for m in lines]
 
 
+def read_samples(run):
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
 def refusal(script, *arguments):
     """The message of the BadInput that a script run here ends with."""
     with pytest.raises(BadInput) as caught:

@@ -390,7 +390,7 @@ def test_every_metric_is_explained_and_no_other():
     group.prompt = [1]
     clock = metrics.Clock(torch.device("cpu")).metrics(3)
     written = {*metrics.of_rollout([group], [group]), *metrics.of_updates([], 1), *clock}
-    assert documented(metrics.__doc__) == written | keys_of("train.py", "line ")
+    assert documented(metrics.__doc__) == written | keys_of("run/metrics.py", "line ")
     sft = ast.get_docstring(ast.parse((ROOT / "sft.py").read_text()))
     assert documented(sft) == keys_of("sft.py", "metrics = ")
 

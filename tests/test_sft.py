@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import ROOT, read_metrics, refusal, run_here, run_ranks, run_script
+from conftest import ROOT, read_metrics, read_samples, refusal, run_here, run_ranks, run_script
 from safetensors.torch import load_file
 
 from base import durable
@@ -80,7 +80,8 @@ def test_the_first_loss_is_the_models_by_transformers_and_a_fixed_number(runs):
 def test_a_run_leaves_what_it_promises(runs):
     run = runs / "whole"
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoint", "checkpoints", "config.json", "lock", "loss.png", "metrics.jsonl"
+        "checkpoint", "checkpoints", "config.json", "lock", "loss.png", "metrics.jsonl",
+        "samples.jsonl",
     ]  # fmt: skip
     metrics = read_metrics(run)
     assert [m["step"] for m in metrics] == [1, 2, 3] and metrics[-1]["epoch"] == 0.9
@@ -94,6 +95,15 @@ def test_a_run_leaves_what_it_promises(runs):
     start, end = Qwen3.from_pretrained(TINY), Qwen3.from_pretrained(run / "checkpoint")
     assert all((a != b).any() for a, b in zip(start.parameters(), end.parameters(), strict=True))
     assert transformers.AutoTokenizer.from_pretrained(run / "checkpoint").chat_template
+    said = {(m["content"], row["messages"][0]["content"]) for row in chats() for m in row["messages"][1::2]}
+    samples = read_samples(run)
+    assert [line["step"] for line in samples] == [1, 1, 2, 2, 3, 3]
+    for line in samples:
+        marked = [line["text"][start:end] for start, end in line["trained"]]
+        question = line["text"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+        assert marked and all(text.endswith("<|im_end|>") for text in marked)
+        assert (marked[0].removesuffix("<|im_end|>"), question) in said
+    assert len(samples[0]["text"]) < len(samples[1]["text"])  # the shortest and the longest of the step
 
 
 def test_two_ranks_small_passes_and_recomputed_blocks_give_the_metrics_of_one_process(runs):
@@ -133,7 +143,7 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(runs):
     )
     assert "exists; --resume auto goes on with it" in refusal(*command(runs, "killed"))
     run_here(*command(runs, "killed", "--resume", step, "--checkpointing"))
-    assert read_metrics(killed) == read_metrics(whole)
+    assert read_metrics(killed) == read_metrics(whole) and read_samples(killed) == read_samples(whole)
     files = [load_file(run / "checkpoint" / "model.safetensors") for run in (whole, killed)]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     left = sorted(path.name for path in (killed / "checkpoints").iterdir())
@@ -144,9 +154,10 @@ def test_a_signal_makes_it_save_and_end_with_code_75(runs, monkeypatch):
     """SIGTERM comes as the first line of metrics.jsonl is written; no checkpoint was due."""
     append = durable.append
 
-    def signalled(file, row):
-        append(file, row)
-        signal.raise_signal(signal.SIGTERM)
+    def signalled(file, *rows):
+        append(file, *rows)
+        if file.name.endswith("metrics.jsonl"):
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(durable, "append", signalled)

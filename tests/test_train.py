@@ -11,11 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, output_of, read_metrics, refusal, run_nodes, run_ranks, run_script
+from conftest import (
+    ROOT,
+    output_of,
+    read_metrics,
+    read_samples,
+    refusal,
+    run_nodes,
+    run_ranks,
+    run_script,
+)
 from inputs import rows
 
 from base.cli import BadInput
 from model import Qwen3
+from prompts import chat, tasks
+from prompts import rewards as rewards_module
 from run.config import Config, check
 
 TINY = ROOT / "assets" / "tiny"
@@ -80,6 +91,7 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     help_text = output_of("train.py", "--help")
     undocumented = [key for key in keys if not re.search(rf"\b{key}\b", help_text)]
     assert not undocumented
+    check_samples(read_samples(run), metrics)
 
     ours = Qwen3.from_pretrained(run / "checkpoint")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32)
@@ -107,9 +119,39 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     more = "--reward-workers", 2, "--deterministic"
     train(name, *flags[len(SHORT) :], *more, env={"PYTHONPATH": str(ROOT / "bench")})
     assert read_metrics(killed) == metrics
-    assert (killed / "results.json").read_text() == (run / "results.json").read_text()
+    for name in ("results.json", "samples.jsonl"):
+        assert (killed / name).read_bytes() == (run / name).read_bytes()
     weights = [(r / "checkpoint" / "model.safetensors").read_bytes() for r in (run, killed)]
     assert weights[0] == weights[1]
+
+
+def check_samples(lines, metrics):
+    """Of a run whose steps each draw more than 2 groups beyond the 4 that they train."""
+    assert [(line["step"], line["used"]) for line in lines] == [
+        (step, used) for step in (1, 2) for used in ("trained", "trained", "dropped", "dropped")
+    ]
+    drawn = [m["prompts_drawn"] for m in metrics]
+    for line in lines:
+        step, trained = line["step"], line["used"] == "trained"
+        number = int(line["prompt_id"].removeprefix("recall-train 0-"))
+        assert ([0, *drawn][step - 1]) <= number < drawn[step - 1]
+        row = tasks.Source("recall", "train 0", 6, 6)[number]
+        assert line["prompt"] == chat.render([{"role": "user", "content": row["prompt"]}], False)
+        assert line["prompt_tokens"] > 100 and len(line["completions"]) == 4
+        rewards = []
+        for completion in line["completions"]:
+            text = completion["text"].removesuffix("<|im_end|>")
+            assert (text != completion["text"]) == completion["finished"]
+            assert completion["reward"] == rewards_module.exact(text, row)
+            assert 0 < completion["tokens"] <= 24 and completion["logprob"] < 0
+            assert trained == (completion["advantage"] is not None) == (completion["entropy"] is not None)
+            rewards.append(completion["reward"])
+        assert len(set(rewards)) == (2 if trained else 1)
+    for first, last in zip(lines[::2], lines[1::2]):  # from the worst to the best
+        worst, best = (sum(c["reward"] for c in line["completions"]) for line in (first, last))
+        assert worst <= best
+    entropies = [c["entropy"] for line in lines for c in line["completions"] if c["entropy"] is not None]
+    assert 0 < min(entropies) <= metrics[0]["entropy"] * 3 and max(entropies) < 7
 
 
 def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
@@ -204,6 +246,10 @@ def test_own_data_and_reward_through_a_toml_file_and_numbers_that_are_not_finite
     assert (
         result.returncode == 1 and "train.py: error: step 3: loss or gradient was not finite" in result.stderr
     )
+    failed = read_samples(run)[-2:]
+    assert [(line["step"], line["used"]) for line in failed] == [(3, "failed")] * 2
+    assert failed[0]["prompt_id"].startswith("rows.jsonl line ")
+    assert any(c["entropy"] is not None for line in failed for c in line["completions"])
     first, second = read_metrics(run)
     assert 0 < first["reward"] < 1 and (first["skipped"], second["skipped"]) == (0, 1)
     assert first["tokens_dropped"] > 1 and second["tokens_dropped"] == 0
@@ -236,6 +282,9 @@ def test_a_reward_that_fails_costs_no_step(runs, tmp_path):
     assert last.startswith("train.py: error: step 2: the reward function failed on row rows.jsonl line ")
     assert (ROOT / "runs" / name / "checkpoints" / "LATEST").read_text() == "step-000001\n"
     assert len(read_metrics(ROOT / "runs" / name)) == 1
+    failed = read_samples(ROOT / "runs" / name)[-2:]
+    assert [(line["step"], line["used"]) for line in failed] == [(2, "failed")] * 2
+    assert {c["reward"] for line in failed for c in line["completions"]} == {None}
 
 
 STALE = """

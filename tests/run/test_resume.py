@@ -3,6 +3,7 @@ fails leaves the rest whole. tests/ranks.py has the part with several ranks, tes
 whole runs that are killed."""
 
 import json
+import math
 import os
 import pickle
 import random
@@ -280,6 +281,21 @@ def test_metrics_are_cut_to_the_step_and_missing_lines_are_named(tmp_path):
     assert path.read_text() == ""
     with pytest.raises(BadInput, match="does not have"):
         resume.open_metrics(tmp_path / "none.jsonl", 1)
+
+
+def test_samples_are_cut_to_the_step_and_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    resume.open_samples(path, 3).close()
+    assert path.read_text() == ""
+    lines = [f'{{"step": {step}, "text": "}}"}}\n' for step in (1, 1, 2, 3)]
+    path.write_text("".join(lines) + '{"step": 3, "te')
+    with resume.open_samples(path, 2) as file:
+        durable.append(file, {"step": 3, "x": 1}, {"step": 3, "x": math.inf})
+    kept = path.read_text()
+    assert kept == "".join(lines[:3]) + '{"step": 3, "x": 1}\n{"step": 3, "x": null}\n'
+    path.write_text(kept.replace("{", "[", 1))
+    with pytest.raises(BadInput, match="samples.jsonl: line 1 is damaged; remove that line"):
+        resume.open_samples(path, 2)
 
 
 def test_a_signal_is_noted_and_the_second_ends_at_once(capfd):
