@@ -119,9 +119,11 @@ if config.dry_run:
     for i in range(config.batch):
         measure(source[i])
 
-lock = resume.lock_run(out, config.resume) if main else None
+lock = resume.lock_run(out, config.resume, "sft.py", "--out") if main else None
 fixed = resume.settings(config, MAY_CHANGE)
-checkpoint, state = resume.find(out / "checkpoints", config.resume, fixed) if config.resume else (None, None)
+checkpoint = state = None
+if config.resume:
+    checkpoint, state = resume.find(out / "checkpoints", config.resume, fixed, Config())
 
 mesh = None
 if dist.is_initialized():

@@ -15,7 +15,6 @@ auto goes on with it (run/resume.py). SIGTERM and SIGINT: it saves and exits wit
 
 import math
 import sys
-import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -74,12 +73,12 @@ if config.dry_run:
     config = dry_run.of_rl(config, model_config, tokenizer, world)
     longest_prompt, held_out = config.context - config.max_completion, {}
     encode, score_all = partial(encode, limit=longest_prompt), dry_run.in_turn(score_all)
-config.name = config.name or processes.gather_or_fail(time.strftime, "%Y-%m-%d-%H%M%S")[0]  # clocks differ
+config.name = config.name or processes.on_rank_0(resume.new_name)
 directory = Path("runs") / config.name
-lock = resume.lock_run(directory, config.resume) if main else None
+lock = resume.lock_run(directory, config.resume, "train.py", "--name") if main else None
 fixed = resume.settings(config, MAY_CHANGE)
 progress = Progress(torch.Generator().manual_seed(config.seed))
-checkpoint = progress.find(directory, config.resume, fixed)
+checkpoint = progress.find(directory, config.resume, fixed, Config())
 if progress.step > config.steps:
     raise BadInput(f"--steps {config.steps}: the run has made {progress.step} already")
 

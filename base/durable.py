@@ -1,12 +1,14 @@
 """Files and directories that no crash can tear: a path has the old contents or the new, whole and on disk."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from base.cli import BadInput
@@ -27,14 +29,24 @@ def replacing(path):
     the contents are at `path`. Raises BadInput when the disk cannot be written; then `path` is unchanged."""
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.unlink(missing_ok=True)  # it may be a link, whose target is not ours
         yield partial
+        set_usual_mode(partial)
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def set_usual_mode(path):
+    """Give a file the mode of any new file; safetensors makes its files readable by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 
 def write(path, text):
@@ -48,19 +60,35 @@ def write_json(path, value):
     write(path, json.dumps(value, indent=2) + "\n")
 
 
+def remove(path):
+    """Remove a file, a link or a whole directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def new_directory(path):
+    """Make an empty directory in place of what a killed process left there -> path."""
+    remove(path)
+    path.mkdir(parents=True)
+    return path
+
+
 def publish(partial, directory):
     """Rename a complete directory `partial` to `directory`. An older one of that name is removed; for a
     moment in between there is none."""
     for path in partial.iterdir():
+        set_usual_mode(path)
         sync(path)
     sync(partial)
     old = directory.with_name(directory.name + ".old")
     if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         os.replace(directory, old)
     os.replace(partial, directory)
     sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def append(file, *rows):
@@ -84,15 +112,65 @@ def append(file, *rows):
         raise BadInput(f"{file.name} cannot be written: {error.strerror}") from error
 
 
-def lock(directory):
-    """Lock a directory for this process -> an open file that holds the lock. The system releases it when the
-    process ends, however it ends. Raises BadInput if another process has the lock."""
-    file = open(directory / "lock", "w")
+def claim(directory, kind, marks, flag="--out"):
+    """Make a directory, or enter one of the same kind, and lock it for this process -> the open file `lock`,
+    in which the kind stands. The system releases the lock when the process ends, however it ends.
+
+    kind: what this program writes, such as "evaluation". marks: files of which one tells the kind where
+    `lock` does not (older than 2026-11-26, or removed). flag: what the message says to change. Raises
+    BadInput, with nothing written, if the directory is of another kind or somebody's, if another process has
+    the lock, or if the disk cannot be written or has no locks.
+    """
+    not_ours = f"{directory} is not empty and holds no {kind} ({' or '.join(marks)}); choose another {flag}"
+    path = directory / "lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and is_foreign(directory, marks):
+            raise BadInput(not_ours)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        problem = f"{directory} cannot be written: {error.strerror}"
+        raise BadInput(f"{problem}; choose another {flag}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise BadInput(f"{path} is no file; remove it")
+    file = open(descriptor, "r+", encoding="utf-8", errors="replace")
+    if not try_lock(file, directory):
+        raise BadInput(f"{directory}: another process is running there; wait for it, or stop it")
+    there = file.read(100).strip()
+    if set(os.listdir(directory)) != {"lock"}:  # else whatever it was to be, nothing came of it
+        if there not in ("", kind):
+            raise BadInput(f"{directory} holds another kind: {there}, not {kind}; choose another {flag}")
+        if not there and is_foreign(directory, marks):
+            raise BadInput(not_ours)
+    if there != kind:
+        file.seek(0)
+        file.truncate()
+        file.write(kind + "\n")
+        file.flush()
+        os.fsync(descriptor)  # not `sync`: a second descriptor would release the lock when it is closed
+    return file
+
+
+def is_foreign(directory, marks):
+    """Whether a directory has something in it, and none of the files `marks`."""
+    names = set(os.listdir(directory)) - {"lock"}
+    return bool(names) and names.isdisjoint(marks)
+
+
+def try_lock(file, directory):
+    """Lock an open file in `directory` for this process -> False if another has it locked. Raises BadInput on
+    a disk without locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child process inherits it
-    except BlockingIOError:
-        raise BadInput(f"{directory}: another process is running there; wait for it, or stop it") from None
-    return file
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        problem = (
+            f"{directory} is on a disk without locks ({error.strerror}): two processes could write there"
+        )
+        fix = "choose a directory on another disk, or mount it with locks (NFS: lockd, Lustre: -o flock)"
+        raise BadInput(f"{problem}; {fix}") from error
+    return True
 
 
 def sha256(path):

@@ -357,8 +357,7 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None):
         shards[-1].append(name)
         room -= size
     if writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        durable.new_directory(partial)
     parameters, index = dict(model.named_parameters()), {}
     for i, names in enumerate(shards):
         numbered = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"

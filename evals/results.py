@@ -6,7 +6,8 @@ results.jsonl      one finished sample a line: id, task, length, seed, expected,
                    results.<rank>.jsonl, which rank 0 takes in at the end, or when an interrupted run is
                    started again
 results.json       settings, versions, machine, scores with standard errors (the script's)
-lock               held by the operating system for the evaluation that writes here; the empty file stays
+lock               says "evaluation", so that nothing else writes here (base/durable.py); locked by the
+                   evaluation that does. The file stays
 """
 
 import importlib.metadata
@@ -38,7 +39,7 @@ class Results:
 
     def _start(self):
         settings_file = self.out / "settings.json"
-        self.lock = lock_results(self.out, "settings.json", "evaluation")
+        self.lock = durable.claim(self.out, "evaluation", ["settings.json"])
         if settings_file.exists():
             if difference := different(read_settings(settings_file), self.settings):
                 raise BadInput(
@@ -106,21 +107,6 @@ class Results:
         path = self.out / "results.json"
         durable.write_json(path, {"settings": self.settings, **environment(tensor_parallel), **report})
         return path
-
-
-def lock_results(out, mark, what):
-    """Make the directory `out`, or use it if it is empty, has a file `mark` or was locked before -> its lock,
-    see durable.lock. Raises BadInput if it holds other files, and no `what` (such as "evaluation"), if it
-    cannot be written, or if another process has its lock."""
-    try:
-        if out.exists():
-            names = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"}
-            if names and not names & {mark, "lock"}:
-                raise BadInput(f"{out} is not empty and holds no {what} ({mark}); choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        return durable.lock(out)
-    except OSError as error:
-        raise BadInput(f"{out} cannot be written: {error.strerror}; choose another --out") from error
 
 
 def different(old, new):

@@ -66,10 +66,11 @@ class Progress:
         self.saved = self.step
         resume.save(directory, self.step, model, optimizer, state, tensors, keep)
 
-    def find(self, directory, which, settings):
+    def find(self, directory, which, settings, usual):
         """The checkpoint of a run that --resume `which` goes on from, or None; its counters are taken over at
-        once."""
-        path, state = resume.find(directory / "checkpoints", which, settings) if which else (None, None)
+        once. settings, usual: see resume.find."""
+        found = resume.find(directory / "checkpoints", which, settings, usual) if which else (None, None)
+        path, state = found
         if path:
             for name in ("step", "prompts_drawn", "skips_in_a_row", "before"):
                 setattr(self, name, state[name])

@@ -25,6 +25,7 @@ import random
 import re
 import shutil
 import sys
+import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -48,23 +49,35 @@ NONE_YET = "none yet"  # in LATEST
 # --------------------------------------------------------------------------------------------------- the run
 
 
-def lock_run(run, which):
+def lock_run(run, which, script, flag):
     """Make or enter the directory of a run -> its lock, which holds as long as this process lives. which: ""
-    for a new run, "auto" or a checkpoint's path to go on. Raises BadInput if the run exists and should not,
-    if the path is not one of its checkpoints, and if another process is in it."""
+    for a new run, "auto" or a checkpoint's path to go on. script: whose run it is; flag: that names the
+    directory. Raises BadInput as durable.claim, and if the run exists and should not, or if the path is not
+    one of its checkpoints."""
     inside = run / "checkpoints"
     ours = Path(which).is_dir() and Path(which).resolve().parent == inside.resolve()
     if which not in ("", "auto") and not ours:
         what = f"it must be auto or one of {inside}/step-N"
         raise BadInput(f"--resume {which} is not a checkpoint of this run: {what}")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        begun = set(os.listdir(run)) - {"lock"}
-    except OSError as error:
-        raise BadInput(f"{run} cannot be the directory of a run: {error.strerror}; choose another") from error
-    if not which and begun:
-        raise BadInput(f"{run} exists; --resume auto goes on with it, or choose another name or remove it")
-    return durable.lock(run)
+    lock = durable.claim(run, f"run of {script}", ["metrics.jsonl", "checkpoints"], flag)
+    if not which and set(os.listdir(run)) != {"lock"}:
+        raise BadInput(f"{run} exists; --resume auto goes on with it, or choose another {flag} or remove it")
+    return lock
+
+
+def new_name():
+    """A name for a run that is given none: date and time, and a number if another began in that second. Its
+    directory is made at once."""
+    now = time.strftime("%Y-%m-%d-%H%M%S")
+    for number in itertools.count(1):
+        name = now if number == 1 else f"{now}-{number}"
+        try:
+            Path("runs", name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise BadInput(f"runs/{name} cannot be made: {error.strerror}") from error
+        return name
 
 
 # --------------------------------------------------------------------------------------- what is in a state
@@ -137,8 +150,7 @@ def save(directory, step, model, optimizer, state, extra, keep):
 
     def begin():
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            durable.new_directory(partial)
         return state["random"]
 
     def write_shard():
@@ -162,7 +174,7 @@ def save(directory, step, model, optimizer, state, extra, keep):
         for path in set(filter(is_ours, directory.iterdir())) - set(
             kept
         ):  # older, of another life, unfinished
-            shutil.rmtree(path)
+            durable.remove(path)
 
     try:
         gather_or_fail(publish, gather_or_fail(begin), gather_or_fail(write_shard))
@@ -204,12 +216,13 @@ def read_state(path):
 # ----------------------------------------------------------------------------------------------------- find
 
 
-def find(directory, which, fixed):
+def find(directory, which, fixed, usual=None):
     """The checkpoint to go on from, verified and named in LATEST -> (its directory, its state), or (None,
     None) without one.
 
     which: "auto", the newest in `directory` that is whole, with a warning for each that is not; or the path
-    of one in there. fixed: `settings` of the run that wants to go on. Every rank must call it; they share the
+    of one in there. fixed: `settings` of the run that wants to go on; usual: a config of defaults, which may
+    have settings that its program did not have when it began. Every rank must call it; they share the
     reading. Raises BadInput for a path that is not whole, if none is whole, and if settings or files are not
     those of the run.
     """
@@ -229,7 +242,7 @@ def find(directory, which, fixed):
             raise BadInput(f"--resume: {what}; see the warnings")
         return None, None
     state = read_state(path)
-    gather_or_fail(compare, path, state, fixed)
+    gather_or_fail(compare, path, state, fixed, usual)
     if rank_and_world()[0] == 0:
         durable.write(directory / "LATEST", path.name + "\n")  # what came after it comes again
     return path, state
@@ -243,7 +256,7 @@ def candidates_for(directory, which):
     if which != "auto":
         return [directory / Path(which).name]
     newest, steps = directory / "LATEST", sorted(steps_in(directory), key=number, reverse=True)
-    text = newest.read_text(errors="replace").strip() if newest.is_file() else None
+    text = newest.read_text(errors="replace").strip().rstrip("/") if newest.is_file() else None
     if text is None and not steps:
         written = sorted({path.name for path in directory.parent.iterdir()} - {"lock", directory.name})
         if written:
@@ -258,7 +271,7 @@ def candidates_for(directory, which):
             f"--resume: {newest} names {text!r:.40}, but there is no checkpoint; remove the run to begin anew"
         )
     if directory / text in steps:
-        return [path for path in steps if number(path) <= int(text.removeprefix("step-"))]
+        return [path for path in steps if number(path) <= number(directory / text)]
     what = f"{newest} names {text!r:.40}, which is not there; trying {steps[0].name}"
     print(f"warning: {what}", file=sys.stderr)
     return steps
@@ -288,9 +301,12 @@ def damage(path):
 RENAMED = {"saliency_tokens": "tokens"}  # setting -> its name in runs of before 2026-11-26
 
 
-def compare(path, state, fixed):
+def compare(path, state, fixed, usual):
+    """Raises BadInput for the first setting that is another than in the state of a checkpoint. One that the
+    state lacks was added to the program since, and may be at its default."""
     for key, now in fixed.items():
-        before = state["settings"].get(key, state["settings"].get(RENAMED.get(key)))
+        old_name = RENAMED.get(key, key)
+        before = state["settings"].get(key, state["settings"].get(old_name, getattr(usual, key, None)))
         if key.startswith("contents") and before != now:
             raise BadInput(f"--resume {path}: the {key} are not what the run began with")
         if before != now:

@@ -53,7 +53,7 @@ import numpy as np
 from base import bars, durable, plot
 from base.cli import BadInput, brief, one_line_errors, option, parse
 from evals import stats
-from evals.results import lock_results, read_lines
+from evals.results import read_lines
 from run.config import Config as Training
 
 TRAIN = (
@@ -413,7 +413,7 @@ if __name__ == "__main__":
     wanted = [(*each, seed) for seed in seeds for each in who]
 
     if config.what != "report":
-        lock = lock_results(out, "results.jsonl", "ablation")
+        lock = durable.claim(out, "ablation", ["results.jsonl"])
         records = read_lines(path, wrong_in) if path.exists() else []  # again: they are ours from here on
         lines = [json.dumps(record) + "\n" for record in records]
         durable.write(path, "".join(lines))  # without a last line that was cut off

@@ -225,16 +225,13 @@ if __name__ == "__main__":
         raise BadInput(f"--layers {shown[-1]}: {config.checkpoint} has layers 0 to {layers - 1}")
     name = subject.name(config.checkpoint)
     out = Path(config.out or f"runs/saliency/{name}")
-    there = next(path for path in (out, *out.parents) if path.exists())
-    if not there.is_dir():
-        raise BadInput(f"--out {out}: {there} is a file; choose a directory")
+    lock = durable.claim(out, "magnitudes", ["summary.json"])
 
     model = load_model(config.checkpoint, model_config)
     sites = saliency.SITES if model_config.qk_norm else ("proj",)
     measured = {site: measure(model, prompts, site, config.tokens) for site in sites}
 
     summary = {"settings": settings, **summarize(measured, config.fraction)}
-    out.mkdir(parents=True, exist_ok=True)
     for site in sites:
         magnitudes = average(measured[site])
         masks = saliency.select_rows(magnitudes, config.fraction)

@@ -278,6 +278,7 @@ def page(s):
 
 def main(config):
     training, out = parse(Training, "", FLAGS.split()), Path(config.out)
+    lock = durable.claim(out, "one step", ["one-step.md"])
     if config.completions:
         engine = Stored(config.completions)
     else:
@@ -292,6 +293,7 @@ def main(config):
     one_step_figures.draw(s, out / "one-step", Q, K, HEAD)
     durable.write(out / "one-step.md", page(s))
     print(f"{out}/one-step.md")
+    lock.close()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ import torch
 from base import durable
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import clamp, stats, subject
-from evals.results import different, lock_results, read_results
+from evals.results import different, read_results
 from studies import magnitudes
 
 SCRIPTS = {path.name for path in Path(__file__).parent.parent.glob("eval_*.py")}
@@ -139,7 +139,7 @@ if __name__ == "__main__":
     scripts = [script_of(command) for command in commands]
     model_config, prompts, settings = magnitudes.read_prompts(config)
     out = Path(config.out or f"runs/perturb/{subject.name(config.checkpoint)}")
-    lock = lock_results(out, "untouched.safetensors", "perturbation")
+    lock = durable.claim(out, "perturbation", ["untouched.safetensors"])
 
     # The clamps: {name: how it is chosen}; those that an interrupted run left are kept.
     abouts = {}

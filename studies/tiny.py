@@ -231,5 +231,5 @@ if __name__ == "__main__":
     one_line_errors()
     config = parse(Config, __doc__)
     check(config)
-    lock = lock_run(Path(config.out), "")
+    lock = lock_run(Path(config.out), "", "studies.tiny", "--out")
     make(config, Path(config.out))

@@ -382,14 +382,20 @@ REWARD = {
 }
 
 RUNS = {
-    "used": (lambda t: at(t, {"config.json": "{}"}), "run exists; --resume auto goes on with it"),
+    "used": (lambda t: at(t, {"metrics.jsonl": ""}), "run exists; --resume auto goes on with it"),
+    "somebody's": (
+        lambda t: at(t, {"config.json": "{}"}),
+        r"run is not empty and holds no run of sft.py \(metrics.jsonl or checkpoints\); choose another --out",
+    ),
     "a file": (
         lambda t: sft(t, "--out", write(t / "file", "x")),
-        "file cannot be the directory of a run: File exists",
+        "file cannot be written: File exists; choose another --out",
     ),
-    "below a file": (lambda t: sft(t, "--out", write(t / "file", "x") / "run"), "of a run: Not a directory"),
+    "below a file": (
+        lambda t: sft(t, "--out", write(t / "file", "x") / "run"), "run cannot be written: Not a directory"
+    ),
     "name too long": (
-        lambda t: sft(t, "--out", t / ("r" * 300)), "cannot be the directory of a run: File name too long"
+        lambda t: sft(t, "--out", t / ("r" * 300)), "cannot be written: File name too long"
     ),
     "resume elsewhere": (lambda t: sft(t, "--resume", TINY), "tiny is not a checkpoint of this run"),
     "resume a damaged one": (
@@ -400,7 +406,7 @@ RUNS = {
     ),
     "saliency below a file": (
         lambda t: ["studies/magnitudes.py", TINY, "--out", write(t / "file", "x") / "run"],
-        "file is a file; choose a directory"
+        "run cannot be written: Not a directory; choose another --out"
     ),
     "figures of a broken run": (
         lambda t: (

@@ -238,9 +238,7 @@ def _refuse_too_small(sets, tokenizer, template, corpora, answer_prefix, samples
 def _make(cache_dir, sets, samples, workers):
     # The operating system releases the lock when the process ends; forks do not inherit it.
     with open(cache_dir / "lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not durable.try_lock(lock, cache_dir):
             print(f"another process makes samples in {cache_dir}; waiting for it", file=sys.stderr)
             fcntl.lockf(lock, fcntl.LOCK_EX)
             sets = [(target, arguments) for target, arguments in sets if _held(target) < samples]

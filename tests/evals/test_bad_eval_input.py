@@ -304,7 +304,7 @@ OUT = {
         foreign(recall()),
         r"out is not empty and holds no evaluation \(settings.json\); choose another --out",
     ),
-    "a file": (recall(out=""), "out is not empty and holds no evaluation"),
+    "a file": (recall(out=""), "out cannot be written: File exists; choose another --out"),
     "below a file": (
         recall("--out", "{t}/f/x", f=""),
         "f/x cannot be written: Not a directory; choose another --out",
@@ -323,7 +323,10 @@ OUT = {
         'other settings: benchmark "RULER" there, "GSM8K" here',
     ),
     "settings gone": (
-        finished(result(), of=["settings"]),
+        lambda t: [
+            finished(result(), of=["settings"])(t),
+            write(t / "out" / "lock", "evaluation\n"),
+        ][0],
         "has results and no settings.json: settings unknown",
     ),
     "settings damaged": (

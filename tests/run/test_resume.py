@@ -9,6 +9,8 @@ import pickle
 import random
 import shutil
 import signal
+import time
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy
@@ -147,6 +149,11 @@ def test_a_damaged_latest_costs_nothing(saved, tmp_path, capsys):
         (directory / "LATEST").write_text(text)
         assert resume.find(directory, "auto", FIXED)[0].name == "step-000004"
         assert "which is not there; trying step-000004" in capsys.readouterr().err
+    for text in (" step-000002/ \n", "./step-000002"):
+        (directory / "LATEST").write_text(text)
+        assert resume.find(directory, "auto", FIXED)[0].name == "step-000002"
+    (directory / "LATEST").write_text("step-000004")
+    assert not capsys.readouterr().err
     for step in (2, 4):
         shutil.rmtree(directory / f"step-00000{step}")
     with pytest.raises(
@@ -173,6 +180,21 @@ def test_other_settings_and_files_are_refused_and_change_nothing(changed, messag
     with pytest.raises(BadInput, match=message):
         resume.find(saved[0], saved[0] / "step-000004", {**FIXED, **changed})
     assert (saved[0] / "LATEST").read_text() == "step-000004\n"
+
+
+def test_a_setting_that_was_added_since_may_be_at_its_default(saved):
+    """SimpleNamespace: what a dataclass of settings with its defaults is."""
+    fixed, usual = {**FIXED, "new_flag": 3}, SimpleNamespace(seed=0, new_flag=3)
+    assert resume.find(saved[0], "auto", fixed, usual)[0].name == "step-000004"
+    with pytest.raises(BadInput, match="new_flag was 3, now it is 4"):
+        resume.find(saved[0], "auto", {**fixed, "new_flag": 4}, usual)
+
+
+def test_runs_without_a_name_that_begin_in_the_same_second_have_two_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda how: "now")
+    assert [resume.new_name() for _ in range(3)] == ["now", "now-2", "now-3"]
+    resume.lock_run(tmp_path / "runs" / "now", "", *WHO)
 
 
 def test_tensors_of_another_model_or_without_value_are_refused(saved, tmp_path):
@@ -250,23 +272,26 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
     )
 
 
+WHO = "train.py", "--name"
+
+
 def test_a_run_is_entered_by_one_process_at_a_time_and_only_when_asked(tmp_path):
-    lock = resume.lock_run(tmp_path / "run", "")
+    lock = resume.lock_run(tmp_path / "run", "", *WHO)
     again = tmp_path / "again.py"
     again.write_text(
-        f"from run import resume\nresume.lock_run(resume.Path({str(tmp_path / 'run')!r}), 'auto')"
+        f"from run import resume\nresume.lock_run(resume.Path({str(tmp_path / 'run')!r}), 'auto', *{WHO})"
     )
     result = run_script(again, env={"PYTHONPATH": str(ROOT)})
     assert "another process is running there" in result.stderr
     lock.close()
-    resume.lock_run(tmp_path / "run", "")  # a start that failed left a lock only
+    resume.lock_run(tmp_path / "run", "", *WHO)  # a start that failed left a lock only
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(BadInput, match="exists; --resume auto goes on with it"):
-        resume.lock_run(tmp_path / "run", "")
+        resume.lock_run(tmp_path / "run", "", *WHO)
     (tmp_path / "step-000001").mkdir()
     for path in (tmp_path / "step-000001", tmp_path / "run" / "checkpoints" / "step-000001"):
         with pytest.raises(BadInput, match="is not a checkpoint of this run"):
-            resume.lock_run(tmp_path / "run", path)
+            resume.lock_run(tmp_path / "run", path, *WHO)
 
 
 def test_metrics_are_cut_to_the_step_and_missing_lines_are_named(tmp_path):

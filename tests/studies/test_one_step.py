@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run_here
+from conftest import ROOT, refusal, run_here
 
 import rollout
 import saliency
+from base import durable
 from base.cli import parse
 from model import Qwen3
 from run.config import Config
@@ -45,6 +46,13 @@ def test_the_page_is_what_the_study_writes_now(step):
         assert NUMBER.sub("#", old) == NUMBER.sub("#", new), again
         pairs = list(zip(NUMBER.findall(old), NUMBER.findall(new), strict=True))
         assert all(same_number(a, b) for a, b in pairs), f"{old}\n{new}\n{again}"
+
+
+def test_a_directory_of_another_kind_is_left_alone(tmp_path):
+    durable.claim(tmp_path, "run of sft.py", []).close()
+    (tmp_path / "metrics.jsonl").write_text("")
+    message = refusal("studies/one_step.py", "--out", tmp_path, "--completions", STORED)
+    assert "another kind: run of sft.py, not one step" in message and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_number_that_is_another_is_seen():
