@@ -18,7 +18,7 @@ import tomllib
 import typing
 from pathlib import Path
 
-from base import bars, files
+from base import bars, limits
 
 LONGEST = 1500  # characters of a message
 # Bounds of numbers whose option names no other. Integers must fit into the 32 bits that libraries have.
@@ -142,7 +142,7 @@ def _help(field):
 
 def _read_toml(path, config_class, types):
     try:
-        values = tomllib.loads(files.read_text(path))
+        values = tomllib.loads(limits.read_text(path))
     except (OSError, ValueError, RecursionError) as error:  # not TOML and not UTF-8 are ValueErrors
         raise BadInput(f"--config {path}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(config_class)}

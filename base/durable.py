@@ -4,13 +4,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import stat
-from pathlib import Path
 
+from base import limits
 from base.cli import BadInput
 
 
@@ -175,7 +176,7 @@ def try_lock(file, directory):
 
 def sha256(path):
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    with limits.opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -192,27 +193,35 @@ def digest(content):
 def json_lines(path):
     """A JSONL file -> [("line 3", "PATH, line 3", value), ...] of its lines that are not empty.
 
-    Raises BadInput for a file that cannot be read or has no rows, for a line that is not JSON, and for text
-    with an unpaired surrogate, which UTF-8 cannot hold.
+    Raises BadInput for a file that cannot be read or has no rows, for a line that is too long or not JSON,
+    and for text with an unpaired surrogate, which UTF-8 cannot hold.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold \u2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read: {error}") from error
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where} is not JSON: {error}") from error
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise BadInput(f"{where} is not valid text: {error}") from error
-        rows.append((f"line {number}", where, value))
+    try:
+        with limits.opened(path) as file:
+            for number in itertools.count(1):
+                line = file.readline(limits.LONGEST_LINE + 1)
+                if not line:
+                    break
+                where = f"{path}, line {number}"
+                if len(line) > limits.LONGEST_LINE:
+                    raise BadInput(f"{where} has more than {limits.LONGEST_LINE:,} bytes")
+                if line.strip():
+                    rows.append((f"line {number}", where, json_line(line, where)))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
     if not rows:
         raise BadInput(f"{path} has no rows")
     return rows
+
+
+def json_line(line, where):
+    """A line's bytes -> its value. Raises BadInput as json_lines; `where` names the line."""
+    try:
+        value = limits.parse_json(line.decode())
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise BadInput(f"{where} is not valid text: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where} is not JSON: {error}") from error
+    return value

@@ -6,7 +6,6 @@ The files read here were written by train.py and sft.py and may have been damage
 raises BadInput. H heads, D head size.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from base import durable
+from base import durable, limits
 from base.cli import BadInput, one_line_errors, option, parse
 from base.durable import json_lines
 
@@ -57,7 +56,7 @@ def held_out_accuracy(path):
     fix = "remove it to draw the reward alone"
     accuracy = {}
     try:
-        results = json.loads(path.read_bytes())
+        results = limits.parse_json(limits.read_text(path))
         for when in ("before", "after"):
             sets = list((results[when] or {}).values())  # null: not evaluated; {}: no held-out prompts
             accuracy[when] = sets[0]["accuracy"] if sets else None
@@ -73,6 +72,7 @@ def load_magnitudes(path):
 
     Raises BadInput for a file that cannot be read or holds other tensors."""
     try:
+        limits.check(path)
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from base import durable
+from base import durable, limits
 from base.cli import BadInput
 
+FLOATS = (None, "auto", "float32", "bfloat16", "float16", "float64")  # torch_dtype in config.json
 DTYPES = ("F32", "BF16", "F16", "F64")  # safetensors' names of the dtypes that weights may have
 SHARD_BYTES = 5 * 10**9  # size of one safetensors file, Hugging Face's default
 # Files beside the weights that transformers and vLLM need; they are copied unchanged.
@@ -99,7 +100,9 @@ class Qwen3Config:
         if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
             problem = "is not a checkpoint: it has no config.json"
             raise BadInput(f"{directory} {problem}; give a Hugging Face model directory")
-        return cls.from_dict(read_object(path), path)
+        raw = read_object(path)
+        check_unused(raw, path)
+        return cls.from_dict(raw, path)
 
     @classmethod
     def from_dict(cls, raw, path="config"):
@@ -219,17 +222,20 @@ class Qwen3Config:
         if yarn is None or yarn["rope_type"] != "yarn":
             return self.max_position_embeddings
         extended = int(yarn["factor"] * yarn["original_max_position_embeddings"])
+        if extended > MOST_TOKENS:
+            raise BadInput(f"YaRN makes a context of {extended:,} tokens; {MOST_TOKENS:,} are the most")
         return max(extended, self.max_position_embeddings)
 
 
 LARGEST = 2**20  # of any size, so that torch can still hold a product of three
+MOST_TOKENS = 2**24  # of a context: vLLM has a table of RoPE with a row for each
 # {key of config.json or of its RoPE settings: (type, least, most)}
 NUMBERS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), (int, 1, LARGEST)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (int, 1, LARGEST)),
     "num_hidden_layers": (int, 1, 1024),
     "head_dim": (int, 2, LARGEST),
-    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), (int, 1, 2**31)),
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), (int, 1, MOST_TOKENS)),
     "rope_theta": (float, 1 + 1e-6, 1e30),  # YaRN divides by its logarithm
     **dict.fromkeys(("rms_norm_eps", "initializer_range"), (float, 0, 1)),
     "factor": (float, 1, 1e6),
@@ -262,11 +268,31 @@ def check_numbers(values, path):
             raise BadInput(f"{path}: {key} must be {wanted}, not {value!r:.60}")
 
 
+def check_unused(raw, path):
+    """Raises BadInput for values of config.json that we do not use, but at which transformers or vLLM, which
+    read the same file, would fail."""
+    layers, labels = raw.get("layer_types"), raw.get("id2label")
+    right = {
+        "torch_dtype": raw.get("torch_dtype") in FLOATS,
+        "dtype": raw.get("dtype") in FLOATS,
+        "sliding_window": raw.get("sliding_window") is None or type(raw["sliding_window"]) is int,
+        "max_window_layers": type(raw.get("max_window_layers", 0)) is int,
+        "attention_dropout": type(raw.get("attention_dropout", 0)) in (int, float),
+        "layer_types": not isinstance(layers, list) or len(layers) in (0, raw.get("num_hidden_layers")),
+        "id2label": labels is None or (isinstance(labels, dict) and all(map(str.isdecimal, labels))),
+        "label2id": isinstance(raw.get("label2id") or {}, dict),
+        "use_cache": type(raw.get("use_cache", True)) is bool,
+    }
+    for key, good in right.items():
+        if not good:
+            raise BadInput(f"{path}: {key} cannot be {raw[key]!r:.60}; take it out")
+
+
 def read_object(path):
     """A file with one JSON object -> dict. Raises BadInput for a file that is missing or holds something
     else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = limits.parse_json(limits.read_text(path))
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8 and not JSON are ValueErrors
         raise BadInput(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
@@ -285,9 +311,12 @@ def check_weights(model, directory):
     """Check that the tensors of `directory` are the parameters of `model`, which may be on the meta device.
     Only headers are read -> {tensor name: file}.
 
-    Raises BadInput for unreadable files, and for tensors that are missing, unexpected, of another shape or
-    not of floating point.
+    Raises BadInput for unreadable files, COMPANIONS too, and for tensors that are missing, unexpected, of
+    another shape or not of floating point.
     """
+    for path in (Path(directory) / name for name in COMPANIONS):
+        if path.exists():
+            check_readable(path)
     files = weight_files(Path(directory))
     parameters = dict(model.named_parameters())
     if model.config.tie_word_embeddings:
@@ -424,7 +453,16 @@ def weight_files(directory):
 
 def open_safetensors(file):
     """-> safetensors' handle of the file. Raises BadInput."""
+    check_readable(file)
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def check_readable(path):
+    """Raises BadInput for what is no regular file, or may not be read."""
+    try:
+        limits.check(path)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import saliency
-from base import durable
+from base import durable, limits
 from base.cli import BadInput
 
 
@@ -76,6 +76,7 @@ def load(path, config):
     """-> clamp, about; about also has a hash of the clamp. Raises BadInput unless the file is a clamp of this
     Qwen3Config."""
     try:
+        limits.check(path)
         with safe_open(path, "pt") as file:
             clamp = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
             metadata = file.metadata() or {}

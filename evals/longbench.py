@@ -20,6 +20,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from base import limits
 from base.cli import BadInput
 from prompts import chat
 
@@ -204,6 +205,8 @@ def stream(path, digest=None, chunk=CHUNK):
 
     def more():
         nonlocal text, at, ended
+        if len(text) - at > limits.LONGEST_LINE:
+            raise BadInput(f"{path}, item {number + 1} has more than {limits.LONGEST_LINE:,} characters")
         # At least as much as is there already, since every attempt parses an object from its start.
         block = file.read(max(chunk, len(text) - at))
         if digest:
@@ -227,7 +230,7 @@ def stream(path, digest=None, chunk=CHUNK):
         return found
 
     try:
-        with open(path, "rb") as file:
+        with limits.opened(path) as file:
             following("[")
             at, place = at + 1, place + 1
             found = following("{", "]")

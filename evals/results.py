@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from base import durable, processes
+from base import durable, limits, processes
 from base.cli import BadInput, brief
 
 
@@ -145,7 +145,8 @@ def read_lines(path, wrong_in):
     warning. wrong_in(object): what is wrong with it, "" if nothing is. Raises BadInput for a file that cannot
     be read and for a line with something wrong in it."""
     try:
-        *lines, rest = path.read_bytes().split(b"\n")
+        with limits.opened(path) as file:
+            *lines, rest = file.read().split(b"\n")
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     if rest:
@@ -153,7 +154,7 @@ def read_lines(path, wrong_in):
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = limits.parse_json(line)
         except (ValueError, RecursionError):
             record = None
         if wrong := wrong_in(record):
@@ -198,7 +199,7 @@ def wrong_in(record):
 def read_settings(path):
     """The settings of an evaluation. Raises BadInput for a file that is not its settings.json."""
     try:
-        settings = json.loads(path.read_bytes())
+        settings = limits.parse_json(limits.read_text(path))
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from base import limits
 from base.cli import BadInput
 
 NO_THOUGHT = "<think>\n\n</think>\n\n"  # how Qwen3 begins an answer without thinking
@@ -63,6 +64,7 @@ def load_tokenizer(directory, vocab_size):
     if not path.exists():
         raise BadInput(f"{path} is missing; a checkpoint needs its tokenizer beside it")
     try:
+        limits.check(path, limits.LARGEST_TEXT)
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise BadInput(f"{path} cannot be read: {error}") from error

@@ -19,7 +19,7 @@ import json
 import random
 from pathlib import Path
 
-from base import durable
+from base import durable, limits
 from base.cli import BadInput
 
 # QwenLong-L1's prompt with the last line of MemAgent's baseline, whose code leaves doubled braces in it:
@@ -71,6 +71,7 @@ def parquet_rows(path):
         return any(getattr(pyarrow.types, f"is_{name}")(kind) for name in plain)
 
     try:
+        limits.check(path)
         file = pyarrow.parquet.ParquetFile(path)
         for field in file.schema_arrow:
             if not in_json(field.type):

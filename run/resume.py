@@ -37,7 +37,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from base import durable
+from base import durable, limits
 from base.cli import BadInput
 from base.processes import gather_or_fail, rank_and_world
 from prompts import sources
@@ -210,7 +210,7 @@ def is_ours(path):
 
 
 def read_state(path):
-    return json.loads((path / "state.json").read_text())
+    return limits.parse_json(limits.read_text(path / "state.json", None))
 
 
 # ----------------------------------------------------------------------------------------------------- find
@@ -281,7 +281,7 @@ def damage(path):
     """What is wrong with this rank's share of a checkpoint's files, or None."""
     rank, world = rank_and_world()
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
+        files = limits.parse_json(limits.read_text(path / "manifest.json"))["files"]
         wrong = sorted(files.keys() ^ {file.name for file in path.iterdir() if file.name != "manifest.json"})
         if wrong:
             return f"{path / wrong[0]} {'is missing' if wrong[0] in files else 'is not of this checkpoint'}"
@@ -352,10 +352,14 @@ def open_metrics(path, step):
         latest = path.parent / "checkpoints" / "LATEST"
         latest.parent.mkdir(exist_ok=True)
         durable.write(latest, NONE_YET + "\n")
-    lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
+    lines = []
     try:
+        if path.exists():
+            lines = limits.read_text(path, None).splitlines(keepends=True)[:step]
         whole = [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise BadInput(

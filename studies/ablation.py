@@ -50,7 +50,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from base import bars, durable, plot
+from base import bars, durable, limits, plot
 from base.cli import BadInput, brief, one_line_errors, option, parse
 from evals import stats
 from evals.results import read_lines
@@ -138,7 +138,7 @@ def run(config, arm, learning_rate, seed):
 
 def line_of(arm, learning_rate, seed, flags, directory):
     """The directory of a finished run -> its line of results.jsonl."""
-    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [value for _, _, value in durable.json_lines(directory / "metrics.jsonl")]
 
     def mean(key):
         return float(np.mean([m[key] for m in steps])) if steps[0][key] is not None else None
@@ -149,7 +149,7 @@ def line_of(arm, learning_rate, seed, flags, directory):
         "seed": seed,
         "flags": flags,
         "rewards": [m["reward"] for m in steps],
-        "held_out": json.loads((directory / "results.json").read_text())["after"],
+        "held_out": limits.parse_json(limits.read_text(directory / "results.json"))["after"],
         "prompts_drawn": steps[-1]["prompts_drawn"],
         "tokens_trained": sum(m["tokens_trained"] for m in steps),
         "moved_selected": mean("moved_selected"),

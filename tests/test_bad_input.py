@@ -208,7 +208,7 @@ DATA = {
     "missing": (flags("--data", "none.jsonl"), "none.jsonl cannot be read"),
     "a directory": (flags("--data", TINY), "tiny cannot be read: .*Is a directory"),
     "empty": (file("rows.jsonl", "\n \n"), "rows.jsonl has no rows"),
-    "bad UTF-8": (prompts(b'{"prompt": "\xff"}'), "rows.jsonl cannot be read: 'utf-8' codec"),
+    "bad UTF-8": (prompts(b'{"prompt": "\xff"}'), "rows.jsonl, line 2 is not valid text: 'utf-8' codec"),
     "half a character": (
         prompts(b'{"prompt": "\\ud800", "answer": "a"}'), "rows.jsonl, line 2 is not valid text"
     ),

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from base import bars, durable
+from base import bars, durable, limits
 from base.cli import BadInput
 from evals.ruler.tasks import FWE_LEAST_BUDGET, KINDS, TASKS, Job, TooSmall, fit, fit_fwe, sample
 from evals.ruler.texts import PROMPTS, TEMPLATES, Corpora, Counter, additive  # noqa: F401 - callers use ruler.Corpora
@@ -194,6 +194,7 @@ def build(
     template, path = TEMPLATES[template_name], Path(tokenizer_path)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
+        limits.check(path, limits.LARGEST_TEXT)
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer_hash = hashlib.sha256(path.read_bytes()).hexdigest()
     except Exception as error:  # tokenizers raises plain Exception
@@ -333,7 +334,7 @@ def _held(path):
     if not path.exists():
         return 0
     digest, number, last = hashlib.sha256(), -1, b""
-    with open(path, "rb") as file:
+    with limits.opened(path) as file:
         for line in file:
             digest.update(last)
             number, last = number + 1, line

@@ -15,7 +15,7 @@ import random
 import re
 from pathlib import Path
 
-from base import durable
+from base import durable, limits
 from base.cli import BadInput
 from evals.ruler.files import FILES, MissingFile, english_words, hotpotqa, squad, text_of
 from prompts import chat
@@ -420,10 +420,10 @@ class Corpora:
         """understand(the JSON of a file); it raises ValueError, which says what is wrong and where."""
         path = self._need(name, {"squad.json": "qa_1", "hotpotqa.json": "qa_2"}.get(name, name))
         try:
-            content = path.read_bytes()
-            if content.startswith(b"version https://git-lfs"):
+            content = limits.read_text(path, 2**30)
+            if content.startswith("version https://git-lfs"):
                 raise ValueError("a git-LFS pointer, not the file")
-            return understand(json.loads(content.decode("utf-8")))
+            return understand(limits.parse_json(content))
         except (
             OSError,
             ValueError,

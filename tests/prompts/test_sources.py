@@ -141,7 +141,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     pyarrow.parquet.write_table(
         pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), tmp_path / "e.parquet"
     )
-    for name in ("none.jsonl", "none.parquet", "b.jsonl", "b.parquet"):
+    for name in ("none.jsonl", "none.parquet", "b.parquet"):
         with pytest.raises(BadInput, match=rf"{name} cannot be read"):
             sources.read(tmp_path / name, prompt_row)
     for name in ("d.jsonl", "e.parquet"):
