@@ -18,6 +18,8 @@ from base import durable, limits
 from base.cli import BadInput, one_line_errors, option, parse
 from base.durable import json_lines
 
+LARGEST, MOST_LAYERS = 4096, 400  # heads, or dimensions of one; what fits into a figure of 65,536 pixels
+
 
 @dataclass
 class Config:
@@ -39,15 +41,16 @@ def read_metrics(path, key):
     Raises BadInput for a file that cannot be read and for a line without these numbers."""
     steps, values = [], []
     for _, where, row in json_lines(path):
-        if not isinstance(row, dict) or type(row.get("step")) is not int or not _number(row.get(key, "")):
+        step, value = (row.get("step"), row.get(key, "")) if isinstance(row, dict) else (None, "")
+        if type(step) is not int or not 0 <= step < 2**53 or not _number(value):
             raise BadInput(f'{where} is not a line of metrics: "step" and "{key}" must be numbers; remove it')
-        steps.append(row["step"])
-        values.append(row[key])
+        steps.append(step)
+        values.append(value)
     return steps, values
 
 
 def _number(value):
-    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
+    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
 
 
 def held_out_accuracy(path):
@@ -79,10 +82,20 @@ def load_magnitudes(path):
     layers = range(sum(name.endswith("q_proj") for name in tensors))
     names = [f"model.layers.{i}.self_attn.{which}_proj" for i in layers for which in "qk"]
     wanted = {name + of for name in names for of in ("", ".selected")}
-    if not tensors or tensors.keys() != wanted or any(tensor.dim() != 2 for tensor in tensors.values()):
+    other = not tensors or tensors.keys() != wanted or len(layers) > MOST_LAYERS
+    if other or not all(_is_pair(tensors, name) for name in names):
         fix = "a run of train.py with --rule top leaves them"
         raise BadInput(f"{path} does not hold the magnitudes of Q and K; {fix}")
     return tensors
+
+
+def _is_pair(tensors, name):
+    """Whether they hold magnitudes of a size that a figure can have, and which of them were selected."""
+    magnitude, selected = tensors[name], tensors[name + ".selected"]
+    if magnitude.dim() != 2 or not 0 < min(magnitude.shape) <= max(magnitude.shape) <= LARGEST:
+        return False
+    good = magnitude.dtype == torch.float32 and bool((magnitude.isfinite() & (magnitude >= 0)).all())
+    return good and selected.dtype == torch.bool and selected.shape == magnitude.shape
 
 
 def _save(figure, path):

@@ -32,11 +32,10 @@ def for_training(config, encode, limit, score_all, main):
             print("\n".join(lines))
     else:
         source = tasks.Source(config.task, f"train {config.seed}", config.facts, config.filler)
-        held_out = {}
+        files, longest, held_out = [[source[0]]], len(encode(source[0])), {}
         for filler in (config.eval_filler or [config.filler]) if config.eval_prompts else []:
             held_out_source = tasks.Source(config.task, "held out", config.facts, filler)
             held_out[f"filler {filler}"] = [held_out_source[i] for i in range(config.eval_prompts)]
-        files, longest = [[source[0]]], len(encode(source[0]))
     score_all([("", row) for rows in (*files, *held_out.values()) for row in rows])
     for row in (row for rows in held_out.values() for row in rows):
         encode(row)

@@ -29,10 +29,20 @@ def drawn(metrics=STEPS, results=None, tensors=None):
     return make
 
 
-def magnitudes(shape=(2, 4), of=("", ".selected")):
-    return {
-        f"model.layers.0.self_attn.{which}_proj{part}": torch.ones(shape) for which in "qk" for part in of
-    }
+def magnitudes(shape=(2, 4), of=("", ".selected"), change=lambda name, tensor: tensor, layers=1):
+    made = {}
+    for layer in range(layers):
+        for which in "qk":
+            for part in of:
+                tensor = torch.ones(shape, dtype=torch.bool if part else torch.float32)
+                name = f"model.layers.{layer}.self_attn.{which}_proj{part}"
+                made[name] = change(name, tensor).contiguous()
+    return made
+
+
+def of_other(change, of=""):
+    """The same, but for the magnitudes, or what was selected of them."""
+    return drawn(tensors=magnitudes(change=lambda name, x: change(x) if name.endswith("proj" + of) else x))
 
 
 PLOT = {
@@ -63,6 +73,25 @@ PLOT = {
         "does not hold the magnitudes of Q and K",
     ),
     "magnitudes flat": (drawn(tensors=magnitudes((4,))), "does not hold the magnitudes of Q and K"),
+    **{
+        f"magnitudes {name}": (make, "does not hold the magnitudes of Q and K")
+        for name, make in {
+            "without heads": drawn(tensors=magnitudes((0, 4))),
+            "not finite": of_other(lambda x: x * torch.nan),
+            "below 0": of_other(lambda x: -x),
+            "of bf16": of_other(lambda x: x.bfloat16()),
+            "complex": of_other(lambda x: x.to(torch.complex64)),
+            "selected as numbers": of_other(lambda x: x.float(), ".selected"),
+            "selected of others": of_other(lambda x: x[:1], ".selected"),
+            "wider than a figure": drawn(tensors=magnitudes((1, 5000))),
+            "of more layers than a figure has pixels for": drawn(tensors=magnitudes(layers=401)),
+        }.items()
+    },
+    "a step that no float holds": (
+        drawn(f'{{"step": {10**400}, "reward": 1}}'),
+        "line 1 is not a line of metrics",
+    ),
+    "no run": (lambda t: ["base/plot.py"], "no run is given: python -m base.plot runs/NAME"),
 }
 
 
