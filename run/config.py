@@ -21,6 +21,7 @@ class Shared:
     save_every: int = option(20, "steps between checkpoints; there is one after the last step, too", least=1)
     keep: int = option(2, "newest checkpoints to keep; of 2 one is left should the other be damaged", least=1)
     log_groups: int = option(2, "groups, documents of a step to show in samples.jsonl; -1: all", least=-1)
+    report_every: int = option(10, "steps between writings of report.html; 0: none is written", least=0)
     resume: str = option("", "go on with the run: auto, from its newest whole checkpoint, or the path of one")
     max_skips: int = option(3, "updates skipped in a row (not finite); one more ends the run", least=0)
     checkpointing: bool = option(False, "recompute each block in backward, do not keep activations (8B: yes)")
@@ -100,8 +101,8 @@ class Config(Shared):
 # model and data are compared by their contents (resume.settings).
 MAY_CHANGE = (
     "name model data eval_data reward_workers reward_timeout steps save_every keep log_groups resume "
-    "max_skips max_rounds eval_before mismatch_limit tensor_parallel deterministic vllm_share "
-    "tokens_per_pass checkpointing context_parallel replicate plan dry_run ranks gpu_memory"
+    "report_every max_skips max_rounds eval_before mismatch_limit tensor_parallel deterministic "
+    "vllm_share tokens_per_pass checkpointing context_parallel replicate plan dry_run ranks gpu_memory"
 ).split()
 
 

@@ -80,8 +80,8 @@ def test_the_first_loss_is_the_models_by_transformers_and_a_fixed_number(runs):
 def test_a_run_leaves_what_it_promises(runs):
     run = runs / "whole"
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoint", "checkpoints", "config.json", "lock", "loss.png", "metrics.jsonl",
-        "samples.jsonl",
+        "checkpoint", "checkpoints", "config.json", "environment.json", "lock", "loss.png", "metrics.jsonl",
+        "report.html", "samples.jsonl",
     ]  # fmt: skip
     metrics = read_metrics(run)
     assert [m["step"] for m in metrics] == [1, 2, 3] and metrics[-1]["epoch"] == 0.9

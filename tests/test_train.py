@@ -107,7 +107,7 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     killed = ROOT / "runs" / name
     flags = [*SHORT, "--save-every", 1, "--reward", "kill:exact", "--resume", "auto"]
     for place, code, left in (
-        ("save 7", -signal.SIGKILL, ["LATEST", "LATEST.partial", "step-000001"]),
+        ("save 8", -signal.SIGKILL, ["LATEST", "LATEST.partial", "step-000001"]),
         ("rollout 1 0 SIGTERM", 75, ["LATEST", "step-000001"]),
     ):
         env = {"PYTHONPATH": str(ROOT / "bench"), "KILL": place}

@@ -1,0 +1,139 @@
+"""The files that a training run leaves, read again: by figures (base/plot.py), the report (run/report.py) and
+trackers. They may be damaged, so every reader raises BadInput; a run may be under way, so a last line that is
+not finished is left out. H heads, D head size.
+"""
+
+import json
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from base import durable
+from base.cli import BadInput
+
+
+def read_metrics(path):
+    """metrics.jsonl -> its lines, each {"step": int, ...} without nesting: see `flat`. Raises BadInput."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
+            raise BadInput(f'{path}, line {number} is not a line of metrics: no "step"; remove it')
+        rows.append(flat(row))
+    if not rows:
+        raise BadInput(f"{path} has no rows")
+    return rows
+
+
+def flat(row):
+    """{"seconds": {"rollout": 1.0}} -> {"seconds/rollout": 1.0}, at any depth."""
+    result = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            result |= {f"{key}/{name}": each for name, each in flat(value).items()}
+        else:
+            result[key] = value
+    return result
+
+
+def column(path, rows, key):
+    """-> the numbers under `key` in the rows that read_metrics returned, None where there is none. Raises
+    BadInput for something else than a number."""
+    values = [row.get(key) for row in rows]
+    for number, value in enumerate(values, 1):
+        if not is_number(value) and value is not None:
+            raise BadInput(f'{path}, line {number} is not a line of metrics: "{key}" must be a number')
+    return values
+
+
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def read_json(path, what="what train.py leaves"):
+    """A JSON file that holds an object -> it. Raises BadInput."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not {what}: {error!r}; remove it") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} is not {what}: no JSON object; remove it")
+    return value
+
+
+def read_results(path):
+    """results.json -> {"before": sets, "after": sets}, each {name of the held-out set: {"prompts",
+    "accuracy", "accuracy_greedy", ...}}, {} where nothing was evaluated. Raises BadInput."""
+    results = read_json(path)
+    for when in ("before", "after"):
+        if when not in results:
+            raise BadInput(f'{path} is not what train.py leaves: no "{when}"; remove it')
+        results[when] = check_held_out(path, results[when] or {})
+    return results
+
+
+def check_held_out(where, sets):
+    """What run/held_out.py returned, read again -> the same. Raises BadInput, which begins with `where`."""
+    good = isinstance(sets, dict) and all(isinstance(each, dict) for each in sets.values())
+    for each in sets.values() if good else ():
+        shares = each.get("accuracy"), each.get("accuracy_greedy", 0)
+        good = good and type(each.get("prompts")) is int and each["prompts"] > 0
+        good = good and all(is_number(share) and 0 <= share <= 1 for share in shares)
+    if not good:
+        raise BadInput(f"{where} is not what train.py leaves: held-out accuracy {sets}; remove it")
+    return sets
+
+
+def load_magnitudes(path):
+    """The file that save_magnitudes wrote -> {name: magnitudes (H, D) fp32, name + ".selected": (H, D) bool}.
+
+    Raises BadInput for a file that cannot be read or holds other tensors."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
+    layers = range(sum(name.endswith("q_proj") for name in tensors))
+    names = [f"model.layers.{i}.self_attn.{which}_proj" for i in layers for which in "qk"]
+    wanted = {name + of for name in names for of in ("", ".selected")}
+    if not tensors or tensors.keys() != wanted or any(tensor.dim() != 2 for tensor in tensors.values()):
+        fix = "a run of train.py with --rule top leaves them"
+        raise BadInput(f"{path} does not hold the magnitudes of Q and K; {fix}")
+    return tensors
+
+
+def save_magnitudes(path, magnitudes, masks):
+    """Magnitudes {name: (H, D) fp32} and masks {name.weight: (H * D,) bool} of one step -> a safetensors
+    file, see load_magnitudes. Raises BadInput when the disk cannot be written."""
+    tensors = {}
+    for name, magnitude in magnitudes.items():
+        tensors[name] = magnitude.cpu()
+        tensors[f"{name}.selected"] = masks[f"{name}.weight"].view_as(magnitude).cpu().contiguous()
+    try:
+        with durable.replacing(path) as partial:
+            save_file(tensors, partial)
+    except SafetensorError as error:
+        raise BadInput(f"{path} cannot be written: {error}") from error
+
+
+def some_layers(tensors):
+    """What load_magnitudes returned -> four of its layers, the first and the last among them."""
+    layers = len(tensors) // 4
+    return sorted({round(i * (layers - 1) / 3) for i in range(4)})
+
+
+def concentration(tensors, which):
+    """What load_magnitudes returned -> the share of Q's or K's (`which`: "q" or "k") squared magnitude that
+    lies in the selected rows, of each layer."""
+    shares = []
+    for layer in range(len(tensors) // 4):
+        name = f"model.layers.{layer}.self_attn.{which}_proj"
+        squares = tensors[name].double().square()
+        shares.append((squares[tensors[name + ".selected"]].sum() / squares.sum()).item())
+    return shares
