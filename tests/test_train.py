@@ -80,6 +80,8 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     assert re.search(r"after:  [01]\.\d+ of 8 held-out", printed)
     for picture in ("reward.png", "magnitudes.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert "finished: step 2 of 2" in (run / "report.html").read_text()
+    assert "train.py --name test-first" in json.loads((run / "environment.json").read_text())["command"]
     metrics = read_metrics(run)
     assert [m["step"] for m in metrics] == [1, 2]
     for m in metrics:
