@@ -3,25 +3,24 @@ trackers. They may be damaged, so every reader raises BadInput; a run may be und
 not finished is left out. H heads, D head size.
 """
 
-import json
-
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from base import durable
+from base import durable, limits
 from base.cli import BadInput
 
 
 def read_metrics(path):
     """metrics.jsonl -> its lines, each {"step": int, ...} without nesting: see `flat`. Raises BadInput."""
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        with limits.opened(path) as file:
+            lines = [line for line in file if line.endswith(b"\n")]
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = limits.parse_json(line)
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
@@ -60,7 +59,7 @@ def is_number(value):
 def read_json(path, what="what train.py leaves"):
     """A JSON file that holds an object -> it. Raises BadInput."""
     try:
-        value = json.loads(path.read_bytes())
+        value = limits.parse_json(limits.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not {what}: {error!r}; remove it") from error
     if not isinstance(value, dict):
@@ -96,6 +95,7 @@ def load_magnitudes(path):
 
     Raises BadInput for a file that cannot be read or holds other tensors."""
     try:
+        limits.check(path)
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error

@@ -4,7 +4,7 @@ import io
 import json
 import statistics
 
-from base import page, run_files
+from base import limits, page, run_files
 from base.chart import number
 from base.cli import BadInput
 
@@ -17,7 +17,7 @@ def read_samples(path):
     groups, room = [], ROOM
     for begin, line in reversed(some_lines(path).items()) if path.exists() else ():
         try:
-            group = group_of(json.loads(line))
+            group = group_of(limits.parse_json(line))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(
                 f"{path}, the line at byte {begin} is not a sample: {error!r}; remove it"
@@ -32,7 +32,7 @@ def read_samples(path):
 def some_lines(path, tail=8 * ROOM):
     """-> {where it begins: line}, in order: the last lines of a file, and others from everywhere in it. Only
     these are read, and its last `tail` bytes. A last line that is not finished is left out."""
-    with open(path, "rb") as file:
+    with limits.opened(path) as file:
         size = file.seek(0, io.SEEK_END)
 
         def begin_after(place):
