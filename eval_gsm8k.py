@@ -21,6 +21,11 @@ Left in --out: settings.json, results.jsonl (a line as each sample ends), result
 on where an interrupted one stopped, on any number of ranks.
 """
 
+from base.interrupt import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # by a signal, from here on: the imports below take seconds
+
 import math
 import sys
 from dataclasses import dataclass

@@ -28,6 +28,11 @@ reasoning/, the first stage. The same command goes on where an interrupted one s
 ranks.
 """
 
+from base.interrupt import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # by a signal, from here on: the imports below take seconds
+
 import os
 import sys
 from dataclasses import dataclass

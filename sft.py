@@ -10,8 +10,8 @@ what is computed. Documents longer than --context are dropped and counted.
 
 A run leaves in --out: config.json (every setting), metrics.jsonl, samples.jsonl (some documents of each step,
 run/samples.py), loss.png, checkpoint/ (a Hugging Face directory), and checkpoints/ that the same command with
---resume auto goes on from (run/resume.py; to the same weights, on a CPU bit for bit). At SIGTERM and SIGINT
-it saves and exits with code 75 (base/interrupt.py).
+--resume auto goes on from (run/resume.py; to the same weights, on a CPU bit for bit). At a signal it
+saves and exits with code 75 (base/interrupt.py).
 
 metrics.jsonl, one object a step
   step, epoch                  steps done; how often the rows have been drawn on average
@@ -23,6 +23,11 @@ metrics.jsonl, one object a step
   seconds, tokens_per_second   wall time of the step; tokens a second. The only keys that differ between two
                                runs with the same seed on the same machine
 """
+
+from base.interrupt import EXIT_CODE, Interrupt, end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # by a signal, from here on: the imports below take seconds
 
 import itertools
 import math
@@ -37,7 +42,6 @@ from torch.nn.utils import clip_grad_norm_
 
 from base import durable, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
-from base.interrupt import EXIT_CODE, Interrupt
 from core import memory, parallel, schedule
 from model import Qwen3
 from prompts import chat, load, sources

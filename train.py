@@ -10,8 +10,13 @@ It reads top to bottom. A step, as the loop near the end has it: prompts -> grou
 activations (saliency.py) -> masked gradients -> clip -> AdamW -> weights to vLLM.
 
 Where we depart from the papers, or had to choose: docs/paper.md. A run may be killed at any moment: --resume
-auto goes on with it (run/resume.py). SIGTERM and SIGINT: it saves and exits with 75 (base/interrupt.py).
+auto goes on with it (run/resume.py). SIGTERM, SIGINT, SIGUSR1: it saves, exits with 75 (base/interrupt.py).
 """
+
+from base.interrupt import EXIT_CODE, Interrupt, end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # by a signal, from here on: the imports below take seconds
 
 import math
 import sys
@@ -28,7 +33,6 @@ import losses
 import saliency
 from base import processes
 from base.cli import BadInput, one_line_errors, parse
-from base.interrupt import EXIT_CODE, Interrupt
 from core import memory, parallel, schedule
 from model import Qwen3
 from prompts import chat, load, scoring

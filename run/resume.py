@@ -109,12 +109,15 @@ def settings(config, may_change):
     model's and the data's files, wherever they lie now. Only rank 0 reads them; elsewhere {}."""
     if rank_and_world()[0] != 0:
         return {}
-    fixed = {key: value for key, value in asdict(config).items() if key not in may_change}
+    return {key: value for key, value in asdict(config).items() if key not in may_change} | contents(config)
+
+
+def contents(config):
+    """{"contents of --model": digest of its files, ...}, also of --data and of train.py's --eval-data."""
     model = [Path(config.model) / name for name in ("config.json", "tokenizer.json")]
     model += sorted(Path(config.model).glob("*.safetensors"))
-    contents = {"model": model, "data": config.data}
-    contents["eval-data"] = getattr(config, "eval_data", [])  # train.py's
-    return fixed | {f"contents of --{name}": sources.digest(paths) for name, paths in contents.items()}
+    files = {"model": model, "data": config.data, "eval-data": getattr(config, "eval_data", [])}
+    return {f"contents of --{name}": sources.digest(paths) for name, paths in files.items()}
 
 
 def tensors_of(model, optimizer, extra):

@@ -23,37 +23,45 @@ steps, on prompts that the model meets for the first time; held-out prompts are 
 run at top's rate. Dense training runs at its own rate, and at top's if that differs: the first compares each
 method at its best, the second differs only in the rows.
 
-A run that is in results.jsonl is not run again; one that was interrupted starts anew. --out holds
+A run that is in results.jsonl is not run again; one that was interrupted goes on. A run belongs to its flags
+and to what is in the files of its model and data: `identity` is a digest of both. results.jsonl with runs of
+other flags or files is refused. --out holds
 
     results.jsonl   one line for each run: task, algorithm, rule, fraction, learning_rate, seed; flags;
-                    rewards (mean reward of all sampled completions of each step); held_out (train.py's
-                    results.json, after); prompts_drawn; tokens_trained; moved_selected and moved_unselected
-                    (means over the steps); seconds
+                    identity; rewards (mean reward of all sampled completions of each step); held_out
+                    (train.py's results.json, after); prompts_drawn; tokens_trained; moved_selected and
+                    moved_unselected (means over the steps); seconds
     report.md       the tables
     ablation.png    the reward curves and their bands
 
-The runs themselves are in runs/ablation/.
+The runs themselves are in runs/ablation-runs/, each named by its arm, learning rate, seed and identity. At a
+signal the runs under way save and end; the same command goes on with them.
 """
+
+from base.interrupt import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # by a signal, from here on: the imports below take seconds
 
 import functools
 import json
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from subprocess import PIPE
 from typing import NamedTuple
 
 import numpy as np
 
-from base import bars, durable, limits, plot
+from base import bars, durable, interrupt, limits, plot
 from base.cli import BadInput, brief, one_line_errors, option, parse
 from evals import stats
 from evals.results import read_lines
+from run import resume
 from run.config import Config as Training
 
 TRAIN = (
@@ -113,31 +121,50 @@ class Config:
 # ------------------------------------------------------------------------------------------------------- runs
 
 
+def flags_of(config, arm, learning_rate, seed):
+    """A run's flags for train.py, as text."""
+    return f"{TRAIN} {arm.flags} --learning-rate {learning_rate} --seed {seed} {config.train}"
+
+
+@functools.cache
+def contents(model, data, eval_data):
+    """Digests of the files of a model and of data, which are read once."""
+    return resume.contents(Training(model=model, data=data, eval_data=eval_data))
+
+
+def identity(flags):
+    """Of a run: the digest of its settings that are not defaults, and of what is in its files."""
+    training, usual = parse(Training, "", shlex.split(flags)), asdict(Training())
+    settings = {key: value for key, value in asdict(training).items() if value != usual[key]}
+    settings |= contents(training.model, tuple(training.data), tuple(training.eval_data))
+    return durable.digest(json.dumps(settings, sort_keys=True))
+
+
 def run(config, arm, learning_rate, seed):
-    """One run of train.py -> its line of results.jsonl. Raises BadInput, with the end of its output, if it
-    fails."""
-    name = f"{arm.task}-{arm.algorithm}-{arm.rule}-{arm.fraction}-{learning_rate:g}-{seed}"
-    directory = Path("runs/ablation") / name
-    flags = f"{TRAIN} {arm.flags} --learning-rate {learning_rate} --seed {seed} {config.train}"
+    """One run of train.py -> its line of results.jsonl. One that is finished is read, one that was
+    interrupted goes on. Raises BadInput, with the end of its output, if it fails."""
+    flags = flags_of(config, arm, learning_rate, seed)
+    own = identity(flags)
+    name = f"{arm.task}-{arm.algorithm}-{arm.rule}-{arm.fraction}-{learning_rate:g}-{seed}-{own}"
+    directory = Path("runs/ablation-runs") / name
     if not (directory / "results.json").exists():
-        shutil.rmtree(directory, ignore_errors=True)  # interrupted
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.ranks)]
         command = [sys.executable, *(start if config.ranks > 1 else []), "train.py", *shlex.split(flags)]
         threads = str(max(1, os.cpu_count() // (config.jobs * config.ranks)))
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        how = {"env": environment, "capture_output": True, "text": True, "errors": "replace"}
-        finished = subprocess.run([*command, "--name", f"ablation/{name}"], **how)
+        how = {"env": environment, "stdout": PIPE, "stderr": PIPE, "text": True, "errors": "replace"}
+        finished = interrupt.run([*command, "--name", f"ablation-runs/{name}", "--resume", "auto"], **how)
         if finished.returncode:
             raise BadInput(f"{' '.join(command)} failed: {finished.stderr.strip()[-300:]}")
     try:
-        return line_of(arm, learning_rate, seed, flags, directory)
+        return line_of(arm, learning_rate, seed, {"flags": flags, "identity": own}, directory)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         problem = f"{directory} is not what a run of train.py leaves: {error!r}"
         raise BadInput(f"{problem}; remove it to have it run again") from error
 
 
-def line_of(arm, learning_rate, seed, flags, directory):
-    """The directory of a finished run -> its line of results.jsonl."""
+def line_of(arm, learning_rate, seed, made_by, directory):
+    """The directory of a finished run -> its line of results.jsonl. made_by: its flags and identity."""
     steps = [value for _, _, value in durable.json_lines(directory / "metrics.jsonl")]
 
     def mean(key):
@@ -147,7 +174,7 @@ def line_of(arm, learning_rate, seed, flags, directory):
         **arm._asdict(),
         "learning_rate": learning_rate,
         "seed": seed,
-        "flags": flags,
+        **made_by,
         "rewards": [m["reward"] for m in steps],
         "held_out": limits.parse_json(limits.read_text(directory / "results.json"))["after"],
         "prompts_drawn": steps[-1]["prompts_drawn"],
@@ -186,6 +213,15 @@ def wrong_in(record):
 def key(record):
     """A line of results.jsonl -> (arm, learning rate, seed): which run it is of."""
     return Arm(*(record[field] for field in Arm._fields)), record["learning_rate"], record["seed"]
+
+
+def check_own(config, records, path):
+    """Raises BadInput for a record that is not of what the command line says now: flags or files differ."""
+    for record in records:
+        if record.get("identity") != identity(flags_of(config, *key(record))):
+            what = f"{record['task']}, {record['algorithm']}, {record['rule']}, seed {record['seed']}"
+            fix = "choose another --out, or give the --train that it began with"
+            raise BadInput(f"{path} has a run of other flags, model or data ({what}); {fix}")
 
 
 def run_all(config, out, wanted, done):
@@ -412,9 +448,10 @@ if __name__ == "__main__":
         who, seeds = compared(winners(records, families, out)[1]), range(config.seeds)
     wanted = [(*each, seed) for seed in seeds for each in who]
 
+    lock = durable.claim(out, "ablation", ["results.jsonl"])
     if config.what != "report":
-        lock = durable.claim(out, "ablation", ["results.jsonl"])
         records = read_lines(path, wrong_in) if path.exists() else []  # again: they are ours from here on
+        check_own(config, records, path)
         lines = [json.dumps(record) + "\n" for record in records]
         durable.write(path, "".join(lines))  # without a last line that was cut off
         run_all(config, out, wanted, {key(record) for record in records})

@@ -29,6 +29,11 @@ Left in --out:
                         overlap are of models that have the site norm
 """
 
+from base.interrupt import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # by a signal, from here on: the imports below take seconds
+
 from dataclasses import dataclass
 from pathlib import Path
 

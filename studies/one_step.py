@@ -12,6 +12,11 @@ with the same completions.
 runs train.py with these flags and compares the weights.
 """
 
+from base.interrupt import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # by a signal, from here on: the imports below take seconds
+
 import ast
 import json
 import re

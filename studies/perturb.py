@@ -35,8 +35,12 @@ Left in --out:
 The same command goes on where an interrupted one stopped.
 """
 
+from base.interrupt import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # by a signal, from here on: the imports below take seconds
+
 import shlex
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -44,7 +48,7 @@ from pathlib import Path
 
 import torch
 
-from base import durable
+from base import durable, interrupt
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import clamp, stats, subject
 from evals.results import different, read_results
@@ -103,7 +107,7 @@ def evaluate(command, script, checkpoint, clamp_file, place):
     start = [sys.executable] if after == 1 else []  # else the command says how to start it: torchrun ...
     print(f"{place.name}: {shlex.join(words)}", file=sys.stderr)
     with open(f"{place}.txt", "w") as text:
-        if code := subprocess.run([*start, *words], stdout=text).returncode:
+        if code := interrupt.run([*start, *words], stdout=text).returncode:
             raise BadInput(f"{script} with {place.name} ended with exit code {code}; its message is above")
     return read_results(place / "results.jsonl")
 

@@ -9,6 +9,11 @@ passage of the recall task and questions about it, and is trained on every answe
 longer in train.py: the skill is learned here, and RL extends it to longer passages.
 """
 
+from base.interrupt import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # by a signal, from here on: the imports below take seconds
+
 import itertools
 import json
 import random

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ if "GPU_TESTS" not in os.environ:
 import forks  # noqa: E402
 
 from base.cli import BadInput  # noqa: E402
+from base.interrupt import SIGNALS  # noqa: E402
 from model import Qwen3, Qwen3Config  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -152,6 +154,7 @@ def run_here(script, *arguments, code=0):
     one."""
     argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
     start = partial(runpy.run_module, module(script)) if module(script) else partial(runpy.run_path, argv[0])
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     gc.freeze()  # what was there before is not looked at below
     try:
         with (
@@ -167,6 +170,8 @@ def run_here(script, *arguments, code=0):
     finally:
         gc.collect()  # the script's variables, as at the end of a process: open files, locks
         gc.unfreeze()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return printed.getvalue()
 
 

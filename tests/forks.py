@@ -182,7 +182,7 @@ def ask(arguments):
         server.connect(os.environ["LONGACT_FORKS"])
         socket.send_fds(server, [json.dumps(request).encode()], range(3))
         pid = int(server.recv(99) or sys.exit(f"{__file__}: the server has died, see {server_log()}"))
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda number, frame: os.kill(pid, number))
         code = int(server.recv(99))
     if code < 0:

@@ -2,6 +2,7 @@
 its report."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -113,10 +114,13 @@ def test_the_report_pairs_by_seed(tmp_path, capsys):
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
-    """Its directory is read; were train.py started, it would refuse --prompts 0."""
+    """Its directory is read; were train.py started, it would refuse 8 prompts in 3 updates. A run of other
+    flags or another model has another directory."""
+    model = shutil.copytree(ROOT / "assets" / "tiny", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    arm, config = COMPARE[0], ablation.Config(train="--prompts 0")
-    directory = tmp_path / "runs/ablation" / f"recall-dapo-{arm.rule}-0.3-0.001-5"
+    arm, config = COMPARE[0], ablation.Config(train=f"--updates 3 --model {model}")
+    own = ablation.identity(ablation.flags_of(config, arm, 1e-3, 5))
+    directory = tmp_path / "runs/ablation-runs" / f"recall-dapo-{arm.rule}-0.3-0.001-5-{own}"
     directory.mkdir(parents=True)
     step = {
         "reward": 0.5,
@@ -133,9 +137,22 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     made = ablation.run(config, arm, 1e-3, 5)
     assert made["rewards"] == [0.5, 0.5] and made["prompts_drawn"] == 16 and made["tokens_trained"] == 200
     assert made["seconds"] == 4 and made["moved_unselected"] is None and ablation.key(made) == (arm, 1e-3, 5)
-    (directory / "results.json").unlink()
+    ablation.check_own(config, [made], "results.jsonl")
+    ablation.check_own(ablation.Config(train=config.train + " --keep 2"), [made], "")  # the default
+    others = ({**made, "identity": None}, config), (made, ablation.Config(train=config.train + " --steps 9"))
+    for record, now in others:
+        with pytest.raises(BadInput, match="has a run of other flags, model or data .*choose another --out"):
+            ablation.check_own(now, [record], "results.jsonl")
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    ablation.contents.cache_clear()  # of this process, which is another then
+    monkeypatch.setattr(ablation.interrupt, "run", lambda command, **how: pytest.fail(command[-3]))
+    with pytest.raises(
+        pytest.fail.Exception, match=f"ablation-runs/recall-dapo-{arm.rule}-0.3-0.001-5-(?!{own})"
+    ):
+        ablation.run(config, arm, 1e-3, 5)
+    monkeypatch.undo()
     monkeypatch.chdir(ROOT)
-    with pytest.raises(BadInput, match="--prompts must be at least 1"):
+    with pytest.raises(BadInput, match="--prompts 8 cannot be shared: 3 updates"):
         ablation.run(config, arm, 1e-3, 5)
 
 
