@@ -83,17 +83,28 @@ class Completion:
 @dataclass
 class Group:
     """One prompt and its completions; `index` is its place among all prompts drawn, which fixes its seed,
-    `id` its row's."""
+    `id` its row's.
+
+    Accuracy and dynamic sampling go by `rewards`, advantages are made of `scores`. They are equal unless
+    there are several reward functions, or --reward-weights.
+    """
 
     index: int
     prompt: list  # P token ids
     completions: list  # G Completions
-    rewards: torch.Tensor = None  # (G,) as the reward function gave them
+    rewards: torch.Tensor = None  # (G,) of the first reward function; 1.0 and more is right
+    scores: torch.Tensor = None  # (G,) weighted sum of all K reward functions
+    values: torch.Tensor = None  # (G, K) of each of them; NaN where it took too long, which counts as 0
     id: str | int = ""
     advantages: torch.Tensor = None  # (G,)
     entropies: torch.Tensor = None  # (G,) means over tokens, nats, by the trainer
     old_logprobs: list = None  # G times (R_i,), on the rank that trains it
     marked: list = None  # G times (R_i,) bool, by clip-cov or kl-cov
+
+    def take_rewards(self, values, weights):
+        """values (G, K), as above; weights (K,) of the reward functions."""
+        known = values.nan_to_num(0.0)
+        self.values, self.rewards, self.scores = values, known[:, 0], (known * weights).sum(1)
 
     @property
     def lengths(self):

@@ -66,7 +66,9 @@ prompt_limit = prompt_room(config.context, config.max_completion)
 stop_ids = chat.stop_ids(tokenizer)
 how = {"thinking": config.thinking, "limit": prompt_limit, "truncate": config.truncate_prompts}
 encode = partial(chat.encode_prompt, tokenizer, **how)  # row -> token ids
-score_all = scoring.start(config.reward, config.reward_workers, config.reward_timeout)
+how = config.reward_workers, config.reward_timeout, config.reward_on_timeout
+score_all = scoring.start(config.reward, *how)
+reward_weights = torch.tensor(config.reward_weights or [1.0] * len(config.reward))
 source, held_out, longest_prompt = load.for_training(config, encode, prompt_limit, score_all, main)
 
 # ------------------------------------------------------------------------------ run directory, engine, model
@@ -141,9 +143,9 @@ def score(groups, rows):
         for group, row in zip(groups, share_of_engine(rows), strict=True):
             texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in group.completions]
             pairs += [(chat.answer_text(text, config.thinking), row) for text in texts]
-        rewards = torch.tensor(score_all(pairs)).split([len(group.completions) for group in groups])
-        for group, own in zip(groups, rewards, strict=True):
-            group.rewards = own
+        values = torch.tensor(score_all(pairs)).split([len(group.completions) for group in groups])
+        for group, own in zip(groups, values, strict=True):
+            group.take_rewards(own, reward_weights)
         return groups
 
     with clock.stage("reward"):
@@ -168,10 +170,10 @@ def sample_round(number):
 
 
 def set_advantages(group):
-    rewards = group.rewards
+    scores = group.scores
     if config.algorithm == "dapo":
-        rewards = dapo.shape_rewards(rewards, group.lengths, config.max_completion, config.overlong_cache)
-    group.advantages = grpo.advantages(rewards, config.normalize_std)
+        scores = dapo.shape_rewards(scores, group.lengths, config.max_completion, config.overlong_cache)
+    group.advantages = grpo.advantages(scores, config.normalize_std)
 
 
 # --------------------------------------------------------------------------------------- training one group
@@ -322,7 +324,7 @@ with journal:
             engine.sync(model)
 
         progress.finish_step(step, rounds * config.prompts)
-        done = batch, sampled, rounds, updates, config.updates, learning_rate
+        done = batch, sampled, rounds, updates, config, learning_rate
         line = metrics.of_step(progress, *done, clock)
         selection = progress.magnitudes, progress.masks
         journal.step(line, "reward", shown.of_step(step, batch, sampled), selection)

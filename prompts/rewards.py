@@ -22,14 +22,19 @@ row["answer"] is an accepted answer or a list of them, each bare or as the sente
 digits, raises BadInput.
 """
 
+import contextlib
 import copy
 import importlib
 import math
+import os
 import re
 import string
+import struct
+import sys
 import traceback
 from decimal import Decimal
 
+from base import durable
 from base.cli import BadInput
 
 # ------------------------------------------------------------------------------------------------------- text
@@ -260,44 +265,118 @@ OURS = {"rewards": "prompts.rewards", "judge": "prompts.judge"}
 
 
 def load_reward(spec):
-    """-> the function that "module:function" names. Raises BadInput if there is no such module or function.
+    """-> the function that "module:function" names. Raises BadInput if there is no such module or function,
+    or if importing it fails or closes this process's standard output.
 
     If the module has a function check_reward(), it is called now; it raises BadInput if something is missing
     that the reward needs.
     """
     module_name, _, name = spec.partition(":")
-    module_name = OURS.get(module_name, module_name)
+    module_name, closed_before = OURS.get(module_name, module_name), closed_streams()
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, name)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         fix = "write module:function, the module on PYTHONPATH"
         raise BadInput(f"--reward {spec}: {error}; {fix}") from error
-    except (Exception, SystemExit) as error:  # the user's code: show where it failed
-        traceback.print_exc()
-        raise BadInput(f"--reward {spec}: {module_name} fails when it is imported: {error!r}") from error
+    except BaseException as error:  # KeyboardInterrupt and SystemExit, too: it is the user's code
+        show_traceback(error)
+        raise BadInput(f"--reward {spec}: {module_name} fails when it is imported: {say(error)}") from error
+    finally:
+        closed = closed_streams() - closed_before
+        if "stderr" in closed:  # where errors are shown
+            sys.stderr = open(2, "w", closefd=False)
+    if closed:
+        raise BadInput(f"--reward {spec}: {module_name} closes {min(closed)} when it is imported")
     if not callable(function):
         raise BadInput(f"--reward {spec}: {name} is not a function")
-    if hasattr(module, "check_reward"):
-        module.check_reward()
+    try:
+        getattr(module, "check_reward", lambda: None)()
+    except BadInput:
+        raise
+    except BaseException as error:
+        show_traceback(error)
+        raise BadInput(f"--reward {spec}: {module_name}.check_reward() fails: {say(error)}") from error
     return function
 
 
-def score(reward, answer, row):
-    """reward(answer, row) -> the reward as a finite float. The function gets a copy of the row, so that it
-    cannot change it for other answers. Raises BadInput, which names the row, if the function raises or
-    returns anything else."""
+def closed_streams():
+    """-> which of "stdout" and "stderr" are closed, as Python's file or as the system's."""
+    closed = {name for name in ("stdout", "stderr") if getattr(getattr(sys, name), "closed", True)}
+    for descriptor, name in enumerate(("stdout", "stderr"), 1):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            closed.add(name)
+    return closed
+
+
+def source_digests(specs):
+    """{spec: SHA-256 of the file of its module, or None where there is no file}, for functions that
+    load_reward has loaded."""
+    files = {}
+    for spec in specs:
+        name = spec.partition(":")[0]
+        files[spec] = getattr(sys.modules[OURS.get(name, name)], "__file__", None)
+    return {spec: file and durable.sha256(file) for spec, file in files.items()}
+
+
+def score(reward, answer, row, name="the reward function"):
+    """reward(answer, row) -> the reward as a float that is finite in fp32. The function gets a copy of the
+    row, so that it cannot change it for other answers. Raises BadInput, which names the row, if the function
+    raises or returns anything else. name: how a message calls it.
+
+    A function that forks and returns in both processes returns in the first only.
+    """
+    process, problem, value = os.getpid(), None, None
     try:
         value = reward(answer, copy.deepcopy(row))
-    except BadInput as error:
-        raise BadInput(f"row {row['id']}: {error}") from error
-    except (Exception, SystemExit) as error:  # the user's code: show where it failed, then say for which row
-        traceback.print_exc()
-        raise BadInput(f"the reward function failed on row {row['id']}: {error!r}") from error
+    except BaseException as error:  # KeyboardInterrupt and SystemExit, too: it is the user's code
+        problem = error
+    if os.getpid() != process:
+        end_forked(problem)
+    if isinstance(problem, BadInput):
+        raise BadInput(f"row {row['id']}: {problem}") from problem
+    if problem:
+        show_traceback(problem)
+        raise BadInput(f"{name} failed on row {row['id']}: {say(problem)}") from problem
     try:
-        value = float(value)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise BadInput(f"the reward function returned no finite number for row {row['id']}")
-    return value
+        number = float(value)
+    except BaseException as error:
+        what = f"no finite number for row {row['id']}, but {say(value)}: {say(error)}"
+        raise BadInput(f"{name} returned {what}") from error
+    if not math.isfinite(number):
+        raise BadInput(f"{name} returned no finite number for row {row['id']}, but {number}")
+    try:
+        struct.pack("<f", number)
+    except OverflowError as error:
+        what = "which fp32 cannot hold: at most 3.4e38"
+        raise BadInput(f"{name} returned {number:g} for row {row['id']}, {what}") from error
+    return number
+
+
+def end_forked(problem):
+    """End a process that the reward function has forked, as Python would after this exception or None."""
+    code = 0
+    if isinstance(problem, SystemExit):
+        code = problem.code if isinstance(problem.code, int) else int(problem.code is not None)
+    elif problem:
+        show_traceback(problem)
+        code = 1
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def say(value):
+    """A value or error of the user's as text of at most 200 characters, also if it cannot say what it is."""
+    try:
+        text = repr(value)
+    except BaseException:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def show_traceback(error):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # sys.stderr may be closed, or None
+        traceback.print_exception(error)

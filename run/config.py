@@ -39,11 +39,18 @@ class Config(Shared):
     name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
     truncate_prompts: bool = option(False, "cut the middle out of prompts that are too long, or drop them")
     eval_data: list[str] = option([], "files of held-out prompts, evaluated before and after (default: none)")
-    reward: str = option("rewards:exact", "module:function; (answer text, row) -> float, 1.0 is correct")
+    reward: list[str] = option(
+        ["rewards:exact"],
+        "module:function; (answer text, row) -> float, 1.0 is correct. Accuracy: the first's",
+    )
+    reward_weights: list[float] = option(
+        [], "weights of several rewards in their sum (default: 1 each)", least=-1e6, most=1e6
+    )
     reward_workers: int = option(
         0, "processes of each rank that score answers (0: itself)", least=0, most=1024
     )
-    reward_timeout: float = option(0.0, "seconds to score an answer, or save and stop (0: any)", least=0)
+    reward_timeout: float = option(0.0, "seconds to score an answer (0: any)", least=0)
+    reward_on_timeout: str = option("stop", "then save and stop, or score it zero", ["stop", "zero"])
     thinking: bool = option(False, "the model thinks first (Qwen3's template); the answer follows </think>")
     task: str = option("recall", "without --data: recall or track facts", list(tasks.TASKS))
     facts: int = option(17, "task: facts in a passage")
@@ -100,9 +107,10 @@ class Config(Shared):
 # What may differ when a run goes on: its place, its length, and what changes nothing but rounding. Files of
 # model and data are compared by their contents (resume.settings).
 MAY_CHANGE = (
-    "name model data eval_data reward_workers reward_timeout steps save_every keep log_groups resume "
-    "report_every max_skips max_rounds eval_before mismatch_limit tensor_parallel deterministic "
-    "vllm_share tokens_per_pass checkpointing context_parallel replicate plan dry_run ranks gpu_memory"
+    "name model data eval_data reward_workers reward_timeout reward_on_timeout steps save_every keep "
+    "log_groups resume report_every max_skips max_rounds eval_before mismatch_limit tensor_parallel "
+    "deterministic vllm_share tokens_per_pass checkpointing context_parallel replicate plan dry_run ranks "
+    "gpu_memory"
 ).split()
 
 
@@ -122,6 +130,13 @@ def check(config, world, cuda):
         )
     if config.reward_timeout and not config.reward_workers:
         raise BadInput("--reward-timeout needs --reward-workers: a process cannot stop what it is itself in")
+    if config.reward_on_timeout != Config.reward_on_timeout and not config.reward_timeout:
+        raise BadInput(f"--reward-on-timeout {config.reward_on_timeout} needs --reward-timeout SECONDS")
+    rewards, weights = len(config.reward), len(config.reward_weights)
+    if weights not in (0, rewards):
+        raise BadInput(f"--reward-weights has {weights} numbers for {rewards} rewards; give one for each")
+    if len(set(config.reward)) < rewards:
+        raise BadInput(f"--reward {' '.join(config.reward)} names a function twice; weigh it instead")
     if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
         raise BadInput(f"--name {config.name} is not below runs/, where all runs of train.py go")
     check_shared(config, "--name NAME --resume auto")

@@ -97,7 +97,7 @@ def in_turn(score_all):
     """scoring.start's, called as it is, with 1.0 and 0.0 in turn for what it says."""
 
     def called(pairs):
-        return [float(i % 2 == 0) for i in range(len(score_all(pairs)))]
+        return [[float(i % 2 == 0)] * len(values) for i, values in enumerate(score_all(pairs))]
 
     return called
 

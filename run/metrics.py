@@ -1,7 +1,11 @@
 """metrics.jsonl of train.py, one object a step
 step, prompts_drawn          steps done; prompts drawn from the source so far
 rounds                       generation rounds dynamic sampling needed
-reward, accuracy             mean reward of all sampled completions; share of them with reward >= 1
+reward, accuracy             mean reward of all sampled completions; share of them with reward >= 1. With
+                             several rewards: mean of their weighted sum; share by the first of them
+rewards                      only with several: of each, by its name, mean and std (standard deviation) over
+                             all sampled completions
+rewards_timed_out            rewards that took more than --reward-timeout and count as 0
 all_right, all_wrong         share of sampled groups whose rewards are all equal and >= 1, all equal and below
 completion_tokens, finished  mean length of a trained completion; share of them that stopped by themselves
 tokens_trained               tokens through the network in one training forward: over groups, P + sum(R_i)
@@ -140,22 +144,32 @@ class Tally:
         return self
 
 
-def of_step(progress, batch, sampled, rounds, updates, wanted, learning_rate, clock):
-    """The line of a step that has ended, see above. wanted: the number of updates it should make."""
+def of_step(progress, batch, sampled, rounds, updates, config, learning_rate, clock):
+    """The line of a step that has ended, see above. config: train.py's."""
     line = {"step": progress.step, "prompts_drawn": progress.prompts_drawn, "rounds": rounds}
-    line |= of_rollout(sampled, batch) | of_updates(updates, wanted)
+    line |= of_rollout(sampled, batch, config.reward) | of_updates(updates, config.updates)
     line |= {"learning_rate": learning_rate, **clock.metrics(line["tokens_trained"])}
     return line
 
 
-def of_rollout(sampled, batch):
+def of_rollout(sampled, batch, reward_names):
     """All groups that were sampled and those trained on (rollout.Group) -> the metrics about them."""
     rewards = torch.stack([group.rewards for group in sampled])  # (groups, G)
     equal = (rewards == rewards[:, :1]).all(1)
     completions = [completion for group in batch for completion in group.completions]
     tokens = sum(len(completion.ids) for completion in completions)
+    values = torch.cat([group.values for group in sampled])  # (groups * G, K)
+    of_each = {}
+    if len(reward_names) > 1:
+        known = values.nan_to_num(0.0)
+        mean, std = known.mean(0).tolist(), known.std(0, correction=0).tolist()
+        of_each["rewards"] = {
+            n: {"mean": m, "std": s} for n, m, s in zip(reward_names, mean, std, strict=True)
+        }
     return {
-        "reward": rewards.mean().item(),
+        "reward": torch.stack([group.scores for group in sampled]).mean().item(),
+        **of_each,
+        "rewards_timed_out": values.isnan().sum().item(),
         "accuracy": (rewards >= 1).float().mean().item(),
         "all_right": (equal & (rewards[:, 0] >= 1)).float().mean().item(),
         "all_wrong": (equal & (rewards[:, 0] < 1)).float().mean().item(),

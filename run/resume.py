@@ -40,7 +40,7 @@ from torch.distributed.tensor import DTensor
 from base import durable, limits
 from base.cli import BadInput
 from base.processes import gather_or_fail, rank_and_world
-from prompts import sources
+from prompts import rewards, sources
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
@@ -104,12 +104,16 @@ def set_random_states(states):
         torch.cuda.set_rng_state(torch.tensor(own["cuda"], dtype=torch.uint8))
 
 
+SOURCE = "source of --reward"  # in the settings: {module:function: digest of the module's file}
+
+
 def settings(config, may_change):
     """What must be the same when a run goes on: all settings but those that may change, and what is in the
     model's and the data's files, wherever they lie now. Only rank 0 reads them; elsewhere {}."""
     if rank_and_world()[0] != 0:
         return {}
-    return {key: value for key, value in asdict(config).items() if key not in may_change} | contents(config)
+    fixed = {key: value for key, value in asdict(config).items() if key not in may_change}
+    return fixed | contents(config) | {SOURCE: rewards.source_digests(getattr(config, "reward", []))}
 
 
 def contents(config):
@@ -308,12 +312,24 @@ def compare(path, state, fixed, usual):
     """Raises BadInput for the first setting that is another than in the state of a checkpoint. One that the
     state lacks was added to the program since, and may be at its default."""
     for key, now in fixed.items():
+        if key == SOURCE:
+            warn_of_changed_rewards(path, state["settings"].get(SOURCE, {}), now)
+            continue
         old_name = RENAMED.get(key, key)
         before = state["settings"].get(key, state["settings"].get(old_name, getattr(usual, key, None)))
+        if isinstance(now, list) and isinstance(before, str):  # --reward took one name before 2026-11-26
+            before = [before]
         if key.startswith("contents") and before != now:
             raise BadInput(f"--resume {path}: the {key} are not what the run began with")
         if before != now:
             raise BadInput(f"--resume {path}: {key} was {before}, now it is {now}")
+
+
+def warn_of_changed_rewards(path, before, now):
+    for name, digest_now in now.items():
+        if before.get(name, digest_now) != digest_now:
+            what = f"the file of --reward {name} is another than when {path} was written"
+            print(f"warning: {what}; from here on it scores", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------- load

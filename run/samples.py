@@ -7,9 +7,10 @@ train.py, one object for each group that is shown (--log-groups), those of a ste
   prompt, prompt_tokens        its text as the model reads it, with control tokens; of more characters than
                                PROMPT_CHARACTERS the middle is left out, and it says how much; its tokens
   completions                  of each: text, tokens; finished: whether it stopped by itself; reward (null if
-                               the reward function failed); advantage (null unless trained); logprob: mean
-                               over its tokens, nats, as sampled; entropy: mean, nats, of the trainer before
-                               the update (null unless trained)
+                               the reward function failed), with several the first's, and rewards: each, in
+                               --reward's order (null: timed out); advantage (null unless trained); logprob:
+                               mean over its tokens, nats, as sampled; entropy: mean, nats, of the trainer
+                               before the update (null unless trained)
 
 sft.py, one object for each document that is shown
   step, id, text               the step that trains it; the id of its row; its text, with control tokens
@@ -77,13 +78,16 @@ class Groups:
         def of_each(values):
             return [None] * len(group.completions) if values is None else values.tolist()
 
-        columns = (of_each(values) for values in (group.rewards, group.advantages, group.entropies))
+        made = group.rewards, group.advantages, group.entropies, group.values
+        columns = (of_each(values) for values in made)
         completions = []
-        for completion, reward, advantage, entropy in zip(group.completions, *columns, strict=True):
+        for completion, reward, advantage, entropy, each in zip(group.completions, *columns, strict=True):
             known = [logprob for logprob in completion.logprobs if math.isfinite(logprob)]
             shown = {"text": self.tokenizer.decode(completion.ids, skip_special_tokens=False)}
             shown |= {"tokens": len(completion.ids), "finished": completion.finished}
             shown |= {"reward": number(reward), "advantage": number(advantage)}
+            if each is not None and len(each) > 1:
+                shown["rewards"] = [number(value) for value in each]
             shown |= {"logprob": number(sum(known) / len(known)) if known else None}
             completions.append(shown | {"entropy": number(entropy)})
         prompt = cut(self.tokenizer.decode(group.prompt, skip_special_tokens=False))

@@ -384,12 +384,10 @@ def keys_of(path, name):
 
 def test_every_metric_is_explained_and_no_other():
     completion = SimpleNamespace(ids=[1], finished=True)
-    group = SimpleNamespace(
-        rewards=torch.ones(2), completions=[completion] * 2, tokens=3, known_lengths=[1, 1]
-    )
-    group.prompt = [1]
+    group = SimpleNamespace(completions=[completion] * 2, tokens=3, known_lengths=[1, 1], prompt=[1])
+    group.rewards, group.scores, group.values = torch.ones(2), torch.ones(2), torch.ones(2, 2)
     clock = metrics.Clock(torch.device("cpu")).metrics(3)
-    written = {*metrics.of_rollout([group], [group]), *metrics.of_updates([], 1), *clock}
+    written = {*metrics.of_rollout([group], [group], ["a", "b"]), *metrics.of_updates([], 1), *clock}
     assert documented(metrics.__doc__) == written | keys_of("run/metrics.py", "line ")
     sft = ast.get_docstring(ast.parse((ROOT / "sft.py").read_text()))
     assert documented(sft) == keys_of("sft.py", "metrics = ")

@@ -226,6 +226,9 @@ rollout.Rollout.generate, grpo.aggregate = without_a_logprob, without_a_value
 def length(answer, row):
     assert row['wanted'] == 'The'
     return (len(answer) % 7) / 7
+
+def odd(answer, row):
+    return 2 * (len(answer) % 2)
 """
 
 
@@ -237,8 +240,8 @@ def test_own_data_and_reward_through_a_toml_file_and_numbers_that_are_not_finite
         for name in ("Leo", "Eva") * 4
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    toml = f'data = "{tmp_path}/rows.jsonl"\nreward = "mine:length"\ndata_weights = [1]\ntemperature = 1\n'
-    toml += 'algorithm = "sapo"\nupdates = 2\n'
+    toml = f'data = "{tmp_path}/rows.jsonl"\nreward = ["mine:length", "mine:odd"]\ntemperature = 1\n'
+    toml += 'data_weights = [1]\nalgorithm = "sapo"\nupdates = 2\nreward_weights = [1, 0.25]\n'
     (tmp_path / "config.toml").write_text(toml)
     name = runs("own")
     arguments = "--name", name, *SHORT, "--steps", 3, "--max-skips", 1, "--config", tmp_path / "config.toml"
@@ -253,10 +256,16 @@ def test_own_data_and_reward_through_a_toml_file_and_numbers_that_are_not_finite
     assert failed[0]["prompt_id"].startswith("rows.jsonl line ")
     assert any(c["entropy"] is not None for line in failed for c in line["completions"])
     first, second = read_metrics(run)
-    assert 0 < first["reward"] < 1 and (first["skipped"], second["skipped"]) == (0, 1)
+    assert (first["skipped"], second["skipped"]) == (0, 1)
+    length, odd = first.pop("rewards").values()
+    second.pop("rewards")
+    assert first["accuracy"] == 0 < length["mean"] < 1 < odd["mean"] + odd["std"]  # accuracy: the first's
+    assert first["reward"] == pytest.approx(length["mean"] + odd["mean"] / 4, abs=1e-5)
+    [shown, *_] = read_samples(run)[0]["completions"]
+    assert shown["rewards"][0] == shown["reward"] and shown["rewards"][1] in (0, 2)
     assert first["tokens_dropped"] > 1 and second["tokens_dropped"] == 0
     assert all(math.isfinite(line[key]) for line in (first, second) for key in line if line[key] is not None)
-    assert json.loads((run / "config.json").read_text())["reward"] == "mine:length"
+    assert json.loads((run / "config.json").read_text())["reward"] == ["mine:length", "mine:odd"]
 
 
 FAILS = """

@@ -22,7 +22,9 @@ from conftest import ROOT, make_small, run_code, run_script
 from base import durable
 from base.cli import BadInput
 from base.interrupt import Interrupt
+from prompts import rewards
 from run import resume
+from run.config import MAY_CHANGE, Config
 
 
 def train(model, optimizer, steps):
@@ -334,3 +336,19 @@ def test_a_signal_is_noted_and_the_second_ends_at_once(capfd):
     code = "import signal; from base.interrupt import Interrupt; i = Interrupt(); signal.raise_signal(2); "
     result = run_code(code + "print(1, flush=True); signal.raise_signal(2); print(2)")
     assert result.returncode == -signal.SIGINT and result.stdout == "1\n"
+
+
+def test_a_changed_reward_file_is_noticed_and_one_name_is_a_list_of_one(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "noticed.py"
+    file.write_text("score = max")
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards.load_reward("noticed:score")
+    config = Config(reward=["noticed:score"])
+    before = resume.settings(config, MAY_CHANGE)
+    before["reward"] = "noticed:score"  # as it was once
+    resume.compare("step-1", {"settings": before}, resume.settings(config, MAY_CHANGE), config)
+    assert capsys.readouterr().err == ""
+    file.write_text("score = min")
+    resume.compare("step-1", {"settings": before}, resume.settings(config, MAY_CHANGE), config)
+    told = "warning: the file of --reward noticed:score is another than when step-1 was written"
+    assert capsys.readouterr().err == f"{told}; from here on it scores\n"
