@@ -15,15 +15,19 @@ the environment on to all ranks.
     LONGACT_JUDGE_AWAY     what to do when the judge does not answer. "stop" (default) ends the run. "rule"
                            uses the rule's score and asks again a minute later; then answers of one group may
                            be scored in two ways
-    LONGACT_JUDGE_TIMEOUT  seconds a request may take (60); it is tried four times, 1, 2 and 4 seconds apart
-    LONGACT_JUDGE_CACHE    SQLite file that keeps every reply, on a local disk (runs/judge.sqlite). Ranks and
-                           runs may share it, and it survives a kill
-    LONGACT_JUDGE_KEY      sent as bearer token, if set
+    LONGACT_JUDGE_TIMEOUT  seconds a request may take in all (60); it is tried four times, 1, 2 and 4 seconds
+                           apart
+    LONGACT_JUDGE_CACHE    SQLite file that keeps every verdict, on a local disk (runs/judge.sqlite). Ranks
+                           and runs may share it, and it survives a kill
+    LONGACT_JUDGE_KEY      sent as bearer token, if set. No redirect is followed, and no message shows it
 
 Only text and numbers are judged, and of an answer only what follows "the answer is". Published code accepts a
 "YES" anywhere in the reply, so an answer can bring its own. Here the reply must end with [[YES]]. An answer
-that is long, or contains "[[" or "<|", is not sent: the endpoint would read <|im_end|> as the end of our
-message.
+that is long, or contains "[[" or "<|", is not sent. What else may be a control token for the endpoint, such
+as </think>, also in question and right answer, is sent with a space in it, so that it is text.
+
+A reply without a verdict counts as NO, but is not kept. An empty one is none: it is asked for again, as when
+the judge does not answer.
 """
 
 import functools
@@ -31,15 +35,17 @@ import hashlib
 import http.client
 import json
 import os
+import queue
 import re
 import sqlite3
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from base.cli import BadInput
@@ -60,6 +66,7 @@ USER = "\nProblem: {}\nAnswer 1: {}\nAnswer 2: {}\n"
 JUDGED = (rewards.contains, rewards.numeric)
 LONGEST = 300  # characters of an answer that is sent: a longer one argues with the judge
 VERDICT = re.compile(r"\[\[(YES|NO)\]\][\s.*]*$")
+LARGEST = 2**22  # bytes of a reply; a verdict is some hundred
 REST = 60  # seconds until a judge that did not answer is asked again
 
 
@@ -73,7 +80,12 @@ def by_source(answer, row):
     if rule == 1 or not said or len(said) > LONGEST or "[[" in said or "<|" in said:
         return rule
     golds = (rewards.stated_answer(gold) or gold for gold in rewards.golds(row))
-    return float(any(judge().same(problem, said, gold) for gold in golds))
+    return float(any(judge().same(*map(as_text, (problem, said, gold))) for gold in golds))
+
+
+def as_text(said):
+    """A text in which no control token is spelled: a space follows each "<" that may begin one."""
+    return re.sub(r"<(?=[|\uff5c/!\w])", "< ", said)
 
 
 def question(row):
@@ -113,6 +125,8 @@ def judge():
         raise BadInput(f"LONGACT_JUDGE_TIMEOUT must be a number of seconds, not {timeout!r}") from error
     if not 0 < settings["timeout"] <= 86400:
         raise BadInput(f"LONGACT_JUDGE_TIMEOUT must be more than 0 and at most a day, not {timeout}")
+    if "@" in url or "?" in url:  # it may be a secret, which is not shown
+        raise BadInput("LONGACT_JUDGE_URL has a user or a query; a key goes into LONGACT_JUDGE_KEY")
     if not url.startswith(("http://", "https://")):
         raise BadInput(f"LONGACT_JUDGE_URL must begin with http:// or https://, not {url!r}")
     if not _is_address(url):
@@ -138,16 +152,49 @@ def text(value):
     return value.encode(errors="replace").decode()
 
 
+class EmptyReply(Exception):
+    """The endpoint has answered, but said nothing."""
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: it could lead our key to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+def within(seconds, function):
+    """function() -> what it returns. Raises what it raises, and TimeoutError after `seconds`: limits of
+    sockets are for each piece, so an answer that drips, or a slow name server, would take for ever. The
+    thread that is left behind ends with its connection."""
+    done = queue.SimpleQueue()
+
+    def call():
+        try:
+            done.put((function(), None))
+        except Exception as error:
+            done.put((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError("timed out") from None
+    if error:
+        raise error
+    return result
+
+
 @dataclass
 class Judge:
-    """One endpoint and its cache of replies. pauses: seconds to wait before each further try."""
+    """One endpoint and its cache of verdicts. pauses: seconds to wait before each further try."""
 
     url: str
     model: str
     cache: str
     away: str = "stop"
     timeout: float = 60.0
-    key: str = ""
+    key: str = field(default="", repr=False)
     pauses: tuple = (1, 2, 4)
     resting_until: float = 0.0  # time.monotonic()
 
@@ -170,11 +217,8 @@ class Judge:
     def check(self):
         """Raises BadInput if the endpoint does not serve the model, or does not answer though away is
         "stop"."""
-        listed = self._ask("/models", None)
-        if listed is None:
-            return
-        served = self._take(listed, lambda reply: [text(model["id"]) for model in reply["data"]])
-        if self.model not in served:
+        served = self._ask("/models", None, lambda reply: [text(model["id"]) for model in reply["data"]])
+        if served is not None and self.model not in served:
             raise BadInput(f"LONGACT_JUDGE_MODEL {self.model}: {self.url} serves {', '.join(served)}")
 
     def same(self, problem, answer, gold):
@@ -188,25 +232,25 @@ class Judge:
         body = json.dumps(request)
         key = hashlib.sha256(body.encode()).hexdigest()
         kept = self._sql("SELECT reply FROM replies WHERE key = ?", key)
-        if not kept:
-            response = self._ask("/chat/completions", body)
-            if response is None:
-                return False
-            kept = (self._take(response, lambda r: text(r["choices"][0]["message"]["content"] or "")),)
-            self._sql("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", key, body, *kept)
-        verdict = VERDICT.search(str(kept[0]))
+        verdict = kept and VERDICT.search(str(kept[0]))
+        if not verdict:
+            reply = self._ask("/chat/completions", body, self._content)
+            verdict = reply and VERDICT.search(reply)
+            if verdict:
+                self._sql("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", key, body, self._hide(reply))
         return bool(verdict) and verdict[1] == "YES"
 
-    def _take(self, response, part):
-        try:
-            return part(response)
-        except (KeyError, IndexError, TypeError) as error:
-            shown = str(response)[:200]
-            raise BadInput(f"the judge at {self.url} answers in another form: {shown}") from error
+    @staticmethod
+    def _content(reply):
+        content = reply["choices"][0]["message"]["content"]
+        if not content:
+            raise EmptyReply("its reply is empty")
+        return text(content)
 
-    def _ask(self, path, body):
-        """-> the endpoint's reply, decoded from JSON; None if it does not answer and away is "rule". Raises
-        BadInput if it refuses the request, or does not answer and away is "stop"."""
+    def _ask(self, path, body, part):
+        """-> part(the endpoint's reply, decoded from JSON); None if it does not answer and away is "rule".
+        Raises BadInput if it refuses the request, answers in another form, or does not answer and away is
+        "stop"."""
         if time.monotonic() < self.resting_until:
             return None
         headers = {"Content-Type": "application/json"}
@@ -216,17 +260,48 @@ class Judge:
         for pause in (0, *self.pauses):
             time.sleep(pause)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return json.loads(response.read())
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
-                if error.code != 429 and error.code < 500:
-                    raise BadInput(f"the judge at {self.url} refuses: {problem}") from error
-            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-                problem = error  # no connection, cut off, not JSON
+                status, reply = within(self.timeout, functools.partial(self._fetch, request))
+                if status < 300:
+                    return self._take(json.loads(reply), part)
+                problem = f"HTTP {status}: {self._hide(reply.decode(errors='replace'))[:200]}"
+                if 300 <= status < 400:
+                    problem = f"HTTP {status}, a redirect: give LONGACT_JUDGE_URL the address it leads to"
+                if status != 429 and status < 500:
+                    raise BadInput(f"the judge at {self.url} refuses: {problem}")
+            except BadInput:
+                raise
+            except (OSError, http.client.HTTPException, ValueError, RecursionError, EmptyReply) as error:
+                problem = self._hide(str(error))  # no connection, cut off, too late, not JSON
         what = f"the judge at {self.url} does not answer: {problem}"
         if self.away == "stop":
             raise BadInput(f"{what}; LONGACT_JUDGE_AWAY=rule goes on without it")
         print(f"{what}; the rule alone scores for {REST} s", file=sys.stderr)
         self.resting_until = time.monotonic() + REST
         return None
+
+    def _fetch(self, request):
+        """-> HTTP status, body in bytes. Raises BadInput for one of more than LARGEST bytes."""
+        until, body = time.monotonic() + self.timeout, b""
+        try:
+            response = urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            response = error  # a response as well
+        with response:
+            while piece := response.read1(2**16):
+                body += piece
+                if len(body) > LARGEST:
+                    raise BadInput(f"the judge at {self.url} answers with more than {LARGEST:,} bytes")
+                if time.monotonic() > until:
+                    raise TimeoutError("timed out")
+        return response.status, body
+
+    def _take(self, response, part):
+        try:
+            return part(response)
+        except (KeyError, IndexError, TypeError) as error:
+            shown = self._hide(str(response))[:200]
+            raise BadInput(f"the judge at {self.url} answers in another form: {shown}") from error
+
+    def _hide(self, said):
+        """What the endpoint says, without our key, which it may repeat."""
+        return said.replace(self.key, "[key]") if self.key else said
