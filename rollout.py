@@ -9,6 +9,7 @@ activations, for the perturbation experiment.
 import math
 import os
 import random
+import re
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,6 +31,7 @@ import torch.distributed as dist  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 from base import bars  # noqa: E402
+from base.cli import BadInput  # noqa: E402
 from core.checkpoint import Qwen3Config, full_tensor  # noqa: E402
 
 
@@ -41,6 +43,20 @@ def rope_overrides(config):
         return {}
     rope = {**config.rope_scaling, "rope_theta": config.rope_theta}
     return {"rope_parameters": rope, "max_position_embeddings": config.context_length}
+
+
+def why_not_started(error, context_length, cuda):
+    """What vLLM's start has raised -> one line with the cause and the fix, where we know one."""
+    text = " ".join(str(error).split())
+    reason = re.sub(r"^\d+ validation errors? for \w+ Value error, ", "", text)[:300]
+    start = f"vLLM cannot start with {context_length} tokens a text"
+    if "KV cache" in text or "cache blocks" in text:
+        memory = "raise --vllm-share" if cuda else "set VLLM_CPU_KVCACHE_SPACE to more GiB"
+        what = f"{start}, too little memory for their keys and values"
+        return f"{what}: {memory}, or allow fewer tokens ({reason})"
+    if "less than desired GPU memory" in text or "out of memory" in text:
+        return f"{start}, too little free GPU memory: lower --vllm-share, or free the GPU ({reason})"
+    return f"{start}: {reason}"
 
 
 def repack_tied_head(vllm_model):
@@ -139,7 +155,7 @@ class Rollout:
     context_length: most tokens of prompt + completion. dtype: "float32" or "bfloat16". tensor_parallel: ranks
     that share one engine. share: of the GPU's memory that vLLM may use in total (weights, KV cache; freed by
     `sleep`). rope_scaling: a YaRN dictionary instead of the one in the checkpoint's config.json. eager: no
-    compiled graphs, which `clamp` needs.
+    compiled graphs, which `clamp` needs. Raises BadInput if vLLM cannot start.
     """
 
     def __init__(
@@ -173,21 +189,24 @@ class Rollout:
                 "max_num_batched_tokens": max(8192, context_length),
             }
         random_states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-        self.engine = LLM(
-            model=str(checkpoint),
-            dtype=dtype,
-            max_model_len=context_length,
-            hf_overrides=rope_overrides(config),
-            seed=seed + rank // tensor_parallel,  # equal within a tensor-parallel group
-            tensor_parallel_size=tensor_parallel,
-            distributed_executor_backend="external_launcher" if dist.is_initialized() else None,
-            skip_tokenizer_init=True,
-            use_tqdm_on_load=False,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=False,  # counters only, read by LLM.get_metrics()
-            **device_options,
-        )
+        try:
+            self.engine = LLM(
+                model=str(checkpoint),
+                dtype=dtype,
+                max_model_len=context_length,
+                hf_overrides=rope_overrides(config),
+                seed=seed + rank // tensor_parallel,  # equal within a tensor-parallel group
+                tensor_parallel_size=tensor_parallel,
+                distributed_executor_backend="external_launcher" if dist.is_initialized() else None,
+                skip_tokenizer_init=True,
+                use_tqdm_on_load=False,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=False,  # counters only, read by LLM.get_metrics()
+                **device_options,
+            )
+        except (ValueError, RuntimeError, OSError) as error:  # of what vLLM raises, each is about its input
+            raise BadInput(why_not_started(error, context_length, self.cuda)) from error
         random.setstate(random_states[0])  # an in-process engine reseeds the caller's generators
         numpy.random.set_state(random_states[1])
         torch.set_rng_state(random_states[2])

@@ -263,9 +263,6 @@ def saved_before_it_stops():
 
 shown = samples.Groups(tokenizer, config.log_groups)
 journal = Journal(directory, config, progress.step, "train", device, shown.of_failure)
-if main:
-    going_on = f", going on after step {progress.step}" if checkpoint else ""
-    print(f"run directory: {directory}{going_on}", flush=True)
 if held_out and config.eval_before and not checkpoint:
     progress.before = evaluate(held_out, sample, config.eval_completions, "before:" * main)
 

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from base import bars, processes
-from base.cli import BadInput
 
 # Qwen3's model card: greedy decoding makes its thinking repeat itself. RULER is greedy.
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -60,11 +59,7 @@ class Engine:
         from rollout import Rollout  # importing vLLM takes seconds, and the user's input is checked before
 
         options = (dtype(), 0, tensor_parallel, memory_share, rope_scaling)
-        try:
-            self.rollout = Rollout(checkpoint, context_length, *options, eager=clamp is not None)
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise BadInput(f"vLLM cannot start with {context_length} tokens: {reason}") from error
+        self.rollout = Rollout(checkpoint, context_length, *options, eager=clamp is not None)
         if clamp is not None:
             self.rollout.clamp(clamp)
         rank, world = processes.rank_and_world()

@@ -9,22 +9,28 @@ it goes the same way as training, vLLM included, with another model, shorter tex
     completions  GROUP to a prompt, as many prompts as the ranks need
     rewards      the reward is called on each answer, but counts 1 and 0 in turn: random weights answer
                  nothing, and dynamic sampling wants groups whose rewards differ
-Its temporary files are removed. It does not say whether the real model fits into memory; --plan does.
+Its temporary files are removed, those of one killed with -9 by the next. It does not say whether the
+real model fits into memory; --plan does.
 """
 
 import atexit
+import contextlib
 import shutil
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from base import durable, interrupt
+from base.cli import BadInput
 from model import Qwen3
 
 LAYERS, HIDDEN = 2, 64
 TOKENS, COMPLETION, GROUP = 256, 16, 4
+KIND, locks = "dry run", []  # what its directory is; the lock, held as long as the process lives
 PASSED = "dry run: passed; its temporary files are removed"
 
 
@@ -34,8 +40,7 @@ def stand_in(model_config, tokenizer, checkpoint):
     rank = dist.get_rank() if dist.is_initialized() else 0
     directory = [None]
     if rank == 0:
-        directory = [tempfile.mkdtemp(prefix="dry-run-")]
-        atexit.register(shutil.rmtree, directory[0], ignore_errors=True)
+        directory = [str(temporary_directory())]
     if dist.is_initialized():
         dist.broadcast_object_list(directory)
     directory = Path(directory[0])
@@ -66,6 +71,24 @@ def small_sizes(model_config):
         width = HIDDEN
     sizes = {"num_hidden_layers": LAYERS, "hidden_size": width, "intermediate_size": 2 * width}
     return {**sizes, "head_dim": head_dim}
+
+
+def temporary_directory():
+    """A new directory, removed when this process ends, by a signal too. What one that was killed with -9 left
+    is removed now: its lock is free."""
+    place = Path(tempfile.gettempdir())
+    for left in place.glob("dry-run-*"):
+        with contextlib.suppress(BadInput, OSError):  # it is in use, or another user's
+            lock = durable.claim(left, KIND, [])
+            shutil.rmtree(left)
+            lock.close()
+    fresh = Path(tempfile.mkdtemp(prefix="new-dry-run-"))  # not yet of the names above: it has no lock
+    locks.append(durable.claim(fresh, KIND, []))
+    directory = fresh.rename(place / fresh.name.removeprefix("new-"))
+    remove = partial(shutil.rmtree, directory, ignore_errors=True)
+    atexit.register(remove)
+    interrupt.before_end.append(remove)
+    return directory
 
 
 def of_rl(config, model_config, tokenizer, world):

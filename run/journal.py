@@ -31,6 +31,8 @@ class Journal:
             durable.write_json(directory / "config.json", settings)
             how = {"command": environment.command(), **environment.describe()}
             durable.write_json(directory / "environment.json", how)
+            going_on = f", going on after step {done}" if done else ""
+            print(f"run directory: {directory}{going_on}", flush=True)
 
     def __enter__(self):
         self.bar = bars.bar(**self.of_bar, unit="step", leave=False, disable=not self.writes)

@@ -8,10 +8,33 @@ import torch
 from conftest import FAMILIES, make_small
 
 from evals import clamp
-from rollout import Rollout, hold
+from rollout import Rollout, hold, why_not_started
 from studies import magnitudes
 
+# What vllm 0.32 says, of a context of 4 million tokens on a CPU, and of a GPU that others use.
+SAID = {
+    "To serve at least one request with the model's max seq len (9), (5.72 GiB KV cache is needed, which is "
+    "larger than the available KV cache memory (1.0 GiB).": (
+        "keys and values: set VLLM_CPU_KVCACHE_SPACE to more GiB, or allow fewer tokens (To serve",
+        "keys and values: raise --vllm-share, or allow fewer tokens",
+    ),
+    "Free memory on device (9/79 GiB) on startup is less than desired GPU memory utilization (0.9).": (
+        "lower --vllm-share, or free the GPU",
+    )
+    * 2,
+    "1 validation error for ModelConfig\n  Value error, Not\nknown. [type=value_error]": (
+        "vLLM cannot start with 9 tokens a text: Not known. [type=value_error]",
+    )
+    * 2,
+}
 PROMPTS = [list(range(1, 70)), list(range(5, 12)), list(range(30, 95))]
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_what_vllm_says_at_its_start_becomes_one_line_with_the_fix(cuda):
+    for text, expected in SAID.items():
+        line = why_not_started(ValueError(text), 9, cuda)
+        assert expected[cuda] in line and "\n" not in line and len(line) < 500
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

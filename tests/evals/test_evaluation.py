@@ -291,7 +291,7 @@ def test_run_writes_each_sample_once_and_goes_on(engine, tmp_path):
 
 
 def test_an_engine_that_cannot_start_says_so_in_one_line():
-    with pytest.raises(BadInput, match="vLLM cannot start with 9000 tokens"):
+    with pytest.raises(BadInput, match="vLLM cannot start with 9000 tokens a text: User-specified max_model"):
         Engine(TINY, 9000)
 
 
