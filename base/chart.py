@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from base import run_files
+
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 230, 50, 410, 10, 190
 MOST = 500  # points of a curve; more are thinned
 
@@ -213,10 +215,11 @@ def heads(title, magnitudes, selected):
     size = f'width="{columns}" height="{rows}" preserveAspectRatio="none"'
     look = f'viewBox="0 0 {columns} {rows}" preserveAspectRatio="none"'
     look += f' style="height:{min(14, max(8, 112 // rows)) * rows}px"'
+    path = "".join(f"M{x} {y}l{dx} {dy}" for x, y, dx, dy in run_files.outline(selected))
     said = f"{title}: magnitudes of {rows} heads, {columns} dimensions each"
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg {look} role="img" aria-label="{escape(said)}">'
-        f'<image href="data:image/png;base64,{data}" {size}/><path d="{outline(selected)}"/></svg>'
+        f'<image href="data:image/png;base64,{data}" {size}/><path d="{path}"/></svg>'
         f'<p class="small ends"><span>dimension 0</span><span>{rows} heads, downwards</span>'
         f"<span>{columns - 1}</span></p></figure>\n"
     )
@@ -227,15 +230,3 @@ def png(values):
     buffer = io.BytesIO()
     Image.fromarray((255 * values).round().to(torch.uint8).numpy()).save(buffer, "png")
     return buffer.getvalue()
-
-
-def outline(selected):
-    """(rows, columns) bool -> the path of an SVG along the edges between cells that are selected and not."""
-    padded = torch.nn.functional.pad(selected.int(), (1, 1, 1, 1))
-    parts = []
-    for across, edges in ((True, padded.diff(dim=0)[:, 1:-1]), (False, padded.diff(dim=1)[1:-1].T)):
-        for line, cells in enumerate(edges.ne(0).int()):
-            ends = torch.nn.functional.pad(cells, (1, 1)).diff().nonzero().flatten().tolist()
-            for start, end in zip(ends[::2], ends[1::2]):
-                parts.append(f"M{start} {line}h{end - start}" if across else f"M{line} {start}v{end - start}")
-    return "".join(parts)

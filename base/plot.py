@@ -1,9 +1,9 @@
 """Figures from what a run wrote.
 
-    python -m base.plot runs/NAME          # draws runs/NAME/reward.png and runs/NAME/magnitudes.png again
+    python -m base.plot runs/NAME     # draws its reward.png and magnitudes.png again; it may be under way
 
-The files read here were written by train.py and sft.py and may have been damaged since, so every reader
-raises BadInput. H heads, D head size.
+Colours are Okabe and Ito's, which colour-blind readers tell apart; a quantity has the same one in every
+figure, and in report.html. What files are read, base/run_files.py checks; it raises BadInput.
 """
 
 import math
@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from base import durable, limits
+from base import durable, run_files
+from base.chart import wilson
 from base.cli import BadInput, one_line_errors, option, parse
-from base.durable import json_lines
 
-LARGEST, MOST_LAYERS = 4096, 400  # heads, or dimensions of one; what fits into a figure of 65,536 pixels
+BLUE, ORANGE, GREEN, VERMILLION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+PURPLE, SKY, GREY, OUTLINE = "#cc79a7", "#56b4e9", "#8a929c", "#ff7a00"
 
 
 @dataclass
 class Config:
-    run: str = option("", "directory of a finished run of train.py", positional=True)
+    run: str = option("", "directory of a run of train.py", positional=True)
 
 
 def subplots(rows=1, columns=1, *, figsize, **how):
@@ -35,175 +34,183 @@ def subplots(rows=1, columns=1, *, figsize, **how):
     return figure, figure.subplots(rows, columns, **how)
 
 
-def read_metrics(path, key):
-    """metrics.jsonl -> list of steps, and list of the numbers under `key`, None where a line has null.
-
-    Raises BadInput for a file that cannot be read and for a line without these numbers."""
-    steps, values = [], []
-    for _, where, row in json_lines(path):
-        step, value = (row.get("step"), row.get(key, "")) if isinstance(row, dict) else (None, "")
-        if type(step) is not int or not 0 <= step < 2**53 or not _number(value):
-            raise BadInput(f'{where} is not a line of metrics: "step" and "{key}" must be numbers; remove it')
-        steps.append(step)
-        values.append(value)
-    return steps, values
-
-
-def _number(value):
-    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
-
-
-def held_out_accuracy(path):
-    """results.json -> {"before": float or None, "after": float or None}: accuracy on the first set of
-    held-out prompts. Raises BadInput for a file that train.py did not write."""
-    fix = "remove it to draw the reward alone"
-    accuracy = {}
-    try:
-        results = limits.parse_json(limits.read_text(path))
-        for when in ("before", "after"):
-            sets = list((results[when] or {}).values())  # null: not evaluated; {}: no held-out prompts
-            accuracy[when] = sets[0]["accuracy"] if sets else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{path} is not what train.py leaves: {error!r}; {fix}") from error
-    if not all(_number(value) for value in accuracy.values()):
-        raise BadInput(f"{path} is not what train.py leaves: accuracy {accuracy}; {fix}")
-    return accuracy
-
-
-def load_magnitudes(path):
-    """The file that save_magnitudes wrote -> {name: magnitudes (H, D) fp32, name + ".selected": (H, D) bool}.
-
-    Raises BadInput for a file that cannot be read or holds other tensors."""
-    try:
-        limits.check(path)
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path} cannot be read: {error}") from error
-    layers = range(sum(name.endswith("q_proj") for name in tensors))
-    names = [f"model.layers.{i}.self_attn.{which}_proj" for i in layers for which in "qk"]
-    wanted = {name + of for name in names for of in ("", ".selected")}
-    other = not tensors or tensors.keys() != wanted or len(layers) > MOST_LAYERS
-    if other or not all(_is_pair(tensors, name) for name in names):
-        fix = "a run of train.py with --rule top leaves them"
-        raise BadInput(f"{path} does not hold the magnitudes of Q and K; {fix}")
-    return tensors
-
-
-def _is_pair(tensors, name):
-    """Whether they hold magnitudes of a size that a figure can have, and which of them were selected."""
-    magnitude, selected = tensors[name], tensors[name + ".selected"]
-    if magnitude.dim() != 2 or not 0 < min(magnitude.shape) <= max(magnitude.shape) <= LARGEST:
-        return False
-    good = magnitude.dtype == torch.float32 and bool((magnitude.isfinite() & (magnitude >= 0)).all())
-    return good and selected.dtype == torch.bool and selected.shape == magnitude.shape
-
-
 def _save(figure, path):
     with durable.replacing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 
 def reward_curve(run):
-    """runs/NAME/metrics.jsonl, and results.json if there is one -> runs/NAME/reward.png: training reward, and
-    held-out accuracy before and after. Raises BadInput."""
-    steps, rewards = read_metrics(run / "metrics.jsonl", "reward")
-    accuracy = held_out_accuracy(run / "results.json") if (run / "results.json").exists() else {}
-    figure, axes = subplots(figsize=(7, 4))
-    axes.plot(steps, rewards, color="tab:blue", label="mean reward of sampled completions")
-    for (when, value), x in zip(accuracy.items(), (0, steps[-1])):
-        if value is not None:  # --no-eval-before
-            axes.plot(x, value, "o", color="tab:red", label="held-out accuracy" if when == "after" else None)
-    axes.set(xlabel="training step", ylabel="reward")
-    axes.set_title(run.name, parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    """runs/NAME/metrics.jsonl, and results.json if there is one -> runs/NAME/reward.png: reward; accuracy, of
+    training and held out; groups that teach; length, entropy and mismatch. Raises BadInput."""
+    path = run / "metrics.jsonl"
+    rows = run_files.read_metrics(path)
+    if all("reward" not in row for row in rows):
+        raise BadInput(f'{path} has no "reward": it is not a run of train.py')
+    held_out = run_files.held_out(run, rows)
+    run_files.add_kept(path, rows)
+    figure, grid = subplots(2, 3, figsize=(12, 6.2))
+    draw = (
+        ("mean reward", {"reward": BLUE}),
+        ("accuracy", {"accuracy": GREEN}),
+        ("share of sampled groups", {"kept": GREEN, "all_right": BLUE, "all_wrong": ORANGE}),
+        ("tokens of a completion", {"completion_tokens": PURPLE}),
+        ("entropy, nats a token", {"entropy": VERMILLION}),
+        ("mismatch, nats a token", {"mismatch_mean": BLUE, "mismatch_max": ORANGE}),
+    )
+    for axes, (label, keys) in zip(grid.flat, draw, strict=True):
+        for key, colour in keys.items():
+            numbers = [math.nan if y is None else y for y in run_files.column(path, rows, key)]
+            axes.plot([row["step"] for row in rows], numbers, color=colour, label=key)
+        axes.set(xlabel="training step", ylabel=label)
+    _held_out(grid[0, 1], held_out)
+    grid[0, 1].set_ylim(0, 1)
+    grid[0, 2].set_ylim(0, 1)
+    grid[1, 2].set_yscale("log")
+    _finish(grid)
+    figure.suptitle(run.name, parse_math=False)
     _save(figure, run / "reward.png")
+
+
+def _held_out(axes, held_out):
+    """What run_files.held_out returned -> accuracy at temperature 1 on the first set, with 95% intervals."""
+    for name, points in list(held_out.items())[:1]:
+        shares = [result["accuracy"] for _, result in points]
+        ends = [wilson(result["accuracy"], result["prompts"]) for _, result in points]
+        errors = [
+            [y - low for y, (low, _) in zip(shares, ends)],
+            [high - y for y, (_, high) in zip(shares, ends)],
+        ]
+        label = f"held out, n = {points[0][1]['prompts']:,}: {name}"
+        look = {"fmt": "o-", "color": VERMILLION, "capsize": 3, "linewidth": 1, "label": label}
+        axes.errorbar([step for step, _ in points], shares, torch.tensor(errors).clamp(min=0), **look)
+
+
+def _finish(grid):
+    """Grid lines, whole steps, and legends above the axes, where no line is."""
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+        _whole_steps(axes)
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize="small", frameon=False)
+
+
+def _whole_steps(axes):
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def loss_curve(run):
     """metrics.jsonl of sft.py in the directory `run` -> loss.png: the loss of each step. Raises BadInput."""
-    figure, axes = subplots(figsize=(7, 4))
-    axes.plot(*read_metrics(run / "metrics.jsonl", "loss"), color="tab:blue")
-    axes.set(xlabel="training step", ylabel="cross entropy of the assistant's tokens, nats")
-    axes.set_title(run.name, parse_math=False)
-    axes.grid(alpha=0.3)
+    rows = run_files.read_metrics(run / "metrics.jsonl")
+    losses = run_files.column(run / "metrics.jsonl", rows, "loss")
+    figure, axes = subplots(figsize=(7, 4), squeeze=False)
+    numbers = [math.nan if loss is None else loss for loss in losses]
+    axes[0, 0].plot([row["step"] for row in rows], numbers, color=BLUE)
+    axes[0, 0].set(xlabel="training step", ylabel="cross entropy of the assistant's tokens, nats")
+    axes[0, 0].set_title(run.name, parse_math=False)
+    _finish(axes)
     _save(figure, run / "loss.png")
 
 
-def reward_bands(path, panels):
-    """{panel title: {label: rewards of each run, a list of lists (runs, steps)}} -> the PNG `path`: mean over
-    runs, with its standard error as a band. Raises BadInput when the disk cannot be written."""
-    figure, grid = subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, sharey=True)
-    for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
-        for label, runs in curves.items():
+def reward_bands(path, panels, differences):
+    """panels: {title: {label: (colour, rewards of each run, a list of lists (runs, steps))}}: mean over runs,
+    its standard error as a band, dashed where the label has a comma. differences: [(label, colour, mean, half
+    of its 95% interval, n), ...] in points of accuracy, paired by seed -> the PNG `path`. Raises BadInput
+    when the disk cannot be written."""
+    from matplotlib.figure import Figure
+
+    heights = [4, 0.8 + 0.24 * len(differences)]  # inches
+    figure = Figure(figsize=(max(9, 4.5 * len(panels)), sum(heights)), layout="constrained")
+    rows = [list(panels), ["differences"] * len(panels)] if differences else [list(panels)]
+    places = figure.subplot_mosaic(rows, height_ratios=heights[: len(rows)])
+    for title, curves in panels.items():
+        axes = places[title]
+        for label, (colour, runs) in curves.items():
             rewards = torch.tensor(runs)  # (runs, steps)
             steps, mean = range(1, rewards.size(1) + 1), rewards.mean(0)
             error = rewards.std(0) / len(runs) ** 0.5 if len(runs) > 1 else torch.zeros_like(mean)
-            (line,) = axes.plot(steps, mean, label=f"{label} ({len(runs)} runs)")
-            look = {"alpha": 0.2, "color": line.get_color(), "linewidth": 0}
-            axes.fill_between(steps, mean - error, mean + error, **look)
+            style = "--" if "," in label else "-"
+            axes.plot(steps, mean, style, color=colour, label=f"{label} (n = {len(runs)})")
+            axes.fill_between(steps, mean - error, mean + error, alpha=0.2, color=colour, linewidth=0)
         axes.set(xlabel="training step", title=title)
+        _whole_steps(axes)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize="small")
-    grid[0, 0].set_ylabel("mean reward of sampled completions")
+        axes.legend(loc="lower right", fontsize="small")  # curves rise, so it is over none
+        axes.sharey(places[next(iter(panels))])
+    places[next(iter(panels))].set_ylabel("mean reward of sampled completions")
+    if differences:
+        axes = places["differences"]
+        for place, (_, colour, mean, half, _) in enumerate(differences):
+            axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=3)
+        axes.set_yticks(range(len(differences)), [f"{label} (n = {n})" for label, *_, n in differences])
+        axes.axvline(0, color=GREY, linewidth=1)
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3, axis="x")
+        axes.set(xlabel="difference in accuracy paired by seed, points, with 95% intervals")
     _save(figure, path)
 
 
-def save_magnitudes(path, magnitudes, masks):
-    """Magnitudes {name: (H, D) fp32} and masks {name.weight: (H * D,) bool} of one step -> a safetensors
-    file, see load_magnitudes. Raises BadInput when the disk cannot be written."""
-    tensors = {}
-    for name, magnitude in magnitudes.items():
-        tensors[name] = magnitude.cpu()
-        tensors[f"{name}.selected"] = masks[f"{name}.weight"].view_as(magnitude).cpu().contiguous()
-    try:
-        with durable.replacing(path) as partial:
-            save_file(tensors, partial)
-    except SafetensorError as error:
-        raise BadInput(f"{path} cannot be written: {error}") from error
+# ------------------------------------------------------------------------------------------------ magnitudes
 
 
 def heatmap(run):
-    """runs/NAME/magnitudes.safetensors -> runs/NAME/magnitudes.png: heads x dimensions, a row of panels for
-    each layer, Q and K side by side. Raises BadInput."""
-    tensors = load_magnitudes(run / "magnitudes.safetensors")
-    layers = len(tensors) // 4
-    figure, grid = subplots(layers, 2, figsize=(14, 1.0 + 1.3 * layers), squeeze=False)
-    for layer in range(layers):
-        for axes, which in zip(grid[layer], "qk", strict=True):
-            image = _panel(axes, tensors, layer, which, dot=5)
-            if layer == 0:
-                axes.set_title(f"{which.upper()}: magnitude / largest of the head; red: selected rows")
-    for axes in grid[-1]:
+    """runs/NAME/magnitudes.safetensors -> runs/NAME/magnitudes.png: heads x dimensions of four layers, Q
+    and K side by side, and how concentrated each layer is. Raises BadInput."""
+    tensors = run_files.load_magnitudes(run / "magnitudes.safetensors")
+    layers = run_files.some_layers(tensors)
+    heads = len(tensors["model.layers.0.self_attn.q_proj"])
+    tall = min(4.0, 0.8 + 0.09 * heads)  # inches of a layer
+    sizes = {"height_ratios": [tall] * len(layers) + [2.4]}
+    figure, grid = subplots(len(layers) + 1, 2, figsize=(14, tall * len(layers) + 3), gridspec_kw=sizes)
+    for layer, row in zip(layers, grid):
+        for axes, which in zip(row, "qk", strict=True):
+            image = _panel(axes, tensors, layer, which)
+    for axes, which in zip(grid[0], "qk", strict=True):
+        axes.set_title(f"{which.upper()}: magnitude / largest of the head; outlined: selected rows")
+    for axes in grid[-2]:
         axes.set_xlabel("dimension of the head")
-    figure.colorbar(image, ax=grid, fraction=0.02)
+    figure.colorbar(image, ax=grid[:-1], fraction=0.02)
+    for axes, which, colour in zip(grid[-1], "qk", (BLUE, ORANGE)):
+        shares = run_files.concentration(tensors, which)
+        axes.plot(range(len(shares)), shares, "o-", color=colour, markersize=3, label="in the selected rows")
+        axes.axhline(
+            run_files.selected_share(tensors, which), color=GREY, linestyle="--", label="if all were equal"
+        )
+        axes.set(xlabel="layer", ylabel="share of squared\nmagnitude", ylim=(0, 1.02))
+    _finish(grid[-1:])
     _save(figure, run / "magnitudes.png")
 
 
 def heads_and_dimensions(path, title, magnitudes, which, layers):
-    """The file `magnitudes`, written by save_magnitudes -> the PNG `path`: heads x dimensions of Q or K
-    (`which`: "q" or "k"), a panel for each of `layers`, one below the other. Raises BadInput."""
-    tensors = load_magnitudes(magnitudes)
+    """The file `magnitudes`, written by run_files.save_magnitudes -> the PNG `path`: heads x dimensions of Q
+    or K (`which`: "q" or "k"), a panel for each of `layers`, one below the other. Raises BadInput."""
+    tensors = run_files.load_magnitudes(magnitudes)
     heads = len(tensors[f"model.layers.0.self_attn.{which}_proj"])
     height = 0.8 + 0.14 * heads  # inches of a panel
     figure, grid = subplots(len(layers), 1, figsize=(11, 0.8 + height * len(layers)), squeeze=False)
     for layer, axes in zip(layers, grid[:, 0], strict=True):
-        image = _panel(axes, tensors, layer, which, dot=4)
+        image = _panel(axes, tensors, layer, which)
     axes.set_xlabel("dimension of the head")
-    figure.suptitle(f"{title} / largest of the head; red: selected rows", parse_math=False, fontsize=10)
+    figure.suptitle(f"{title} / largest of the head; outlined: selected rows", parse_math=False, fontsize=10)
     figure.colorbar(image, ax=grid, fraction=0.02)
     _save(figure, path)
 
 
-def _panel(axes, tensors, layer, which, dot):
-    """One layer's heads x dimensions -> the image. Colour: the magnitude divided by the largest of its head,
-    so that every head is readable; a red dot of `dot` square points marks a selected row."""
+def _panel(axes, tensors, layer, which):
+    """One layer's heads x dimensions -> the image. Brightness: the magnitude divided by the largest of its
+    head, so that every head is readable; a line goes around selected rows."""
+    from matplotlib.collections import LineCollection
+
     name = f"model.layers.{layer}.self_attn.{which}_proj"
-    magnitude, selected = tensors[name], tensors[name + ".selected"]
-    relative = magnitude / magnitude.amax(-1, keepdim=True)
-    image = axes.imshow(relative, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-    heads, dims = torch.nonzero(selected, as_tuple=True)
-    axes.scatter(dims, heads, s=dot, color="red", marker="o", linewidths=0)
+    magnitude = tensors[name]
+    relative = magnitude / magnitude.amax(-1, keepdim=True).clamp(min=1e-30)
+    image = axes.imshow(relative, aspect="auto", cmap="Greys_r", vmin=0, vmax=1)
+    lines = [
+        ((x - 0.5, y - 0.5), (x + dx - 0.5, y + dy - 0.5))
+        for x, y, dx, dy in run_files.outline(tensors[name + ".selected"])
+    ]
+    axes.add_collection(LineCollection(lines, colors=OUTLINE, linewidths=0.8))
     axes.set(ylabel=f"layer {layer}\nhead", yticks=range(0, len(magnitude), max(1, len(magnitude) // 4)))
     return image
 
@@ -238,9 +245,10 @@ if __name__ == "__main__":
     if not config.run:
         raise BadInput("no run is given: python -m base.plot runs/NAME")
     directory = Path(config.run)
-    for file in ("metrics.jsonl", "magnitudes.safetensors"):
-        if not (directory / file).exists():
-            raise BadInput(f"{directory / file} is missing; give the directory of a finished run")
+    if not (directory / "metrics.jsonl").exists():
+        raise BadInput(f"{directory / 'metrics.jsonl'} is missing; give the directory of a run")
+    if (directory / "magnitudes.safetensors").exists():  # a run writes it with its first report
+        heatmap(directory)
+        print(f"{directory}/magnitudes.png")
     reward_curve(directory)
-    heatmap(directory)
-    print(f"{directory}/reward.png {directory}/magnitudes.png")
+    print(f"{directory}/reward.png")

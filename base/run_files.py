@@ -3,11 +3,14 @@ trackers. They may be damaged, so every reader raises BadInput; a run may be und
 not finished is left out. H heads, D head size.
 """
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from base import durable, limits
 from base.cli import BadInput
+
+LARGEST, MOST_LAYERS = 4096, 400  # heads, or dimensions of one; what fits into a figure of 65,536 pixels
 
 
 def read_metrics(path):
@@ -53,7 +56,7 @@ def column(path, rows, key):
 
 
 def is_number(value):
-    return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) in (int, float) and abs(value) < 1e100
 
 
 def read_json(path, what="what train.py leaves"):
@@ -90,6 +93,36 @@ def check_held_out(where, sets):
     return sets
 
 
+def held_out(directory, rows):
+    """-> {name of the set: [(step, result), ...]}: results of run/held_out.py before, during (--eval-every)
+    and after training. rows: of read_metrics. Raises BadInput."""
+    found, at = [], rows[-1]["step"] if rows else 0
+    for row in rows:
+        sets = {}
+        for key, value in row.items():
+            if key.startswith("held_out/"):  # the name of a set may be a path
+                name, field = key.removeprefix("held_out/").rsplit("/", 1)
+                sets.setdefault(name, {})[field] = value
+        where = f"{directory / 'metrics.jsonl'}, step {row['step']}"
+        found.append((row["step"], check_held_out(where, sets)))
+    if (directory / "results.json").exists():
+        results = read_results(directory / "results.json")
+        found = [(0, results["before"]), *[each for each in found if each[0] < at], (at, results["after"])]
+    by_set = {}
+    for step, sets in found:
+        for name, result in sets.items():
+            by_set.setdefault(name, []).append((step, result))
+    return by_set
+
+
+def add_kept(path, rows):
+    """Give each of the rows that read_metrics returned "kept", the share of sampled groups whose rewards
+    differ. Raises BadInput as column."""
+    right, wrong = column(path, rows, "all_right"), column(path, rows, "all_wrong")
+    for row, *shares in zip(rows, right, wrong):
+        row["kept"] = None if None in shares else 1 - sum(shares)
+
+
 def load_magnitudes(path):
     """The file that save_magnitudes wrote -> {name: magnitudes (H, D) fp32, name + ".selected": (H, D) bool}.
 
@@ -102,10 +135,20 @@ def load_magnitudes(path):
     layers = range(sum(name.endswith("q_proj") for name in tensors))
     names = [f"model.layers.{i}.self_attn.{which}_proj" for i in layers for which in "qk"]
     wanted = {name + of for name in names for of in ("", ".selected")}
-    if not tensors or tensors.keys() != wanted or any(tensor.dim() != 2 for tensor in tensors.values()):
+    other = not tensors or tensors.keys() != wanted or len(layers) > MOST_LAYERS
+    if other or not all(_is_pair(tensors, name) for name in names):
         fix = "a run of train.py with --rule top leaves them"
         raise BadInput(f"{path} does not hold the magnitudes of Q and K; {fix}")
     return tensors
+
+
+def _is_pair(tensors, name):
+    """Whether they hold magnitudes of a size that a figure can have, and which of them were selected."""
+    magnitude, selected = tensors[name], tensors[name + ".selected"]
+    if magnitude.dim() != 2 or not 0 < min(magnitude.shape) <= max(magnitude.shape) <= LARGEST:
+        return False
+    good = magnitude.dtype == torch.float32 and bool((magnitude.isfinite() & (magnitude >= 0)).all())
+    return good and selected.dtype == torch.bool and selected.shape == magnitude.shape
 
 
 def save_magnitudes(path, magnitudes, masks):
@@ -137,3 +180,21 @@ def concentration(tensors, which):
         squares = tensors[name].double().square()
         shares.append((squares[tensors[name + ".selected"]].sum() / squares.sum()).item())
     return shares
+
+
+def selected_share(tensors, which):
+    """What load_magnitudes returned -> the share of Q's or K's rows that are selected."""
+    masks = [mask for name, mask in tensors.items() if name.endswith(f"{which}_proj.selected")]
+    return sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+def outline(selected):
+    """(rows, columns) bool -> [(x, y, dx, dy), ...]: lines along the edges between cells that are selected
+    and cells that are not. Cell (row, column) is the square from (column, row) to (column + 1, row + 1)."""
+    padded, lines = torch.nn.functional.pad(selected.int(), (1, 1, 1, 1)), []
+    for across, edges in ((True, padded.diff(dim=0)[:, 1:-1]), (False, padded.diff(dim=1)[1:-1].T)):
+        for place, cells in enumerate(edges.ne(0).int()):
+            ends = torch.nn.functional.pad(cells, (1, 1)).diff().nonzero().flatten().tolist()
+            for start, end in zip(ends[::2], ends[1::2]):
+                lines.append((start, place, end - start, 0) if across else (place, start, 0, end - start))
+    return lines

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from base import durable, plot
+from base import durable, plot, run_files
 from base.cli import BadInput
 from run import resume
 
@@ -49,7 +49,7 @@ class Progress:
             durable.write_json(directory / "results.json", {"before": self.before, "after": after})
         plot.reward_curve(directory)
         if self.masks:  # unless every update was skipped
-            plot.save_magnitudes(directory / "magnitudes.safetensors", self.magnitudes, self.masks)
+            run_files.save_magnitudes(directory / "magnitudes.safetensors", self.magnitudes, self.masks)
             plot.heatmap(directory)
 
     # ------------------------------------------------------------------------------------------- checkpoints

@@ -31,7 +31,7 @@ def write(directory, state=""):
     if type(settings.get("steps")) is not int or settings["steps"] < 1:
         raise BadInput(f'{directory / "config.json"} is not what train.py leaves: "steps" must be a number')
     rows = run_files.read_metrics(metrics) if has_lines(metrics) else []
-    held_out = read_held_out(directory, rows)
+    held_out = run_files.held_out(directory, rows)
     samples = read_samples(directory / "samples.jsonl")
     parts = [
         *header(directory, settings, rows, held_out, state),
@@ -125,28 +125,6 @@ def first_numbers(rows, held_out):
 # -------------------------------------------------------------------------------------------------- held out
 
 
-def read_held_out(directory, rows):
-    """-> {name of the set: [(step, result), ...]}: results of run/held_out.py before, during (--eval-every)
-    and after training."""
-    found, at = [], rows[-1]["step"] if rows else 0
-    for row in rows:
-        sets = {}
-        for key, value in row.items():
-            if key.startswith("held_out/"):  # the name of a set may be a path
-                name, field = key.removeprefix("held_out/").rsplit("/", 1)
-                sets.setdefault(name, {})[field] = value
-        where = f"{directory / 'metrics.jsonl'}, step {row['step']}"
-        found.append((row["step"], run_files.check_held_out(where, sets)))
-    if (directory / "results.json").exists():
-        results = run_files.read_results(directory / "results.json")
-        found = [(0, results["before"]), *[each for each in found if each[0] < at], (at, results["after"])]
-    by_set = {}
-    for step, sets in found:
-        for name, result in sets.items():
-            by_set.setdefault(name, []).append((step, result))
-    return by_set
-
-
 def held_out_chart(held_out):
     lines = []
     for (name, points), colour in zip(held_out.items(), SETS * len(held_out)):
@@ -197,10 +175,7 @@ def charts(metrics, rows):
         ]
         return chart(title, lines, unit=unit, **how)
 
-    if "all_right" in rows[0]:
-        right, wrong = (run_files.column(metrics, rows, key) for key in ("all_right", "all_wrong"))
-        for row, *shares in zip(rows, right, wrong):
-            row["kept"] = None if None in shares else 1 - sum(shares)
+    run_files.add_kept(metrics, rows)
     stages = {"rollout": "blue", "reward": "purple", "logprobs": "green", "backward": "orange"}
     stages |= {"mask": "vermillion", "step": "yellow", "sync": "sky", "rehearsal": "grey"}
     time_of = {f"seconds/{stage}": colour for stage, colour in stages.items()} if rl else {"seconds": "blue"}
@@ -245,8 +220,7 @@ def magnitudes(path):
     layers, lines = list(range(len(tensors) // 4)), []
     for which, colour in (("q", "blue"), ("k", "orange")):
         lines.append(Line(which.upper(), colour, layers, run_files.concentration(tensors, which)))
-    selected = [mask for name, mask in tensors.items() if name.endswith(".selected")]
-    share = sum(mask.sum().item() for mask in selected) / sum(mask.numel() for mask in selected)
+    share = run_files.selected_share(tensors, "q")
     lines.append(Line("if all were equal", "grey", layers, [share] * len(layers), dashed=True))
     curve = chart(
         "Concentration",

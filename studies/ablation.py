@@ -301,6 +301,18 @@ def outcomes(record):
     }
 
 
+# Of an arm's rule and fraction, in every panel.
+COLOURS = {
+    ("all", 0.3): plot.GREY,
+    ("top", 0.3): plot.BLUE,
+    ("bottom", 0.3): plot.VERMILLION,
+    ("random", 0.3): plot.GREEN,
+    ("top", 0.1): plot.SKY,
+    ("top", 0.2): plot.PURPLE,
+    ("top", 0.4): plot.ORANGE,
+}
+
+
 def label(arm, rate, own):
     """A row's name. own: dense training's own learning rate; at another rate the name says so."""
     if arm.rule != "all":
@@ -355,6 +367,21 @@ def table_of_differences(runs, own):
     return stats.table(rows)
 
 
+def of_figure(runs, winning):
+    """What report draws beside the curves: [(label, colour, mean difference in accuracy, half of its 95%
+    interval, seeds), ...] of every arm minus dense training in its family."""
+    rows = []
+    for (arm, rate), by_seed in runs.items():
+        own = winning[arm[:2], True]
+        for baseline in [who for who in runs if who[0][:2] == arm[:2] and who[0].rule == "all" != arm.rule]:
+            both = [seed for seed in by_seed if seed in runs[baseline]]
+            a, b = [[outcomes(each[seed])["accuracy"] for seed in both] for each in (runs[baseline], by_seed)]
+            if len(both) > 1:
+                name = f"{arm.task}, {arm.algorithm}: {label(arm, rate, own)} - {label(*baseline, own)}"
+                rows.append((name, COLOURS[arm[2:]], *interval(np.subtract(b, a)), len(both)))
+    return rows
+
+
 def tables(runs, by_rate, winning):
     """{(arm, learning rate): {seed: record}}, and what `winners` returns -> yields the parts of report.md."""
     yield HEAD
@@ -407,8 +434,12 @@ def report(records, families, out):
     panels[f"{', '.join(families[0])}, top rows"] = [who for who in first if who[0].rule in ("top", "all")]
     for title, arms in panels.items():
         own = winning[arms[0][0][:2], True] if arms else None
-        panels[title] = {label(*who, own): [r["rewards"] for r in runs[who].values()] for who in arms}
-    plot.reward_bands(out / "ablation.png", {title: curves for title, curves in panels.items() if curves})
+        panels[title] = {
+            label(*who, own): (COLOURS[who[0][2:]], [r["rewards"] for r in runs[who].values()])
+            for who in arms
+        }
+    panels = {title: curves for title, curves in panels.items() if curves}
+    plot.reward_bands(out / "ablation.png", panels, of_figure(runs, winning))
     print(f"{out}/report.md  {out}/ablation.png")
 
 

@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 
 import saliency
-from base import bars, durable, plot
+from base import bars, durable, plot, run_files
 from base.cli import BadInput, one_line_errors, option, parse
 from core.checkpoint import load_weights
 from evals import stats, subject
@@ -240,7 +240,7 @@ if __name__ == "__main__":
     for site in sites:
         magnitudes = average(measured[site])
         masks = saliency.select_rows(magnitudes, config.fraction)
-        plot.save_magnitudes(out / f"{site}.safetensors", magnitudes, masks)
+        run_files.save_magnitudes(out / f"{site}.safetensors", magnitudes, masks)
     durable.write_json(out / "summary.json", summary)
     for which, file in (("q", "queries.png"), ("k", "keys.png")):
         title = f"{name}: magnitudes of {which.upper()}"

@@ -1,8 +1,10 @@
 """plot.py with runs whose files are damaged: one clear line for each."""
 
+import json
+
 import pytest
 import torch
-from conftest import check_full_disk, check_refusal
+from conftest import check_full_disk, check_refusal, run_here
 from inputs import write
 from safetensors.torch import save_file
 
@@ -22,8 +24,8 @@ def drawn(metrics=STEPS, results=None, tensors=None):
             write(run / "results.json", results)
         if isinstance(tensors, dict):
             save_file(tensors, run / "magnitudes.safetensors")
-        else:
-            write(run / "magnitudes.safetensors", tensors or "")
+        elif tensors is not None:
+            write(run / "magnitudes.safetensors", tensors)
         return ["base/plot.py", run]
 
     return make
@@ -48,20 +50,21 @@ def of_other(change, of=""):
 PLOT = {
     "nothing": (
         lambda t: ["base/plot.py", t],
-        "metrics.jsonl is missing; give the directory of a finished run",
+        "metrics.jsonl is missing; give the directory of a run",
     ),
     "metrics empty": (drawn(""), "metrics.jsonl has no rows"),
-    "metrics cut off": (drawn(STEPS + '{"step"'), "metrics.jsonl, line 3 is not JSON"),
+    "metrics cut off": (drawn(STEPS + '{"step"\n'), "metrics.jsonl, line 3 is not JSON"),
     "metrics no numbers": (
-        drawn('{"step": 1, "reward": "a"}'),
-        'line 1 is not a line of metrics: "step" and "reward" must',
+        drawn('{"step": 1, "reward": "a"}\n'),
+        'line 1 is not a line of metrics: "reward" must be a number',
     ),
-    "metrics too large": (drawn(f'{{"step": 1, "reward": {10**400}}}'), "line 1 is not a line of metrics"),
+    "metrics too large": (drawn(f'{{"step": 1, "reward": {10**400}}}\n'), "line 1 is not a line of metrics"),
+    "metrics of sft": (drawn('{"step": 1, "loss": 1}\n'), 'metrics.jsonl has no "reward"'),
     "results no JSON": (drawn(results="{"), "results.json is not what train.py leaves: JSONDecodeError"),
-    "results without": (drawn(results={}), r"results.json is not what train.py leaves: KeyError\('before'\)"),
+    "results without": (drawn(results={}), 'results.json is not what train.py leaves: no "before"'),
     "results text": (
         drawn(results={"before": None, "after": {"a": {"accuracy": "x"}}}),
-        "not what train.py leaves: accuracy",
+        "not what train.py leaves: held-out accuracy",
     ),
     "magnitudes damaged": (drawn(tensors="x"), "magnitudes.safetensors cannot be read"),
     "magnitudes of a model": (
@@ -88,7 +91,7 @@ PLOT = {
         }.items()
     },
     "a step that no float holds": (
-        drawn(f'{{"step": {10**400}, "reward": 1}}'),
+        drawn(f'{{"step": {10**400}, "reward": 1}}\n'),
         "line 1 is not a line of metrics",
     ),
     "no run": (lambda t: ["base/plot.py"], "no run is given: python -m base.plot runs/NAME"),
@@ -101,4 +104,12 @@ def test_a_damaged_run_gets_one_line_and_nothing_is_lost(make, line, tmp_path):
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, full):
-    check_full_disk(drawn(tensors=magnitudes())(tmp_path), 99, "reward.png", tmp_path, full)
+    check_full_disk(drawn(tensors=magnitudes())(tmp_path), 99, "magnitudes.png", tmp_path, full)
+
+
+def test_a_run_under_way_is_drawn(tmp_path):
+    run = drawn(STEPS + '{"st', tensors=magnitudes((4, 8), layers=1))(tmp_path)[1]
+    shown = {"accuracy": 0.5, "prompts": 4}
+    line = {"step": 1, "reward": 1.0, "held_out": {"a": shown}}
+    write(run / "metrics.jsonl", json.dumps(line) + '\n{"st')
+    assert run_here("base/plot.py", run) == f"{run}/magnitudes.png\n{run}/reward.png\n"

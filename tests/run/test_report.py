@@ -13,7 +13,7 @@ from conftest import check_refusal, run_here
 from inputs import write
 
 from base import run_files
-from base.chart import Line, chart, outline, thin, ticks, wilson
+from base.chart import Line, chart, thin, ticks, wilson
 from run import report, report_samples
 
 EVIL = '</script><script>document.title = "hacked"</script><img src=x onerror="document.title = 1">'
@@ -130,7 +130,7 @@ def test_sft_is_shown_with_what_it_trains_on(tmp_path):
 
 def test_the_report_of_a_long_run_is_small(tmp_path):
     run = make_run(tmp_path / "run", steps=10_000, of=10_000)
-    lines = [json.dumps(sample(i, "trained", [0.0] * 16, "\x01<" * 5_000)) + "\n" for i in range(50)]
+    lines = [json.dumps(sample(i, "trained", [0.0] * 16, "\x01<" * 1_000)) + "\n" for i in range(50)]
     write(run / "samples.jsonl", "".join(lines))
     assert report.write(run).stat().st_size < 5e6
 
@@ -208,7 +208,8 @@ def test_a_chart_of_odd_numbers_is_drawn():
 
 def test_the_outline_goes_around_what_is_selected():
     selected = torch.tensor([[False, True, True], [False, False, False]])
-    assert sorted(outline(selected).split("M")[1:]) == sorted(["1 0h2", "1 1h2", "1 0v1", "3 0v1"])
+    lines = [(1, 0, 2, 0), (1, 1, 2, 0), (1, 0, 0, 1), (3, 0, 0, 1)]
+    assert sorted(run_files.outline(selected)) == sorted(lines)
 
 
 # --------------------------------------------------------------------------------------------------- browser
