@@ -216,9 +216,7 @@ with journal:
 # ------------------------------------------------------------------------------------------------------- end
 
 if interrupt.asked():
-    journal.report("interrupted")
-    if main:
-        print(f"interrupted; --out {out} --resume auto goes on", file=sys.stderr)
+    journal.interrupted(f"--out {out}")
     if mesh:
         dist.destroy_process_group()
     sys.exit(EXIT_CODE)

@@ -333,10 +333,7 @@ with journal:
 if interrupt.asked():
     if progress.saved < progress.step:
         save()
-    if main:
-        how = f"--name {config.name} --resume auto goes on"
-        print(f"interrupted after step {progress.step}; {how}", file=sys.stderr)
-    journal.report("interrupted")
+    journal.interrupted(f"--name {config.name}")
     engine.close()
     sys.exit(EXIT_CODE)
 interrupt.close()

@@ -59,6 +59,12 @@ class Journal:
             if self.report_every and self.done % self.report_every == 0:
                 self.report("running")
 
+    def interrupted(self, flags):
+        """A signal has ended the steps, and what they made is saved. flags: that name the run."""
+        self.report("interrupted")
+        if self.writes:
+            print(f"interrupted after step {self.done}; {flags} --resume auto goes on", file=sys.stderr)
+
     def report(self, state):
         """Write report.html, unless --report-every is 0. state: see report.write. What keeps it from being
         written is a warning: no report stops a run."""
