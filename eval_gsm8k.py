@@ -7,7 +7,7 @@
     python eval_gsm8k.py --compare runs/gsm8k/before runs/gsm8k/after       # paired, with p-values
 
 --data is github.com/openai/grade-school-math's grade_school_math/data/test.jsonl. The modes:
-    chat      the question and how to end ("#### answer", our words), Qwen3's template without thinking
+    chat      the question and how to end ("#### answer", our words), the chat template without thinking
     thinking  the same with thinking; what follows the last </think> is scored, and nothing if thinking did
               not end
     base      the eight examples of Wei et al. (2022), then "Q: ... A:"; what the model says before its next

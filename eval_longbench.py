@@ -59,7 +59,7 @@ class Config(subject.Options):
         120_000, "tokens of a prompt without chat template, beyond which its middle is left out", least=2
     )
     sampling: str = option("official", "official, paper or qwen3, see above", [*SAMPLING, "qwen3"])
-    thinking: bool = option(False, "let the model think first, as Qwen3's template does")
+    thinking: bool = option(False, "let the model think first, by its chat template")
     thinking_budget: int = option(
         8192, "thinking: tokens a completion may have beyond the official limit", least=1
     )

@@ -8,10 +8,11 @@
 
 Samples are made by evals/ruler (docs/ruler.md: what equals RULER's own, which files it takes). Each is
 generated once, kept in --cache, and read by vLLM as token ids. The modes:
-    chat      Qwen3's template without thinking, the answer prefix begins the assistant's turn; greedy,
-              RULER's budgets
-    thinking  Qwen3's template, no answer prefix; temperature 0.6, top_p 0.95, top_k 20; --thinking-budget
-              more tokens; what follows the last </think> is scored, and nothing if thinking did not end
+    chat      the checkpoint's chat template without thinking, the answer prefix begins the assistant's turn;
+              greedy, RULER's budgets
+    thinking  the chat template with thinking, no answer prefix; temperature 0.6, top_p 0.95, top_k 20;
+              --thinking-budget more tokens; what follows the last </think> is scored, and nothing if thinking
+              did not end
     base      no template, the answer prefix ends the prompt; greedy, RULER's budgets
 A cell of the table is RULER's score: per cent of the answers found in the text (qa: any of them), two
 decimals, with the standard error over samples. A length's average is the mean of its tasks; Avg is the mean
@@ -40,12 +41,8 @@ from evals.results import Results
 from evals.ruler import sets as ruler
 from prompts import chat
 
-# mode -> (template, answer prefix in the assistant's turn, sampling)
-MODES = {
-    "chat": ("qwen3", True, GREEDY),
-    "thinking": ("qwen3-thinking", False, THINKING),
-    "base": ("base", True, GREEDY),
-}
+# mode -> (answer prefix in the assistant's turn, sampling)
+MODES = {"chat": (True, GREEDY), "thinking": (False, THINKING), "base": (True, GREEDY)}
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 131072]
 
 
@@ -82,9 +79,11 @@ if unknown := [name for name in config.tasks if name not in ruler.TASKS]:
     raise BadInput(f"--tasks: {unknown[0]!r} is not a RULER task; they are {', '.join(ruler.TASKS)}")
 model_config, tokenizer, trained = subject.load(config.checkpoint, config.yarn)
 clamp, clamp_about = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
-template, answer_prefix, sampling = MODES[config.mode]
+answer_prefix, sampling = MODES[config.mode]
 subject.check_seeds(config, sampling, "--mode thinking")
-thinking = config.mode == "thinking"
+thinking, template = config.mode == "thinking", "{task_template}"
+if config.mode != "base":
+    template = chat.render(tokenizer, [{"role": "user", "content": template}], thinking)
 budget = config.thinking_budget if thinking else 0
 lengths = sorted(set(config.lengths))
 context, validated = model_config.context_length, subject.YARN_VALIDATED * trained
@@ -131,7 +130,7 @@ settings = {
     "benchmark": "RULER",
     **subject.settings(config.checkpoint, model_config, clamp_about),
     "mode": config.mode,
-    "template": ruler.TEMPLATES[template],
+    "template": template,
     "answer_prefix": answer_prefix,
     "sampling": sampling,
     "thinking_budget": budget,
@@ -151,7 +150,7 @@ results = Results(subject.results_directory(config, "ruler"), settings, expected
 
 
 def encode(task, text):
-    return ruler.encode(task, text, tokenizer, ruler.TEMPLATES[template])
+    return ruler.encode(task, text, tokenizer, template)
 
 
 def items():

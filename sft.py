@@ -111,7 +111,7 @@ source = sources.Mixture(files, config.data_weights, config.seed)
 row_count = sum(map(len, files))
 config.steps = config.steps or math.ceil(row_count / config.batch)
 if main:
-    print("\n".join(lines), flush=True)
+    print("\n".join([chat.described(tokenizer), *lines]), flush=True)
 
 # --------------------------------------------------------------------------------------- model and optimizer
 

@@ -70,6 +70,8 @@ how = config.reward_workers, config.reward_timeout, config.reward_on_timeout
 score_all = scoring.start(config.reward, *how)
 reward_weights = torch.tensor(config.reward_weights or [1.0] * len(config.reward))
 source, held_out, longest_prompt = load.for_training(config, encode, prompt_limit, score_all, main)
+if main:
+    print(chat.described(tokenizer), flush=True)
 
 # ------------------------------------------------------------------------------ run directory, engine, model
 

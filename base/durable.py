@@ -225,3 +225,15 @@ def json_line(line, where):
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where} is not JSON: {error}") from error
     return value
+
+
+def read_object(path):
+    """A file with one JSON object -> dict. Raises BadInput for a file that is missing or holds something
+    else."""
+    try:
+        value = limits.parse_json(limits.read_text(path))
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8 and not JSON are ValueErrors
+        raise BadInput(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} cannot be used: it is not a JSON object")
+    return value

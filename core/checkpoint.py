@@ -100,7 +100,7 @@ class Qwen3Config:
         if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
             problem = "is not a checkpoint: it has no config.json"
             raise BadInput(f"{directory} {problem}; give a Hugging Face model directory")
-        raw = read_object(path)
+        raw = durable.read_object(path)
         check_unused(raw, path)
         return cls.from_dict(raw, path)
 
@@ -109,7 +109,7 @@ class Qwen3Config:
         """Hugging Face's dictionary -> Qwen3Config. RoPE may be in the old form (rope_theta, rope_scaling) or
         the new (rope_parameters). Raises BadInput, which names the first thing that is not supported."""
         family = raw.get("model_type")
-        if family not in FAMILIES:
+        if family not in list(FAMILIES):
             raise BadInput(
                 f"{path}: model_type {family!r:.60} is not supported, only dense {', '.join(FAMILIES)}"
             )
@@ -288,23 +288,11 @@ def check_unused(raw, path):
             raise BadInput(f"{path}: {key} cannot be {raw[key]!r:.60}; take it out")
 
 
-def read_object(path):
-    """A file with one JSON object -> dict. Raises BadInput for a file that is missing or holds something
-    else."""
-    try:
-        value = limits.parse_json(limits.read_text(path))
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8 and not JSON are ValueErrors
-        raise BadInput(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise BadInput(f"{path} cannot be used: it is not a JSON object")
-    return value
-
-
 def generation_config(directory):
     """`directory`/generation_config.json -> dict, {} if there is none. vLLM reads it when it starts. Raises
-    BadInput as read_object."""
+    BadInput as durable.read_object."""
     path = Path(directory) / "generation_config.json"
-    return read_object(path) if path.exists() else {}
+    return durable.read_object(path) if path.exists() else {}
 
 
 def check_weights(model, directory):
@@ -433,7 +421,7 @@ def weight_files(directory):
     """A checkpoint directory, sharded or not -> {tensor name: safetensors file}. Raises BadInput."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if index.exists():
-        names = read_object(index).get("weight_map")
+        names = durable.read_object(index).get("weight_map")
         if not isinstance(names, dict):
             raise BadInput(f'{index} is not an index of safetensors: "weight_map" must be an object')
         for name, file in names.items():

@@ -73,7 +73,7 @@ def encoder(tokenizer, thinking):
     Qwen's tokens crosses either (see the tests). An added token that a document spells, such as <|im_end|>,
     stays text; in the official code it ends the user's turn, or is lost if the prompt is cut.
     """
-    template = chat.render([{"role": "user", "content": "\0"}], thinking)
+    template = chat.render(tokenizer, [{"role": "user", "content": "\0"}], thinking)
     before, after = (tokenizer.encode(part, add_special_tokens=False).ids for part in template.split("\0"))
 
     def encode(message, max_input):

@@ -17,7 +17,7 @@ from prompts import chat, sources
 class Config:
     file: str = option("", "file of prompts or of chats, see prompts/sources.py", positional=True)
     model: str = option("assets/tiny", "checkpoint directory whose tokenizer counts the tokens")
-    thinking: bool = option(False, "render prompts with Qwen3's thinking template")
+    thinking: bool = option(False, "render prompts as for a model that thinks")
 
 
 def inspect(config):
@@ -25,6 +25,7 @@ def inspect(config):
     if not config.file:
         raise BadInput("name a file: python -m prompts.inspect FILE")
     tokenizer = chat.load_tokenizer(config.model, math.inf)
+    print(chat.described(tokenizer))
     rows = sources.read(config.file, sources.any_row)
     lengths, said = [], 0  # tokens of each row; the assistant's in total
     for row in bars.bar(rows, unit="row", leave=False):

@@ -51,7 +51,7 @@ class Config(Shared):
     )
     reward_timeout: float = option(0.0, "seconds to score an answer (0: any)", least=0)
     reward_on_timeout: str = option("stop", "then save and stop, or score it zero", ["stop", "zero"])
-    thinking: bool = option(False, "the model thinks first (Qwen3's template); the answer follows </think>")
+    thinking: bool = option(False, "the model thinks first; the answer follows </think>")
     task: str = option("recall", "without --data: recall or track facts", list(tasks.TASKS))
     facts: int = option(17, "task: facts in a passage")
     filler: int = option(17, "task: filler sentences in a passage", least=0, most=10**5)

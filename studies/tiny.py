@@ -27,7 +27,7 @@ from base import bars
 from base.cli import BadInput, one_line_errors, option, parse
 from core import schedule
 from model import Qwen3, Qwen3Config
-from prompts import chat, tasks
+from prompts import chat, tasks, template
 from run.resume import lock_run
 
 # Qwen's pre-tokenizer: contractions, words with their leading space, single digits, punctuation, white space.
@@ -38,21 +38,6 @@ QWEN_SPLIT = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]  # tokens of their own, but part of the text when decoded, as in Qwen3
 BYTES = 256 + len(SPECIAL + THINK)  # tokens of a tokenizer that knows no word
-# prompts/chat.py's format as a template, for transformers and vLLM.
-CHAT_TEMPLATE = r"""{%- for message in messages %}
-    {%- set content = message.content %}
-    {%- if message.role == 'assistant' %}
-        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-    {%- endif %}
-    {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-    {%- if enable_thinking is defined and not enable_thinking %}
-        {{- '<think>\n\n</think>\n\n' }}
-    {%- endif %}
-{%- endif %}
-"""
 
 
 @dataclass
@@ -122,7 +107,7 @@ def save_tokenizer(tokenizer, out, context):
     tokenizer.save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
-    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (out / "chat_template.jinja").write_text(template.CHATML)
 
 
 def token_groups(rng, vocabulary, size=5, count=6):

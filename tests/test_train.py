@@ -132,13 +132,13 @@ def check_samples(lines, metrics):
     assert [(line["step"], line["used"]) for line in lines] == [
         (step, used) for step in (1, 2) for used in ("trained", "trained", "dropped", "dropped")
     ]
-    drawn = [m["prompts_drawn"] for m in metrics]
+    drawn, tokenizer = [m["prompts_drawn"] for m in metrics], chat.load_tokenizer(TINY, 10**6)
     for line in lines:
         step, trained = line["step"], line["used"] == "trained"
         number = int(line["prompt_id"].removeprefix("recall-train 0-"))
         assert ([0, *drawn][step - 1]) <= number < drawn[step - 1]
         row = tasks.Source("recall", "train 0", 6, 6)[number]
-        assert line["prompt"] == chat.render([{"role": "user", "content": row["prompt"]}], False)
+        assert line["prompt"] == chat.render(tokenizer, [{"role": "user", "content": row["prompt"]}], False)
         assert line["prompt_tokens"] > 100 and len(line["completions"]) == 4
         rewards = []
         for completion in line["completions"]:

@@ -175,7 +175,7 @@ def build(
     samples,
     seed,
     tokenizer_path,
-    template_name,
+    template,
     corpora,
     workers=None,
     answer_prefix=True,
@@ -183,15 +183,16 @@ def build(
     """Make every (task, length) set that `cache_dir` does not have, in `workers` processes (None: one per
     core) -> {(task, length): path}, for `read`.
 
-    tokenizer_path: a tokenizer.json or the directory of a checkpoint. A set is made again if it has fewer
+    tokenizer_path: a tokenizer.json or the directory of a checkpoint. template: the name of one of TEMPLATES,
+    or a text with a {task_template} slot. A set is made again if it has fewer
     samples than asked for, or is damaged (then with a warning). Call this before an engine or CUDA is
     started: the workers are forks. Two processes with one `cache_dir` make sets one after the other. Raises
     BadInput as `generate` does, for all sets too small at once, and for a directory that cannot be written; a
     set is kept whole or not at all.
     """
-    if template_name not in TEMPLATES:
-        raise BadInput(f"{template_name!r} is not a template; they are {', '.join(TEMPLATES)}")
-    template, path = TEMPLATES[template_name], Path(tokenizer_path)
+    template, path = TEMPLATES.get(template, template), Path(tokenizer_path)
+    if "{task_template}" not in template:
+        raise BadInput(f"{template!r} is not a template; they are {', '.join(TEMPLATES)}")
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
         limits.check(path, limits.LARGEST_TEXT)

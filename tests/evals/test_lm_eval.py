@@ -33,7 +33,7 @@ def test_our_checkpoint_is_read_by_lm_evaluation_harness(tmp_path):
     )
 
     prompt = lm.apply_chat_template([{"role": "user", "content": PASSAGE}])
-    assert prompt == chat([{"role": "user", "content": PASSAGE}], thinking=False)
+    assert prompt == chat(tokenizer, [{"role": "user", "content": PASSAGE}], thinking=False)
 
     begun = tokenizer.encode(
         PASSAGE, add_special_tokens=False

@@ -88,7 +88,7 @@ def official(tokenizer, prompt, max_len, thinking):
     if len(ids) > max_len:
         ids = ids[: max_len // 2] + ids[-max_len // 2 :]
         prompt = tokenizer.decode(ids, skip_special_tokens=True)
-    text = chat([{"role": "user", "content": prompt}], thinking)
+    text = chat(tokenizer, [{"role": "user", "content": prompt}], thinking)
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -125,7 +125,7 @@ def test_control_tokens_that_a_document_spells_stay_text(name, request, qwen):  
         assert [i for i in ids if i in added] == special
         text = tokenizer.decode(ids, skip_special_tokens=False)
         if limit == 10_000:
-            assert text == chat([{"role": "user", "content": prompt}], False)
+            assert text == chat(tokenizer, [{"role": "user", "content": prompt}], False)
         assert text.count("<|im_end|>") > 5 and len(ids) < limit + 64
     assert tokenizer.encode("<|im_end|>", add_special_tokens=False).ids == [
         special[1]
@@ -140,7 +140,7 @@ def test_odd_limits_keep_the_longer_tail():
         text = tokenizer.decode(whole[:head]) + tokenizer.decode(whole[len(whole) - tail :])
         ids = longbench.encoder(tokenizer, True)(prompt, limit)
         assert tokenizer.decode(ids, skip_special_tokens=False) == chat(
-            [{"role": "user", "content": text}], True
+            tokenizer, [{"role": "user", "content": text}], True
         )
 
 

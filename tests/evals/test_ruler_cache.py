@@ -36,7 +36,7 @@ def corpora(data):
 
 
 def build(folder, corpora, samples=3, workers=1, tasks=("vt", "fwe", "qa_1", "niah_single_2"), **changes):
-    given = dict(lengths=[2500, 3000], seed=42, template_name="qwen3") | changes
+    given = dict(lengths=[2500, 3000], seed=42, template="qwen3") | changes
     return ruler.build(
         folder,
         tasks,
@@ -72,7 +72,7 @@ def test_cache_is_reused_prefixed_and_keyed(tmp_path, corpora, data):
     more = build(tmp_path, corpora, samples=4)
     assert more == first and all(stamps(more)[path] != before[path] for path in before)
     assert {key: list(ruler.read(path, 2)) for key, path in more.items()} == two
-    for changes in (dict(seed=43), dict(template_name="base"), dict(answer_prefix=False)):
+    for changes in (dict(seed=43), dict(template="base"), dict(answer_prefix=False)):
         assert not set(build(tmp_path, corpora, 1, **changes).values()) & set(first.values())
     other = tmp_path / "data"
     other.mkdir()
@@ -181,7 +181,7 @@ def test_a_killed_build_leaves_no_processes_and_the_next_removes_its_pieces(tmp_
 
 def test_refusals_of_arguments(tmp_path, corpora):
     with pytest.raises(BadInput, match="'llama' is not a template; they are base, qwen3"):
-        build(tmp_path, corpora, template_name="llama")
+        build(tmp_path, corpora, template="llama")
     with pytest.raises(BadInput, match="nowhere cannot be read as a tokenizer"):
         ruler.build(tmp_path, ["vt"], [4096], 1, 42, tmp_path / "nowhere", "qwen3", corpora)
     with pytest.raises(BadInput, match="is not a directory"):

@@ -16,19 +16,21 @@ from prompts import chat, inspect, load, sources, tasks
 TINY = ROOT / "assets" / "tiny"
 
 
-def test_chat_is_qwen3s_template_for_known_prompts():
+def test_chat_is_qwen3s_template_for_known_prompts(tiny):
     user = [{"role": "user", "content": "Hi"}]
-    assert chat.render(user, thinking=True) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.render(tiny, user, thinking=True) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     empty = "<think>\n\n</think>\n\n"
-    assert chat.render(user, thinking=False) == chat.render(user, thinking=True) + empty
+    assert chat.render(tiny, user, thinking=False) == chat.render(tiny, user, thinking=True) + empty
     system = [{"role": "system", "content": "Be brief."}, *user]
-    assert chat.render(system, True) == "<|im_start|>system\nBe brief.<|im_end|>\n" + chat.render(user, True)
+    assert chat.render(tiny, system, True) == "<|im_start|>system\nBe brief.<|im_end|>\n" + chat.render(
+        tiny, user, True
+    )
     turns = [*user, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello"}, *user]
-    assert "<|im_start|>assistant\nHello<|im_end|>\n" in chat.render(turns, True)
+    assert "<|im_start|>assistant\nHello<|im_end|>\n" in chat.render(tiny, turns, True)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_chat_equals_the_template_shipped_with_the_tiny_model(thinking):
+def test_chat_equals_the_template_shipped_with_the_tiny_model(thinking, tiny):
     """The jinja template that transformers and vLLM apply, and ours, which training applies, are two
     texts."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
@@ -41,12 +43,13 @@ def test_chat_equals_the_template_shipped_with_the_tiny_model(thinking):
         theirs = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
-        assert chat.render(messages, thinking) == theirs
+        assert chat.render(tiny, messages, thinking) == theirs
 
 
 def test_the_tiny_tokenizer_is_the_same_in_transformers():
     ours, theirs = chat.load_tokenizer(TINY, 10**6), transformers.AutoTokenizer.from_pretrained(TINY)
     text = chat.render(
+        ours,
         [{"role": "user", "content": tasks.Source("recall", 1, 8, 8)[0]["prompt"] + " Zürich 123 don't"}],
         False,
     )
@@ -144,7 +147,7 @@ def test_control_tokens_in_a_users_text_are_text(tiny):
     )
     assert [ids.count(token) for token in (start, end, nothing)] == [2, 1, 0]
     assert tiny.decode(ids, skip_special_tokens=False) == chat.render(
-        [{"role": "user", "content": quoted}], True
+        tiny, [{"role": "user", "content": quoted}], True
     )
     ids, trained = chat.encode_conversation(
         tiny, [{"role": "user", "content": quoted}, {"role": "assistant", "content": quoted}]
@@ -251,7 +254,7 @@ def test_no_text_yields_a_control_token_and_all_text_comes_back(tiny, tools, tur
         ids = chat.encode_prompt(tokenizer, {"id": "x", "prompt": turns}, thinking, 10**9)
         assert control_in(tokenizer, ids) == [len(turns) + 1, len(turns), 0, empty, empty]
         assert len(turns) * 2 + 1 + 2 * empty == sum(i in tokenizer.get_added_tokens_decoder() for i in ids)
-        assert same_text(tokenizer.decode(ids, skip_special_tokens=False), chat.render(turns, thinking))
+        assert same_text(tokenizer.decode(ids, skip_special_tokens=False), chat.render(tiny, turns, thinking))
 
 
 @settings(max_examples=150)
@@ -271,7 +274,7 @@ def test_parts_of_text_are_what_the_tokenizer_makes_of_them(tiny, text):
 def test_what_is_cut_is_one_piece_of_the_longest_message(tiny, turns, limit):
     row = {"id": "x", "prompt": turns}
     whole = chat.encode_prompt(tiny, row, False, 10**9)
-    parts = chat.encode_parts(tiny, chat.chat_parts(turns, False))
+    parts = chat.encode_parts(tiny, chat.chat_parts(tiny, turns, False))
     if (
         len(whole) - len(max(parts, key=len)) + 2 > limit < len(whole)
     ):  # a token of its beginning and one of its end
@@ -391,7 +394,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInput, match="cannot be read"):
         chat.load_tokenizer(tmp_path, 100)
-    with pytest.raises(BadInput, match=r'json has <\|im_start\|> with "special": false; set it to true$'):
+    with pytest.raises(BadInput, match=r'json has <\|im_end\|> with "special": false; set it to true$'):
         chat.load_tokenizer(with_added(tmp_path, special=False), 10**6)
     file = json.loads((with_added(tmp_path) / "tokenizer.json").read_text())
     word = {"id": file["model"]["vocab"]["The"], "content": "The", "special": True}
