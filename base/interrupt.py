@@ -32,13 +32,17 @@ def end_at_once():
     """
     for number in SIGNALS:
         signal.signal(number, _end)
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _at_parents_death(signal.SIGTERM)
+
+
+def _at_parents_death(number):
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _end(number, frame):
-    signal.signal(number, signal.SIG_DFL)
-    _say(number, "ending; what is finished is saved")
+    _take(number, "ending; what is finished is saved")
     for child in children:
         child.send_signal(number)
     for child in children:
@@ -52,7 +56,10 @@ def _end(number, frame):
     os._exit(EXIT_CODE)  # an exception might be caught, or wait for threads of vLLM
 
 
-def _say(number, text):
+def _take(number, text):
+    """The first signal: say so; the next one ends the process at once."""
+    _at_parents_death(0)  # else Linux sends one for each thread of torchrun that dies
+    signal.signal(number, signal.SIG_DFL)
     os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())  # print may be what was interrupted
 
 
@@ -83,8 +90,7 @@ class Interrupt:
 
     def _handle(self, number, frame):
         self.pending = True
-        signal.signal(number, signal.SIG_DFL)
-        _say(number, "saving and ending soon; once more ends at once")
+        _take(number, "saving and ending soon; once more ends at once")
 
     def asked(self):
         """Whether any rank got a signal -> bool, the same on every rank. Once true, it stays true."""

@@ -72,13 +72,18 @@ def test_a_signal_is_handed_on_once_and_what_was_started_is_waited_for():
 
 
 TORCHRUN = """
-import subprocess, sys
+import subprocess, sys, threading
+for _ in range(20):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
 subprocess.run([sys.executable, "-c", sys.argv[1]])
 """
 
 
-def test_ranks_end_when_torchrun_is_killed():
-    """Their end closes the pipe that they print into."""
-    with start(TORCHRUN.replace("sys.argv[1]", repr(WAITS)), TORCHELASTIC_RUN_ID="x") as process:
+@pytest.mark.parametrize(
+    "code, said", [(WAITS, ""), (CHILD.replace("\ni =", "\nend_at_once()\ni ="), "saved\n")]
+)
+def test_ranks_end_when_torchrun_is_killed(code, said):
+    """Their end closes the pipe that they print into. Linux sends a signal for each thread that dies."""
+    with start(TORCHRUN.replace("sys.argv[1]", repr(code)), TORCHELASTIC_RUN_ID="x") as process:
         process.kill()
-        assert process.stdout.read() == ""
+        assert process.stdout.read() == said
