@@ -9,6 +9,7 @@ import saliency
 from base import processes
 from base.cli import BadInput, option
 from prompts import tasks
+from run import tracker
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Shared:
     save_every: int = option(20, "steps between checkpoints; there is one after the last step, too", least=1)
     keep: int = option(2, "newest checkpoints to keep; of 2 one is left should the other be damaged", least=1)
     log_groups: int = option(2, "groups, documents of a step to show in samples.jsonl; -1: all", least=-1)
+    tracker: str = option("none", "metrics go to this program, too, see run/tracker.py", tracker.KINDS)
     report_every: int = option(10, "steps between writings of report.html; 0: none is written", least=0)
     resume: str = option("", "go on with the run: auto, from its newest whole checkpoint, or the path of one")
     max_skips: int = option(3, "updates skipped in a row (not finite); one more ends the run", least=0)
@@ -110,7 +112,7 @@ MAY_CHANGE = (
     "name model data eval_data reward_workers reward_timeout reward_on_timeout steps save_every keep "
     "log_groups resume report_every max_skips max_rounds eval_before mismatch_limit tensor_parallel "
     "deterministic vllm_share tokens_per_pass checkpointing context_parallel replicate plan dry_run ranks "
-    "gpu_memory"
+    "gpu_memory tracker"
 ).split()
 
 
@@ -182,4 +184,5 @@ def check_shared(config, resume_flags):
         raise BadInput(f"--ranks {config.ranks} is for --plan; {what}")
     if not 0 <= config.adam_beta2 < 1:
         raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
+    tracker.check(config.tracker)
     processes.check_restarts(config.resume, resume_flags)

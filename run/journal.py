@@ -7,6 +7,7 @@ from dataclasses import asdict
 from base import bars, durable, environment, processes, run_files
 from base.cli import BadInput, one_line
 from run import report, resume
+from run.tracker import Tracker
 
 
 class Journal:
@@ -31,6 +32,9 @@ class Journal:
             durable.write_json(directory / "config.json", settings)
             how = {"command": environment.command(), **environment.describe()}
             durable.write_json(directory / "environment.json", how)
+            self.tracker = None
+            if config.tracker != "none":
+                self.tracker = Tracker(config.tracker, directory, settings)
             going_on = f", going on after step {done}" if done else ""
             print(f"run directory: {directory}{going_on}", flush=True)
 
@@ -42,6 +46,8 @@ class Journal:
         """The steps are over, or an error has ended them, of which the user hears first."""
         self.bar.leave = error is None
         self.bar.close()
+        if self.writes and self.tracker:
+            self.tracker.close()
         if error and self.writes:
             with contextlib.suppress(BadInput):
                 durable.append(self.samples, *self.of_failure(self.done + 1))
@@ -56,6 +62,8 @@ class Journal:
             durable.append(self.metrics, line)
             self.bar.set_postfix_str(f"{show} {line[show]:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
             self.bar.update()
+            if self.tracker:
+                self.tracker.log(line)
             if self.report_every and self.done % self.report_every == 0:
                 self.report("running")
 
