@@ -283,11 +283,7 @@ def load_reward(spec):
         show_traceback(error)
         raise BadInput(f"--reward {spec}: {module_name} fails when it is imported: {say(error)}") from error
     finally:
-        closed = closed_streams() - closed_before
-        if "stderr" in closed:  # where errors are shown
-            sys.stderr = open(2, "w", closefd=False)
-    if closed:
-        raise BadInput(f"--reward {spec}: {module_name} closes {min(closed)} when it is imported")
+        check_streams(closed_before, f"--reward {spec}: importing {module_name}")
     if not callable(function):
         raise BadInput(f"--reward {spec}: {name} is not a function")
     try:
@@ -298,6 +294,18 @@ def load_reward(spec):
         show_traceback(error)
         raise BadInput(f"--reward {spec}: {module_name}.check_reward() fails: {say(error)}") from error
     return function
+
+
+def check_streams(closed_before, what):
+    """Raises BadInput if standard output or standard error was closed since; it is opened again if possible,
+    as the error must be shown."""
+    closed = closed_streams() - closed_before
+    for descriptor, name in enumerate(("stdout", "stderr"), 1):
+        if name in closed:
+            with contextlib.suppress(OSError):
+                setattr(sys, name, open(descriptor, "w", closefd=False))
+    if closed:
+        raise BadInput(f"{what} closes {' and '.join(sorted(closed))}")
 
 
 def closed_streams():
@@ -328,13 +336,14 @@ def score(reward, answer, row, name="the reward function"):
 
     A function that forks and returns in both processes returns in the first only.
     """
-    process, problem, value = os.getpid(), None, None
+    process, closed_before, problem, value = os.getpid(), closed_streams(), None, None
     try:
         value = reward(answer, copy.deepcopy(row))
     except BaseException as error:  # KeyboardInterrupt and SystemExit, too: it is the user's code
         problem = error
     if os.getpid() != process:
         end_forked(problem)
+    check_streams(closed_before, f"row {row['id']}: {name}")
     if isinstance(problem, BadInput):
         raise BadInput(f"row {row['id']}: {problem}") from problem
     if problem:
