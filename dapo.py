@@ -25,26 +25,40 @@ def keep_group(rewards):
     return bool((rewards != rewards[0]).any())
 
 
-def fill_batch(draw, keep, wanted, max_rounds, interrupted):
+def fill_batch(draw, keep, wanted, least, max_rounds, interrupted):
     """Dynamic sampling (section 3.2): draw rounds of groups until `wanted` of them pass `keep`; the surplus
     is dropped -> groups to train on, all groups that were sampled, rounds.
 
     draw(number) -> groups with .rewards; keep(rewards) -> bool, keep_group in DAPO; interrupted() -> whether
-    to end early, with fewer. Raises BadInput when `max_rounds` are not enough.
+    to end early, with fewer. After `max_rounds` it makes do with `least`. Raises BadInput for fewer.
     """
     batch, sampled, rounds = [], [], 0
     while len(batch) < wanted and not interrupted():
         if rounds == max_rounds:
-            raise BadInput(
-                f"{rounds} rounds of {wanted} prompts gave {len(batch)} groups whose rewards differ, "
-                f"{wanted} are needed; the task is too hard or too easy, or raise --max-rounds or "
-                "--completions"
-            )
+            if len(batch) < least:
+                tried = f"after --max-rounds {rounds} of {wanted} prompts"
+                raise BadInput(f"{tried} {too_few(batch, sampled, least)}")
+            break
         groups = draw(rounds)
         batch += [group for group in groups if keep(group.rewards)]
         sampled += groups
         rounds += 1
     return batch[:wanted], sampled, rounds
+
+
+def too_few(batch, sampled, least):
+    """Why a batch could not be filled, and what to do about it, in words."""
+    equal = [group.rewards[0] for group in sampled if not keep_group(group.rewards)]
+    right = sum(bool(reward >= 1) for reward in equal)
+    wrong = len(equal) - right
+    counts = f"the rewards of {len(batch)} groups differ ({least} needed)"
+    counts += f", {right} are all right, {wrong} all wrong"
+    if right > wrong:
+        advice = "the task is too easy: give harder prompts, or a higher --temperature"
+    else:
+        advice = "the task is too hard: give easier prompts, or a model that can do some of them"
+    more = "--max-rounds or --completions" + ", or use --underfull train" * bool(batch)
+    return f"{counts}: {advice}; or raise {more}"
 
 
 def shape_rewards(rewards, lengths, max_length, cache):

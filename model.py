@@ -403,6 +403,6 @@ class Qwen3(nn.Module):
                 register_fsdp_forward_method(model, method)
         return model.to_empty(device=device)
 
-    def save_pretrained(self, directory, dtype=None, companions_from=None):
+    def save_pretrained(self, directory, dtype=None, companions_from=None, notes=None, read=None):
         """Write a Hugging Face directory, see checkpoint.save_checkpoint. Every rank must call it."""
-        save_checkpoint(self, directory, dtype, companions_from)
+        save_checkpoint(self, directory, dtype, companions_from, notes, read)

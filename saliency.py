@@ -63,6 +63,7 @@ class Tracker:
             raise ValueError(f"tokens must be one of {TOKENS}, not {tokens!r}")
         self.model, self.site, self.tokens = model, site, tokens
         self.norms, self.sequences = None, 0
+        self.counts = True  # False while a rank goes along with others' forwards, with nothing of its own
 
     def __enter__(self):
         if self.model.tracker is not None:
@@ -93,10 +94,10 @@ class Tracker:
             if self.model.context:  # each of its ranks has counted its own tokens
                 for each in totals:
                     dist.all_reduce(each, group=self.model.context)
-        norms = [each.sqrt().sum(0) for each in totals]  # of each sequence, added up
+        norms = [each.sqrt().sum(0) * self.counts for each in totals]  # of each sequence, added up
         if self.norms:
             norms = [before + now for before, now in zip(self.norms, norms, strict=True)]
-        self.norms, self.sequences = norms, self.sequences + len(totals[0])
+        self.norms, self.sequences = norms, self.sequences + len(totals[0]) * self.counts
 
     def magnitudes(self):
         """M[h, d] = (1/B) sum_i sqrt(sum_s x_i[s, h, d]^2), B the sequences of all ranks (paper, section 3).

@@ -45,7 +45,7 @@ from base.cli import BadInput, one_line_errors, option, parse
 from core import memory, parallel, schedule
 from model import Qwen3
 from prompts import chat, load, sources
-from run import dry_run, plan, resume, samples
+from run import defaults, dry_run, plan, resume, samples
 from run.config import Shared, check_shared
 from run.journal import Journal
 from run.preflight import check_model
@@ -62,7 +62,7 @@ class Config(Shared):
     tokens_per_pass: int = option(16384, "tokens of documents that train at once; sets peak memory", least=1)
     learning_rate: float = option(1e-5, "AdamW's peak learning rate", above=0, most=1)
     schedule: str = option("cosine", "after warm-up: down to a tenth, or constant", ["cosine", "constant"])
-    warmup: int = option(50, "steps of linear warm-up", least=1)
+    warmup: int = option(50, "steps of linear warm-up; at most a tenth of all", least=1)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", least=0)
     adam_beta2: float = option(0.99, "AdamW's second-moment decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at", above=0)
@@ -110,6 +110,10 @@ files, _, lines = load.rows_of_files(config.data, sources.messages_row, *how, pr
 source = sources.Mixture(files, config.data_weights, config.seed)
 row_count = sum(map(len, files))
 config.steps = config.steps or math.ceil(row_count / config.batch)
+lines += defaults.fill_checkpointing(config, max(context, config.tokens_per_pass))
+if config.warmup > (most := max(1, config.steps // 10)):
+    lines.append(f"warm-up: cut from {config.warmup} steps to {most} of {config.steps}, at most a tenth")
+    config.warmup = most
 if main:
     print("\n".join([chat.described(tokenizer), *lines]), flush=True)
 

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import math
 import sys
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,8 @@ from base.cli import BadInput, one_line_errors, parse
 from core import memory, parallel, schedule
 from model import Qwen3
 from prompts import chat, load, scoring
-from run import dry_run, metrics, plan, resume, samples
+from run import defaults, dry_run, metrics, plan, resume, samples
+from run.best import Best
 from run.config import MAY_CHANGE, Config, check
 from run.held_out import evaluate
 from run.journal import Journal
@@ -62,6 +62,7 @@ if config.deterministic:
 
 model_config, tokenizer, config.context, _ = check_model(config.model, config.context, config.site)
 parallel.check_heads(config.context_parallel, model_config)
+chosen = defaults.fill(config, model_config, compute_dtype == torch.bfloat16)
 prompt_limit = prompt_room(config.context, config.max_completion)
 stop_ids = chat.stop_ids(tokenizer)
 how = {"thinking": config.thinking, "limit": prompt_limit, "truncate": config.truncate_prompts}
@@ -70,8 +71,9 @@ how = config.reward_workers, config.reward_timeout, config.reward_on_timeout
 score_all = scoring.start(config.reward, *how)
 reward_weights = torch.tensor(config.reward_weights or [1.0] * len(config.reward))
 source, held_out, longest_prompt = load.for_training(config, encode, prompt_limit, score_all, main)
+best = Best(config, held_out)
 if main:
-    print(chat.described(tokenizer), flush=True)
+    print(chosen, chat.described(tokenizer), sep="\n", flush=True)
 
 # ------------------------------------------------------------------------------ run directory, engine, model
 
@@ -106,10 +108,10 @@ if config.beta:
     reference = Qwen3.from_pretrained(config.model, compute_dtype, device, mesh, compute_dtype, context)
 adam = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
 optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, **adam)
-config.mismatch_limit = config.mismatch_limit or (0.1 if compute_dtype == torch.bfloat16 else 1e-3)
 config.epsilon_low, config.epsilon_high = losses.epsilons(config)
 policy_loss, marked_tokens = losses.choose(config)  # dapo.loss, unless --algorithm says otherwise
 keep = dapo.keep_group if config.algorithm in losses.DYNAMIC_SAMPLING else lambda rewards: True
+least = 1 if config.underfull == "train" else config.prompts
 if checkpoint:
     progress.load(checkpoint, model, optimizer, device)
     engine.sleep()  # sync wakes it up
@@ -197,22 +199,24 @@ def logprobs_of(policy, group, passes):
 def remember_old_logprobs(minibatches):
     """Before the first of several updates: the trainer's log-probabilities, which ratios are relative to."""
     with clock.stage("logprobs"):
-        for group, passes in (each for minibatch in minibatches for each in work(minibatch)):
+        for group, passes, _ in (each for minibatch in minibatches for each in work(minibatch)):
             with memory.explained(config, len(group.prompt)):
                 group.old_logprobs = logprobs_of(model, group, passes)
 
 
-def train_group(group, passes, totals, tally):
+def train_group(group, passes, counts, totals, tally):
     """Forward and backward of one group: its prompt once, its completions a pass at a time, each with its own
     backward, which leaves its gradient at the prompt's keys and values; last the prompt's backward. What it
-    made dies with it."""
+    made dies with it. counts: False on a rank that only goes along, as all must call the model equally often:
+    it adds nothing."""
+    model.tracker.counts = counts
     with memory.explained(config, len(group.prompt)):
         with clock.stage("logprobs"):
             prompt = model.read(torch.tensor(group.prompt, device=device))
             leaves = prompt.detach()
             ref_logprobs = logprobs_of(reference, group, passes) if reference else None
         for part in passes:
-            train_pass(group, part, leaves, ref_logprobs, totals, tally)
+            train_pass(group, part, leaves, ref_logprobs, totals, tally if counts else None)
         with clock.stage("backward"):
             prompt.backward(leaves)
 
@@ -241,8 +245,9 @@ def train_pass(group, part, leaves, ref_logprobs, totals, tally):
         terms["marked"] = of_part(group.marked)
     loss, stats = policy_loss(logprobs, old, advantages, lengths, totals, **terms)
     with clock.stage("backward"):  # FSDP2 averages gradients over ranks; ours is a sum (core/parallel.py)
-        (loss * (world if mesh else 1)).backward()
-    tally.add(group, part, loss, stats, entropies, old, sampler, config.importance_cap)
+        (loss * ((world if mesh else 1) if tally else 0)).backward()
+    if tally:
+        tally.add(group, part, loss, stats, entropies, old, sampler, config.importance_cap)
 
 
 # ----------------------------------------------------------------------------------------- around the steps
@@ -252,40 +257,31 @@ def save():
     progress.save(directory / "checkpoints", model, optimizer, fixed, config.keep)
 
 
-@contextmanager
-def saved_before_it_stops():
-    """An error before a step has trained anything saves, then stops the run: no finished step is lost."""
-    try:
-        yield
-    except BadInput as error:
-        if progress.saved < progress.step:
-            save()
-        raise BadInput(f"step {progress.step + 1}: {error}") from error
-
-
 shown = samples.Groups(tokenizer, config.log_groups)
 journal = Journal(directory, config, progress.step, "train", device, shown.of_failure)
+best.go_on(directory, progress.step)
 if held_out and config.eval_before and not checkpoint:
     progress.before = evaluate(held_out, sample, config.eval_completions, "before:" * main)
 
 # ------------------------------------------------------------------------------------------------------ loop
 
 first, G, interrupt = progress.step + 1, config.completions, Interrupt()
+filling = keep, config.prompts, least, config.max_rounds, interrupt.asked
+line = {}  # of metrics.jsonl, of the step before
 with journal:
     for step in range(first, config.steps + 1):
         clock.restart()
         learning_rate = config.learning_rate * schedule.warmup_factor(step, config.warmup)
         schedule.set_rate(optimizer, learning_rate)
-        with saved_before_it_stops():
-            wanted, most = config.prompts, config.max_rounds
-            batch, sampled, rounds = dapo.fill_batch(sample_round, keep, wanted, most, interrupt.asked)
+        with progress.saved_before_it_stops(save):
+            batch, sampled, rounds = dapo.fill_batch(sample_round, *filling)
         if interrupt.asked():
             break  # this step has changed nothing yet
         engine.sleep()
         for group in batch:
             set_advantages(group)
 
-        minibatches = [batch[i :: config.updates] for i in range(config.updates)]
+        minibatches = [batch[i :: config.updates] for i in range(min(config.updates, len(batch)))]
         if config.updates > 1:
             remember_old_logprobs(minibatches)  # before the first update changes them
         updates = []
@@ -295,8 +291,8 @@ with journal:
             if marked_tokens:
                 losses.mark(minibatch, marked_tokens, config.seed * 2**32 + update)
             with saliency.Tracker(model, config.site, config.saliency_tokens) as tracker:
-                for group, passes in work(minibatch):
-                    train_group(group, passes, totals, tally)
+                for group, passes, counts in work(minibatch):
+                    train_group(group, passes, counts, totals, tally)
             tally.reduce()
             tally.check_mismatch(step, config.mismatch_limit)
             norm = get_total_norm([parameter.grad for parameter in model.parameters()]).item()
@@ -318,13 +314,12 @@ with journal:
         if step == first:  # the optimizer has its moments now: what does not fit shows here, not in hours
             with clock.stage("rehearsal"):
                 memory.rehearse(config, model, reference, longest_prompt)
-                optimizer.zero_grad()
         with clock.stage("sync"):
             engine.sync(model)
 
         progress.finish_step(step, rounds * config.prompts)
-        done = batch, sampled, rounds, updates, config, learning_rate
-        line = metrics.of_step(progress, *done, clock)
+        line = metrics.of_step(config, progress, clock, batch, sampled, rounds, updates, learning_rate)
+        line |= best.evaluate(step, sample, model, compute_dtype, main)
         selection = progress.magnitudes, progress.masks
         journal.step(line, "reward", shown.of_step(step, batch, sampled), selection)
         if step % config.save_every == 0 or step == config.steps:
@@ -339,7 +334,7 @@ if interrupt.asked():
     engine.close()
     sys.exit(EXIT_CODE)
 interrupt.close()
-after = evaluate(held_out, sample, config.eval_completions, "after: " * main)
+after = line.get("held_out") or evaluate(held_out, sample, config.eval_completions, "after: " * main)
 model.save_pretrained(directory / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
     progress.write_results(directory, after)

@@ -14,6 +14,12 @@ def bar(*arguments, **how):
     return tqdm(*arguments, **how)
 
 
+def say(text):
+    """Print a line to standard output, above the bars that are shown."""
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(text, flush=True)
+
+
 def clear():
     """Close the bars that are shown, and leave nothing of them on a terminal."""
     for shown in list(getattr(tqdm, "_instances", ())):

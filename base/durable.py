@@ -92,6 +92,14 @@ def publish(partial, directory):
     remove(old)
 
 
+def put_back(directory):
+    """After a crash in `publish`: if it was just then that there was no `directory`, the old one again."""
+    old = directory.with_name(directory.name + ".old")
+    if old.exists() and not directory.exists():
+        os.replace(old, directory)
+        sync(directory.parent)
+
+
 def append(file, *rows):
     """Append dictionaries, one line each, to a JSONL file, and wait until they are on disk.
 

@@ -352,14 +352,15 @@ def stored_tensors(files):
                 yield name, stored
 
 
-def save_checkpoint(model, directory, dtype=None, companions_from=None):
+def save_checkpoint(model, directory, dtype=None, companions_from=None, notes=None, read=None):
     """Write a Hugging Face directory: config.json, and safetensors in shards of at most 5 GB, with an index
     if there are several.
 
     dtype: of the weights on disk; default: the model's. companions_from: directory whose tokenizer files are
-    copied. Every rank must call it, as sharded parameters are gathered, one at a time. Rank 0 writes to a
-    temporary name beside `directory`, syncs it to disk and renames it. Raises BadInput for weights that
-    cannot be written.
+    copied. notes: more JSON files, {name: content}. read(name) -> a whole tensor, in place of the model's
+    own, which may then be on the meta device. Every rank must call it, as sharded parameters are gathered,
+    one at a time. Rank 0 writes to a temporary name beside `directory`, syncs it to disk and renames it.
+    Raises BadInput for weights that cannot be written.
     """
     directory = Path(directory)
     writer = not dist.is_initialized() or dist.get_rank() == 0
@@ -381,7 +382,7 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None):
         file = numbered if len(shards) > 1 else "model.safetensors"
         tensors = {}
         for name in names:
-            tensor = full_tensor(parameters[name])
+            tensor = read(name) if read else full_tensor(parameters[name])
             if writer:
                 tensors[name] = tensor.to("cpu", dtype).contiguous()
             index[name] = file
@@ -397,6 +398,8 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None):
         index = {"metadata": {"total_size": total}, "weight_map": index}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (partial / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
+    for name, content in (notes or {}).items():
+        durable.write_json(partial / name, content)
     for name in COMPANIONS if companions_from else ():
         if (Path(companions_from) / name).exists():
             shutil.copyfile(Path(companions_from) / name, partial / name)

@@ -30,7 +30,7 @@ def explained(config, prompt_tokens):
 
 def rehearse(config, model, reference, prompt_tokens):
     """Forward and backward of the largest group that can come, to see that it fits in memory: the longest
-    prompt, and the pass that takes the most. It adds gradients of 0 to the model's.
+    prompt, and the pass that takes the most. It leaves no gradients.
 
     config: train.py's Config; reference: the KL term's model, or None. Raises BadInput if it does not fit.
     """
@@ -46,3 +46,4 @@ def rehearse(config, model, reference, prompt_tokens):
         logprobs, _ = model.completion_logprobs(leaves, completions)
         (0 * logprobs.sum()).backward()
         prompt.backward(leaves)
+    model.zero_grad()

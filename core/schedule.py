@@ -74,18 +74,21 @@ def packs(lengths, budget, multiple):
 
 
 def work_for_rank(groups, rank, ranks, budget):
-    """What `rank` of `ranks` trains, in order -> [(group, passes over its completions), ...], the longest
-    group first.
+    """What `rank` of `ranks` trains, in order -> [(group, passes over its completions, counts), ...], the
+    longest group first.
 
     groups: all groups of an update, each with .tokens (prompt and completions) and .lengths (of its
-    completions). budget: completion tokens of a pass.
+    completions). budget: completion tokens of a pass. If the groups are no multiple of the ranks, ranks
+    without one go along with the shortest, whose result does not count there (counts is False).
     """
-    assignments = assign([group.tokens for group in groups], ranks)
+    shortest = min(groups, key=lambda group: group.tokens)
+    filled = groups + [shortest] * (-len(groups) % ranks)
+    assignments = assign([group.tokens for group in filled], ranks)
     result = []
     for indices in zip(*assignments):  # the groups that the ranks train at the same time
-        most = max(len(passes(groups[i].lengths, budget)) for i in indices)
-        group = groups[indices[rank]]
-        result.append((group, passes(group.lengths, budget, most)))
+        most = max(len(passes(filled[i].lengths, budget)) for i in indices)
+        group = filled[indices[rank]]
+        result.append((group, passes(group.lengths, budget, most), indices[rank] < len(groups)))
     return result
 
 

@@ -26,7 +26,7 @@ class Shared:
     report_every: int = option(10, "steps between writings of report.html; 0: none is written", least=0)
     resume: str = option("", "go on with the run: auto, from its newest whole checkpoint, or the path of one")
     max_skips: int = option(3, "updates skipped in a row (not finite); one more ends the run", least=0)
-    checkpointing: bool = option(False, "recompute each block in backward, do not keep activations (8B: yes)")
+    checkpointing: bool = option(None, "recompute blocks in backward (default: of more than 4,096 tokens)")
     deterministic: bool = option(False, "the same bits in every run, where possible: docs/interrupted.md")
     plan: bool = option(False, "print the memory and tokens that a step needs on GPUs, and stop")
     dry_run: bool = option(False, "check everything, then one step of a small random model (run/dry_run.py)")
@@ -70,6 +70,10 @@ class Config(Shared):
     eval_completions: int = option(
         1, "completions of a held-out prompt at temperature 1", least=1, most=10**4
     )
+    eval_every: int = option(
+        0, "steps between held-out evaluations, see best/ in docs/run.md; 0: none", least=0
+    )
+    best: str = option("", "--eval-every: SET/KEY that best/ goes by (default: the first set's accuracy)")
     eval_prompts: int = option(256, "task: held-out prompts, before and after", least=0, most=10**5)
     eval_filler: list[int] = option([], "task: filler held out (default: --filler)", least=0, most=10**5)
     # the algorithm
@@ -82,7 +86,10 @@ class Config(Shared):
     normalize_std: bool = option(True, "divide advantages by the group's standard deviation (no: Dr. GRPO)")
     aggregation: str = option("sequence", "grpo only; the others have their own", list(grpo.AGGREGATIONS))
     beta: float = option(0.0, "grpo only: weight of the KL term to the start (GRPO's paper 0.04)", least=0)
-    max_rounds: int = option(10, "dynamic sampling: rounds; a batch not full by then is an error", least=1)
+    max_rounds: int = option(10, "dynamic sampling: most rounds of prompts to fill a batch", least=1)
+    underfull: str = option(
+        "train", "a batch not full by then: train on its groups, or stop", ["train", "stop"]
+    )
     overlong_cache: int = option(4, "dapo: last tokens, over which overlong punishment grows to -1", least=0)
     importance_cap: float = option(2.0, "cap of the weights pi_old / pi_sampler of tokens; 0: none", least=0)
     # LongAct
@@ -92,7 +99,9 @@ class Config(Shared):
     saliency_tokens: str = option("all", "tokens that count, see docs/paper.md", list(saliency.TOKENS))
     unselected: str = option("grad", "other rows: masked by gradient, or frozen", list(saliency.UNSELECTED))
     # the optimizer
-    learning_rate: float = option(3e-4, "AdamW's, constant after warm-up (8B: 1e-6)", above=0, most=1)
+    learning_rate: float = option(
+        None, "AdamW's, after warm-up (default: by size, docs/run.md)", above=0, most=1
+    )
     warmup: int = option(10, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay; moves masked rows too", least=0)
     adam_beta2: float = option(0.999, "AdamW's second-moment decay")
@@ -106,13 +115,13 @@ class Config(Shared):
     replicate: int = option(0, "copies of the model, each sharded (0: one a node)", least=0)
 
 
-# What may differ when a run goes on: its place, its length, and what changes nothing but rounding. Files of
-# model and data are compared by their contents (resume.settings).
+# What may differ when a run goes on: its place, its length, what decides whether it ends, and what changes
+# nothing but rounding. Files of model and data are compared by their contents (resume.settings).
 MAY_CHANGE = (
     "name model data eval_data reward_workers reward_timeout reward_on_timeout steps save_every keep "
-    "log_groups resume report_every max_skips max_rounds eval_before mismatch_limit tensor_parallel "
-    "deterministic vllm_share tokens_per_pass checkpointing context_parallel replicate plan dry_run ranks "
-    "gpu_memory tracker"
+    "log_groups resume report_every max_skips max_rounds underfull eval_before eval_every mismatch_limit "
+    "tensor_parallel deterministic vllm_share tokens_per_pass checkpointing context_parallel replicate plan "
+    "dry_run ranks gpu_memory tracker"
 ).split()
 
 
@@ -154,6 +163,11 @@ def check(config, world, cuda):
         raise BadInput("--eval-data needs --data; --task makes its own held-out prompts")
     if config.eval_filler and config.data:
         raise BadInput("--eval-filler applies only to --task; with --data give held-out files by --eval-data")
+    held_out = config.eval_data or (config.eval_prompts and not config.data)
+    if config.eval_every and not held_out:
+        raise BadInput("--eval-every needs held-out prompts: --eval-data, or a task's --eval-prompts")
+    if config.best and not config.eval_every:
+        raise BadInput("--best needs --eval-every: it is what best/ goes by")
     if config.beta and config.algorithm != "grpo":
         raise BadInput(f"--beta needs --algorithm grpo: {config.algorithm} has no KL term")
     if config.aggregation != Config.aggregation and config.algorithm != "grpo":

@@ -105,6 +105,7 @@ def of_rl(config, model_config, tokenizer, world):
         prompts=config.updates * world,
         completions=GROUP,
         steps=1,
+        eval_every=0,
         resume="",
     )
 

@@ -60,7 +60,9 @@ class Journal:
         if self.writes:
             durable.append(self.samples, *samples)
             durable.append(self.metrics, line)
-            self.bar.set_postfix_str(f"{show} {line[show]:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+            short = f", {line['underfull']} groups short" if line.get("underfull") else ""
+            shown = f"{show} {line[show]:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
+            self.bar.set_postfix_str(shown + short)
             self.bar.update()
             if self.tracker:
                 self.tracker.log(line)

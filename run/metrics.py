@@ -1,6 +1,7 @@
 """metrics.jsonl of train.py, one object a step
 step, prompts_drawn          steps done; prompts drawn from the source so far
 rounds                       generation rounds dynamic sampling needed
+underfull                    groups that the batch lacks after --max-rounds; it has trained on those it has
 reward, accuracy             mean reward of all sampled completions; share of them with reward >= 1. With
                              several rewards: mean of their weighted sum; share by the first of them
 rewards                      only with several: of each, by its name, mean and std (standard deviation) over
@@ -28,6 +29,8 @@ moved_selected               root mean square change of a weight of W_Q, W_K in 
 moved_unselected             in the others: by momentum with --unselected grad (null if all are selected)
 mask_overlap                 share of the last update's rows that the one before selected too (at first null)
 learning_rate                of the step's updates
+held_out                     with --eval-every, at its steps and the last: {set: {"prompts", "prompt_tokens",
+                             "accuracy", "accuracy_greedy"}}, of the model that the step has left
 seconds, tokens_per_second   wall time by stage (rollout, reward, logprobs, backward, mask, step, sync, and in
                              the first step rehearsal of the largest group) on rank 0, without checkpoints;
                              prompt and completion tokens trained on per second of the whole step. The only
@@ -144,10 +147,11 @@ class Tally:
         return self
 
 
-def of_step(progress, batch, sampled, rounds, updates, config, learning_rate, clock):
+def of_step(config, progress, clock, batch, sampled, rounds, updates, learning_rate):
     """The line of a step that has ended, see above. config: train.py's."""
     line = {"step": progress.step, "prompts_drawn": progress.prompts_drawn, "rounds": rounds}
-    line |= of_rollout(sampled, batch, config.reward) | of_updates(updates, config.updates)
+    line |= {"underfull": config.prompts - len(batch)}
+    line |= of_rollout(sampled, batch, config.reward) | of_updates(updates, min(config.updates, len(batch)))
     line |= {"learning_rate": learning_rate, **clock.metrics(line["tokens_trained"])}
     return line
 

@@ -24,6 +24,9 @@ from run.preflight import prompt_room
 
 GIB = 2**30
 CONTEXTS = (8192, 16384, 32768, 65536, 131072)
+# If more tokens than these train at once, --checkpointing is on by default. Without it Qwen3-8B keeps 8 MB of
+# a token: prompts of 4,096 just fit eight GPUs of 80 GiB, 8,192 do not. With it a step has a second forward.
+LONG = 4096
 RESERVE = 2 * GIB  # for CUDA, NCCL and fragmentation, when saying whether it fits
 
 
@@ -34,6 +37,17 @@ def parameter_counts(c):
     attention += c.head_dim * (heads - c.num_attention_heads) if c.qkv_bias else 0
     block = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
     return block, c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.hidden_size
+
+
+def recomputes(config, tokens):
+    """Whether blocks are recomputed in backward: as --checkpointing says, else where more than LONG tokens
+    train at once."""
+    return tokens > LONG if config.checkpointing is None else config.checkpointing
+
+
+def tokens_of_pass(config):
+    """train.py's Config -> completion tokens in the fullest pass."""
+    return sum(schedule.fullest(config.max_completion, config.completions, config.tokens_per_pass))
 
 
 def block_bytes(c, size, exchanged=False):
@@ -156,6 +170,10 @@ def memory_table(lines):
     return [f"  {line:48}{gib(value)}" for line, value in shown.items()]
 
 
+def blocks(config, tokens):
+    return ", blocks recomputed (--checkpointing)" if recomputes(config, tokens) else ""
+
+
 def gpus(ranks):
     return f"{ranks} GPU{'s' if ranks > 1 else ''}"
 
@@ -168,12 +186,12 @@ def sft_report(config, ranks):
     """The text of sft.py --plan. Raises BadInput as `model_and_context`."""
     c, context = model_and_context(config)
     tokens = max(context, config.tokens_per_pass)
-    lines, moment = training_memory(c, 0, tokens, config.checkpointing, ranks, 2)
+    lines, moment = training_memory(c, 0, tokens, recomputes(config, tokens), ranks, 2)
     text = [
         f"SFT of {config.model} on {gpus(ranks)}: {config.batch} documents of up to {context:,} tokens a "
         f"step, {tokens:,} tokens in the fullest pass",
         "",
-        f"training, one rank, at its worst moment ({moment}):",
+        f"training, one rank, at its worst moment ({moment}){blocks(config, tokens)}:",
         *memory_table(lines),
         verdict(config, sum(lines.values()) + RESERVE <= config.gpu_memory * GIB),
     ]
@@ -196,9 +214,10 @@ class Needs(NamedTuple):
 def needs(config, c, ranks, context):
     """-> Needs of a step whose longest sequence has `context` tokens, by a Qwen3Config on `ranks` GPUs."""
     prompt, R, G = context - config.max_completion, config.max_completion, config.completions
-    pass_tokens = sum(schedule.fullest(R, G, config.tokens_per_pass))
+    pass_tokens = tokens_of_pass(config)
+    recompute = recomputes(config, max(context, pass_tokens))
     training, moment = training_memory(
-        *(c, prompt, pass_tokens, config.checkpointing, ranks // config.replicate, 2),
+        *(c, prompt, pass_tokens, recompute, ranks // config.replicate, 2),
         reference=bool(config.beta),
         context_parallel=config.context_parallel,
     )
@@ -216,16 +235,16 @@ def report(config, ranks):
     c, context = model_and_context(config)
     prompt_room(context, config.max_completion)
     check_heads(config.context_parallel, c)
+    longest = max(context, tokens_of_pass(config))
     G, R, share = config.completions, config.max_completion, config.vllm_share * config.gpu_memory * GIB
-    need = needs(config, c, ranks, context)
-    pass_tokens = sum(schedule.fullest(R, G, config.tokens_per_pass))
+    need, pass_tokens = needs(config, c, ranks, context), tokens_of_pass(config)
     shared, unshared = config.prompts * (need.prompt + G * R), config.prompts * G * (need.prompt + R)
     cache = f"{gib(need.room)}   a group takes {need.group / GIB:.2f} GiB"
     text = [
         f"{config.model} on {gpus(ranks)}: {config.prompts} prompts of {need.prompt:,} tokens x {G} "
         f"completions of up to {R:,}, {pass_tokens:,} completion tokens in the fullest pass",
         "",
-        f"training, one rank, at its worst moment ({need.moment}):",
+        f"training, one rank, at its worst moment ({need.moment}){blocks(config, longest)}:",
         *memory_table(need.training),
         "rollout, one rank:",
         f"  {'parameters and optimizer, as above':48}{gib(need.asleep)}",

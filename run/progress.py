@@ -1,5 +1,6 @@
 """How far a run has come: what its next step, or its next life, begins with beside weights and moments."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +42,16 @@ class Progress:
     def finish_step(self, step, prompts):
         self.step, self.prompts_drawn = step, self.prompts_drawn + prompts
         self.random = resume.random_states()
+
+    @contextmanager
+    def saved_before_it_stops(self, save):
+        """An error before a step has trained anything saves, then stops the run: no finished step is lost."""
+        try:
+            yield
+        except BadInput as error:
+            if self.saved < self.step:
+                save()
+            raise BadInput(f"step {self.step + 1}: {error}") from error
 
     def write_results(self, directory, after):
         """What a run leaves at its end beside the model: results.json and figures. after: held-out accuracy,

@@ -38,7 +38,7 @@ from core import schedule
 from model import Qwen3
 from prompts import chat, rewards, tasks
 from rollout import Completion, Group, Rollout
-from run import metrics
+from run import defaults, metrics
 from run.config import Config as Training
 from run.preflight import check_model, prompt_room
 from studies import one_step_figures
@@ -80,6 +80,7 @@ def take_step(config, engine):
     """train.py's first step with one prompt; engine: a Rollout or Stored -> what is told of it, by name."""
     model_config, tokenizer, config.context, _ = check_model(config.model, config.context)
     source = tasks.Source(config.task, f"train {config.seed}", config.facts, config.filler)
+    defaults.fill(config, model_config, bf16=False)
     room = prompt_room(config.context, config.max_completion)
 
     def draw(number):
@@ -92,7 +93,7 @@ def take_step(config, engine):
         scores = [rewards.score(rewards.exact, answer, row) for answer in answers]
         return [Group(number, prompt, completions, torch.tensor(scores))]
 
-    [group], sampled, _ = dapo.fill_batch(draw, dapo.keep_group, 1, config.max_rounds, lambda: False)
+    [group], sampled, _ = dapo.fill_batch(draw, dapo.keep_group, 1, 1, config.max_rounds, lambda: False)
     shaped = dapo.shape_rewards(group.rewards, group.lengths, config.max_completion, config.overlong_cache)
     group.advantages = grpo.advantages(shaped, config.normalize_std)
 
@@ -102,13 +103,13 @@ def take_step(config, engine):
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, **adam)
     tally = metrics.Tally([group], config.context_parallel, torch.device("cpu"))
     totals = grpo.Totals(config.completions, tally.tokens, config.max_completion)
-    [(_, passes)] = schedule.work_for_rank([group], 0, 1, config.tokens_per_pass)
+    [(_, passes, _)] = schedule.work_for_rank([group], 0, 1, config.tokens_per_pass)
     with saliency.Tracker(model, config.site, config.saliency_tokens) as tracker:
         prompt = model.read(torch.tensor(group.prompt))
         leaves = prompt.detach()
         turns = [train_pass(config, model, group, part, leaves, totals, tally) for part in passes]
         prompt.backward(leaves)
-    tally.check_mismatch(1, config.mismatch_limit or 1e-3)
+    tally.check_mismatch(1, config.mismatch_limit)
 
     parameters = dict(model.named_parameters())
     norm = get_total_norm([parameter.grad for parameter in parameters.values()]).item()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import dapo
 import grpo
 import losses
+from base.cli import BadInput
 
 
 def test_advantages_of_the_known_vector():
@@ -25,6 +26,34 @@ def test_advantages_of_the_known_vector():
     torch.testing.assert_close(
         grpo.advantages(rewards, normalize_std=False), torch.tensor([0.75, -0.25, -0.25, -0.25])
     )
+
+
+def groups_of(*rewards):
+    return [SimpleNamespace(rewards=torch.tensor(own)) for own in rewards]
+
+
+RIGHT, WRONG, MIXED = [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]
+
+
+def fill(rounds, wanted, least):
+    how = dapo.keep_group, wanted, least, len(rounds), lambda: False
+    batch, sampled, count = dapo.fill_batch(lambda number: groups_of(*rounds[number]), *how)
+    return len(batch), len(sampled), count
+
+
+def test_a_batch_is_filled_or_trains_on_what_it_has():
+    assert fill([[MIXED, WRONG], [MIXED, MIXED], [MIXED]], 2, 2) == (2, 4, 2)  # the surplus is dropped
+    assert fill([[MIXED, WRONG], [RIGHT, RIGHT]], 2, 1) == (1, 4, 2)
+    easy = (
+        r"after --max-rounds 2 of 2 prompts the rewards of 1 groups differ \(2 needed\), 2 are all right, 1 "
+    )
+    with pytest.raises(
+        BadInput, match=easy + "all wrong: the task is too easy: .*, or use --underfull train"
+    ):
+        fill([[MIXED, WRONG], [RIGHT, RIGHT]], 2, 2)
+    hard = r"of 0 groups differ \(1 needed\), 1 are all right, 2 all wrong: the task is too hard: give easier"
+    with pytest.raises(BadInput, match=hard):
+        fill([[WRONG, WRONG, RIGHT]], 3, 1)
 
 
 def test_advantages_of_equal_rewards_and_of_one_completion_are_zero():

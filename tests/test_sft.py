@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
     """A directory with the chats in it and the run `whole`, never interrupted, of one process."""
     directory = tmp_path_factory.mktemp("sft")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats()), directory / "chats.parquet")
-    run_here(*command(directory, "whole"))
+    (directory / "printed").write_text(run_here(*command(directory, "whole")))
     return directory
 
 
@@ -86,9 +86,8 @@ def test_a_run_leaves_what_it_promises(runs):
     metrics = read_metrics(run)
     assert [m["step"] for m in metrics] == [1, 2, 3] and metrics[-1]["epoch"] == 0.9
     rates = [m["learning_rate"] for m in metrics]
-    assert rates == pytest.approx(
-        [0.5e-3, 0.775e-3, 0.325e-3]
-    )  # warm-up; 0.55 + 0.45 cos(pi / 3); and of 2 pi / 3
+    assert rates == pytest.approx([1e-3, 0.775e-3, 0.325e-3])  # 0.55 + 0.45 cos(pi / 3); and of 2 pi / 3
+    assert "warm-up: cut from 2 steps to 1 of 3, at most a tenth\n" in (runs / "printed").read_text()
     documented = ast.get_docstring(ast.parse((ROOT / "sft.py").read_text()))
     keys = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert not [key for key in keys if not re.search(rf"\b{key}\b", documented)]

@@ -17,6 +17,7 @@ from conftest import (
     read_metrics,
     read_samples,
     refusal,
+    run_here,
     run_nodes,
     run_ranks,
     run_script,
@@ -73,11 +74,13 @@ def equal_but_for_rounding(one, two):
 
 
 def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit(runs):
-    run, printed = train(runs("first"))
+    run, printed = train(runs("first"), "--eval-every", 1)
     config = json.loads((run / "config.json").read_text())
     assert (config["steps"], config["rule"], config["fraction"], config["context"]) == (2, "top", 0.3, 4096)
+    assert config["learning_rate"] == 3e-4 and config["checkpointing"] is False
+    assert "learning rate: 0.0003, by the model's 0.8 million parameters\n" in printed
     assert re.search(r"before: [01]\.\d+ of 8 held-out", printed)
-    assert re.search(r"after:  [01]\.\d+ of 8 held-out", printed)
+    assert re.search(r"step 1: [01]\.\d+ of 8 held-out.*\nstep 2: [01]\.\d+ of 8 held-out", printed)
     for picture in ("reward.png", "magnitudes.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
     assert "finished: step 2 of 2" in (run / "report.html").read_text()
@@ -94,6 +97,14 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     undocumented = [key for key in keys if not re.search(rf"\b{key}\b", help_text)]
     assert not undocumented
     check_samples(read_samples(run), metrics)
+    best, accuracies = json.loads((run / "best" / "best.json").read_text()), []
+    for m in metrics:
+        accuracies.append(m["held_out"]["filler 6"]["accuracy"])
+    assert best == {
+        "step": 1 + accuracies.index(max(accuracies)), "metric": "filler 6/accuracy", "value": max(accuracies)
+    }  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    assert results["after"] == metrics[-1]["held_out"] and results["before"]["filler 6"]["prompts"] == 8
 
     ours = Qwen3.from_pretrained(run / "checkpoint")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32)
@@ -107,9 +118,9 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     # bench/kill.py is the module of its reward, and has more of it.
     name = runs("second")
     killed = ROOT / "runs" / name
-    flags = [*SHORT, "--save-every", 1, "--reward", "kill:exact", "--resume", "auto"]
+    flags = [*SHORT, "--save-every", 1, "--eval-every", 1, "--reward", "kill:exact", "--resume", "auto"]
     for place, code, left in (
-        ("save 8", -signal.SIGKILL, ["LATEST", "LATEST.partial", "step-000001"]),
+        ("save 10", -signal.SIGKILL, ["LATEST", "LATEST.partial", "step-000001"]),
         ("rollout 1 0 SIGTERM", 75, ["LATEST", "step-000001"]),
     ):
         env = {"PYTHONPATH": str(ROOT / "bench"), "KILL": place}
@@ -121,10 +132,15 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     more = "--reward-workers", 2, "--deterministic"
     train(name, *flags[len(SHORT) :], *more, env={"PYTHONPATH": str(ROOT / "bench")})
     assert read_metrics(killed) == metrics
-    for name in ("results.json", "samples.jsonl"):
-        assert (killed / name).read_bytes() == (run / name).read_bytes()
-    weights = [(r / "checkpoint" / "model.safetensors").read_bytes() for r in (run, killed)]
-    assert weights[0] == weights[1]
+    same = "results.json", "samples.jsonl", "best/best.json", "best/model.safetensors"
+    for name in (*same, "checkpoint/model.safetensors"):
+        assert (killed / name).read_bytes() == (run / name).read_bytes(), name
+    exported, step = killed / "exported", killed / "checkpoints" / "step-000002"
+    run_here("run/export.py", step, exported)
+    for path in exported.iterdir():
+        assert path.read_bytes() == (run / "checkpoint" / path.name).read_bytes(), path.name
+    assert "exported exists; choose another directory" in refusal("run/export.py", step, exported)
+    assert "checkpoint is no checkpoint of a run" in refusal("run/export.py", run / "checkpoint", "x")
 
 
 def check_samples(lines, metrics):
@@ -181,6 +197,8 @@ def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
         "frozen",
         "--saliency-tokens",
         "not-first",
+        "--max-rounds",
+        1,  # a batch that is not full: 2 updates, of which one has less work than there are ranks
     ]
     grpo = ["--algorithm", "grpo", "--beta", 0.04]
     killed = "--save-every 1 --resume auto --reward kill:exact --context-parallel 2".split()
@@ -200,6 +218,7 @@ def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
         if label == "cov":
             assert any(m["ratio"] != 1 for m in read_metrics(alone))
             assert any(m["clip_fraction"] > 0 for m in read_metrics(alone))
+            assert any(m["underfull"] % 2 for m in read_metrics(alone))
         else:
             assert read_metrics(alone)[1]["kl"] > 0
 
@@ -387,7 +406,11 @@ def test_a_refusal_is_one_line_and_exit_code_1(runs):
     flags = *cold, "--max-rounds", 1, "--eval-prompts", 0
     result = run_script("train.py", "--name", runs("refused"), *SHORT, *flags)
     (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
-    assert result.returncode == 1 and "train.py: error: step 1: " in line and "raise --max-rounds" in line
+    what = r"the rewards of 0 groups differ \(1 needed\), (\d) are all right, (\d) all wrong"
+    end = r"the task is too (hard|easy): give .*; or raise --max-rounds or --completions"
+    found = re.search(rf"error: step 1: after --max-rounds 1 of 4 prompts {what}: {end}$", line)
+    right, wrong = int(found[1]), int(found[2])
+    assert result.returncode == 1 and right + wrong == 4 and (found[3] == "easy") == (right > wrong)
     assert "Traceback" not in result.stderr
 
 

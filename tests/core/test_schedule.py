@@ -66,13 +66,14 @@ class Group:
         return self.prompt + sum(self.lengths)
 
 
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 6), st.integers(1, 100), st.data())
-def test_ranks_call_the_model_equally_often(ranks, each, completions, budget, data):
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(2, 6), st.integers(1, 100), st.data())
+def test_ranks_call_the_model_equally_often(ranks, count, completions, budget, data):
+    """Also where groups are fewer than ranks or no multiple of them; each counts once."""
     lengths = st.lists(st.integers(1, 50), min_size=completions, max_size=completions)
-    groups = [Group(data.draw(st.integers(1, 99)), data.draw(lengths)) for _ in range(ranks * each)]
+    groups = [Group(data.draw(st.integers(1, 99)), data.draw(lengths)) for _ in range(count)]
     plans = [work_for_rank(groups, rank, ranks, budget) for rank in range(ranks)]
-    counts = [[len(parts) for _, parts in plan] for plan in plans]
-    assert all(count == counts[0] for count in counts)
-    trained = [group for plan in plans for group, _ in plan]
+    calls = [[len(parts) for _, parts, _ in plan] for plan in plans]
+    assert all(call == calls[0] for call in calls) and len(calls[0]) == -(-count // ranks)
+    trained = [group for plan in plans for group, _, counts in plan if counts]
     assert sorted(map(id, trained)) == sorted(map(id, groups))
     assert max(group.tokens for group in groups) == plans[0][0][0].tokens

@@ -11,6 +11,9 @@ from run.config import Config, check
         {"algorithm": "dapo", "aggregation": "constant"},
         "--aggregation needs --algorithm grpo: dapo has a mean"
     ),
+    ({"eval_every": 2, "eval_prompts": 0}, "--eval-every needs held-out prompts"),
+    ({"eval_every": 2, "data": ["rows.jsonl"]}, "--eval-every needs held-out prompts: --eval-data"),
+    ({"best": "filler 17/accuracy"}, "--best needs --eval-every"),
     ({"algorithm": "gspo", "updates": 2, "dual_clip": 3.0}, "--dual-clip is not for --algorithm gspo"),
     ({"algorithm": "clip-cov", "dual_clip": 3.0}, "--dual-clip is not for --algorithm clip-cov"),
     ({"algorithm": "grpo", "overlong_cache": 8}, "--overlong-cache needs --algorithm dapo: grpo does not"),
