@@ -30,7 +30,7 @@ import math
 import sys
 from dataclasses import dataclass
 
-from base import durable, processes
+from base import durable, hub, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import gsm8k, stats, subject
 from evals.engine import GREEDY, PAPER, THINKING, Engine, evaluate, sampling_text
@@ -61,6 +61,7 @@ subject.check_options(config, "python eval_gsm8k.py CHECKPOINT --data test.jsonl
 if not config.data:
     source = "grade_school_math/data/test.jsonl of github.com/openai/grade-school-math"
     raise BadInput(f"no --data is given: download {source}")
+config.checkpoint = hub.local(config.checkpoint)
 model_config, tokenizer, _ = subject.load(config.checkpoint)
 clamp, clamp_about = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 thinking = config.mode == "thinking"

@@ -37,7 +37,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from base import processes
+from base import hub, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import longbench, stats, subject
 from evals.engine import NON_THINKING, PAPER, THINKING, Engine, evaluate, sampling_text
@@ -81,6 +81,7 @@ if config.compare:
 subject.check_options(config, "python eval_longbench.py CHECKPOINT --data data.json")
 if not config.data:
     raise BadInput("no --data is given: download data.json of huggingface.co/datasets/THUDM/LongBench-v2")
+config.checkpoint = hub.local(config.checkpoint)
 model_config, tokenizer, trained = subject.load(config.checkpoint, config.yarn)
 clamp, clamp_about = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 budget = config.thinking_budget if config.thinking else 0

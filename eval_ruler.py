@@ -33,7 +33,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-from base import durable, plot, processes
+from base import durable, hub, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import stats, subject
 from evals.engine import GREEDY, THINKING, Engine, evaluate, sampling_text
@@ -77,6 +77,7 @@ if config.compare:
 subject.check_options(config, "python eval_ruler.py CHECKPOINT, its directory before lists like --lengths")
 if unknown := [name for name in config.tasks if name not in ruler.TASKS]:
     raise BadInput(f"--tasks: {unknown[0]!r} is not a RULER task; they are {', '.join(ruler.TASKS)}")
+config.checkpoint = hub.local(config.checkpoint)
 model_config, tokenizer, trained = subject.load(config.checkpoint, config.yarn)
 clamp, clamp_about = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 answer_prefix, sampling = MODES[config.mode]

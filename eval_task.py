@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import sys
 from dataclasses import dataclass
 
-from base import processes
+from base import hub, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import stats, subject
 from evals.engine import GREEDY, PAPER, Engine, evaluate
@@ -53,6 +53,7 @@ if config.compare:
 sampling = SAMPLING[config.sampling]
 subject.check_options(config, "python eval_task.py CHECKPOINT")
 subject.check_seeds(config, sampling, "--sampling paper")
+config.checkpoint = hub.local(config.checkpoint)
 model_config, tokenizer, _ = subject.load(config.checkpoint)
 clamp, clamp_about = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 source = tasks.Source(config.task, "held out", config.facts, config.filler)

@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
-from base import durable, plot, processes
+from base import durable, hub, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from core import memory, parallel, schedule
 from model import Qwen3
@@ -53,7 +53,9 @@ from run.preflight import check_model
 
 @dataclass
 class Config(Shared):
-    model: str = option("assets/tiny", "checkpoint directory to start from")
+    model: str = option(
+        "assets/tiny", "checkpoint to start from: a directory, or ORG/NAME on the Hugging Face hub"
+    )
     out: str = option("runs/sft", "directory of the run, see above")
     seed: int = option(1, "seed of the order of the data", least=0, most=2**31 - 1)
     batch: int = option(32, "documents a step, over all ranks", least=1, most=10**5)
@@ -92,6 +94,7 @@ if config.deterministic:
 
 # ------------------------------------------------------------------------------------------------------ data
 
+config.model = hub.local(config.model)
 model_config, tokenizer, context, generation = check_model(config.model, config.context)
 
 

@@ -30,7 +30,7 @@ import dapo
 import grpo
 import losses
 import saliency
-from base import processes
+from base import hub, processes
 from base.cli import BadInput, one_line_errors, parse
 from core import memory, parallel, schedule
 from model import Qwen3
@@ -60,11 +60,11 @@ if config.deterministic:
 
 # --------------------------------------------------------------------------------------------------- prompts
 
+config.model = hub.local(config.model)
 model_config, tokenizer, config.context, _ = check_model(config.model, config.context, config.site)
 parallel.check_heads(config.context_parallel, model_config)
 chosen = defaults.fill(config, model_config, compute_dtype == torch.bfloat16)
 prompt_limit = prompt_room(config.context, config.max_completion)
-stop_ids = chat.stop_ids(tokenizer)
 how = {"thinking": config.thinking, "limit": prompt_limit, "truncate": config.truncate_prompts}
 encode = partial(chat.encode_prompt, tokenizer, **how)  # row -> token ids
 how = config.reward_workers, config.reward_timeout, config.reward_on_timeout
@@ -132,7 +132,7 @@ def generate(rows, indices, n, temperature, show_bar=False):
     with clock.stage("rollout"):
         encoded = [encode(row) for row in rows]
         seeds = [config.seed * 2**32 + index * max(n, config.completions) for index in indices]
-        how = temperature, config.max_completion, seeds, stop_ids, show_bar and main
+        how = temperature, config.max_completion, seeds, chat.stop_ids(tokenizer), show_bar and main
         sampled = engine.generate(encoded, n, *how) if encoded else []
     parts = zip(indices, encoded, sampled, rows, strict=True)
     return [Group(index, prompt, completions, id=row["id"]) for index, prompt, completions, row in parts]

@@ -133,3 +133,25 @@ def on_rank_0(function):
     if shared[1]:
         raise BadInput(shared[1])
     return shared[0]
+
+
+def from_rank_0(function, name):
+    """The same, by torchrun's store, for what comes before the ranks connect: they are not connected
+    afterwards. The value is a text; `name` is new to each call."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return function()
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"{name}, start {start}", next(dist.rendezvous("env://"))[0])
+    value = problem = None
+    if rank == 0:
+        try:
+            value = function()
+        except BadInput as error:
+            problem = str(error)
+        store.set("result", json.dumps([value, problem]))
+    store.wait(["result"], timedelta(days=1))
+    value, problem = json.loads(store.get("result"))
+    if problem:
+        raise BadInput(problem)
+    return value

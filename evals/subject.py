@@ -23,7 +23,7 @@ YARN_HELP = "YaRN factor instead of what config.json says (0: what it says)"
 class Options:
     """The flags that every evaluation has; a script's Config inherits them and adds its own."""
 
-    checkpoint: str = option("", "directory: config.json, safetensors, tokenizer.json", positional=True)
+    checkpoint: str = option("", "directory, or ORG/NAME on the Hugging Face hub", positional=True)
     seeds: int = option(1, "completions of each item, with sampling seeds 0, 1, ...", least=1, most=1000)
     out: str = option("", "directory of the results (default: runs/<benchmark>/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
@@ -126,8 +126,10 @@ def described(checkpoint, clamp_about):
 
 
 def name(checkpoint):
-    """The name of a checkpoint's directory, or of the run in runs/NAME/checkpoint."""
+    """The name of a checkpoint's directory, of the run in runs/NAME/checkpoint, or on the hub."""
     directory = Path(checkpoint).resolve()
+    if directory.parent.name == "snapshots":  # of the hub client's cache: models--ORG--NAME/snapshots/HASH
+        return directory.parent.parent.name.rpartition("--")[2]
     return directory.parent.name if directory.name == "checkpoint" else directory.name
 
 

@@ -37,7 +37,9 @@ class Shared:
 @dataclass
 class Config(Shared):
     # what
-    model: str = option("assets/tiny", "checkpoint to start from: config.json, safetensors, tokenizer.json")
+    model: str = option(
+        "assets/tiny", "checkpoint to start from: a directory, or ORG/NAME on the Hugging Face hub"
+    )
     name: str = option("", "name of the run; results go to runs/<name> (default: date and time)")
     truncate_prompts: bool = option(False, "cut the middle out of prompts that are too long, or drop them")
     eval_data: list[str] = option([], "files of held-out prompts, evaluated before and after (default: none)")

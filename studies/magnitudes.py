@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 
 import saliency
-from base import bars, durable, plot, run_files
+from base import bars, durable, hub, plot, run_files
 from base.cli import BadInput, one_line_errors, option, parse
 from core.checkpoint import load_weights
 from evals import stats, subject
@@ -84,6 +84,7 @@ def read_prompts(config):
     on). Raises BadInput for a wrong checkpoint, and for prompts that are wrong or longer than its context."""
     if not config.checkpoint:
         raise BadInput("no checkpoint is given; its directory comes before lists like --layers")
+    config.checkpoint = hub.local(config.checkpoint)
     model_config, tokenizer, _ = subject.load(config.checkpoint, config.yarn)
     if config.data:
         rows, what = sources.read(config.data, sources.prompt_row), config.data

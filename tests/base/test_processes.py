@@ -18,8 +18,18 @@ def work():
         raise BadInput("what rank 1 read is wrong")
 
 one_line_errors()
+def refuse():
+    raise BadInput("rank 0 cannot")
+
 rank, world, device = processes.rank_and_device()
-processes.connect(device)
+assert processes.from_rank_0(lambda: f"by rank {rank}", "first") == "by rank 0"
+try:
+    processes.from_rank_0(refuse, "second")
+except BadInput as error:
+    assert str(error) == "rank 0 cannot"
+else:
+    raise Weird("no refusal")
+processes.connect(device)  # as if nothing had been
 if sys.argv[1] == "alone" and rank == 1:
     raise Weird("on rank 1 alone")
 if sys.argv[1] == "together":
