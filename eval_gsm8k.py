@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 from base import durable, hub, processes
 from base.cli import BadInput, one_line_errors, option, parse
-from evals import gsm8k, stats, subject
+from evals import gsm8k, html, stats, subject
 from evals.engine import GREEDY, PAPER, THINKING, Engine, evaluate, sampling_text
 from evals.results import Results
 from prompts import chat
@@ -162,4 +162,5 @@ report = {
     "unreadable": unreadable,
     "finished": finished,
 }
-print(f"results: {results.write_report(config.tensor_parallel, report)}")
+path = results.write_report(config.tensor_parallel, report)
+print(f"results: {path}  report: {html.write(results, records)}")

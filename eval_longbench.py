@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 from base import hub, processes
 from base.cli import BadInput, one_line_errors, option, parse
-from evals import longbench, stats, subject
+from evals import html, longbench, stats, subject
 from evals.engine import NON_THINKING, PAPER, THINKING, Engine, evaluate, sampling_text
 from evals.results import Results
 from prompts import chat, rewards
@@ -257,4 +257,5 @@ report = {
     "unreadable": sum(unreadable),
     "finished": finished,
 }
-print(f"results: {results.write_report(config.tensor_parallel, report)}")
+path = results.write_report(config.tensor_parallel, report)
+print(f"results: {path}  report: {html.write(results, records)}")

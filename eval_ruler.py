@@ -19,8 +19,9 @@ decimals, with the standard error over samples. A length's average is the mean o
 of the lengths; wAvg(inc) weighs the shortest length 1, the next 2 and so on, wAvg(dec) the other way round.
 Averages without all 13 tasks or all six lengths are not RULER's scores, and the report says so.
 
-Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json, heatmap.png. The same
-command goes on where an interrupted one stopped, on any number of ranks.
+Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json, heatmap.png,
+report.html (scores, heatmap and samples, for a browser). The same command goes on where an interrupted one
+stopped, on any number of ranks.
 """
 
 from base.interrupt import end_at_once
@@ -35,7 +36,7 @@ from functools import partial
 
 from base import durable, hub, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
-from evals import stats, subject
+from evals import html, stats, subject
 from evals.engine import GREEDY, THINKING, Engine, evaluate, sampling_text
 from evals.results import Results
 from evals.ruler import sets as ruler
@@ -271,4 +272,4 @@ incomplete = "" if complete else " (incomplete)"
 title = f"RULER, {name}, {config.mode}: Avg {overall['Avg']['score']:.2f}{incomplete}"
 every = {(task, length): cell(task, length) for task in tasks for length in lengths}
 plot.score_heatmap(results.out / "heatmap.png", title, tasks, lengths, every)
-print(f"results: {path}  heatmap: {results.out}/heatmap.png")
+print(f"results: {path}  heatmap: {results.out}/heatmap.png  report: {html.write(results, records)}")

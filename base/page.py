@@ -41,6 +41,11 @@ def text(words, style=""):
     return f'<p class="{style}">{escape(words)}</p>\n'
 
 
+def pre(words):
+    """A text as it is, such as a table that a terminal shows."""
+    return f'<div class="wide"><pre>{escape(words)}</pre></div>\n'
+
+
 def fold(title, *parts):
     """What is shown when its title is clicked."""
     return f"<details><summary>{escape(title)}</summary>\n{''.join(parts)}</details>\n"

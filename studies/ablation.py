@@ -32,6 +32,7 @@ other flags or files is refused. --out holds
                     (train.py's results.json, after); prompts_drawn; tokens_trained; moved_selected and
                     moved_unselected (means over the steps); seconds
     report.md       the tables
+    report.html     the same and the figure, for a browser
     ablation.png    the reward curves and their bands
 
 The runs themselves are in runs/ablation-runs/, each named by its arm, learning rate, seed and identity. At a
@@ -57,7 +58,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from base import bars, durable, interrupt, limits, plot
+from base import bars, durable, interrupt, limits, page, plot
 from base.cli import BadInput, brief, one_line_errors, option, parse
 from evals import stats
 from evals.results import read_lines
@@ -440,7 +441,9 @@ def report(records, families, out):
         }
     panels = {title: curves for title, curves in panels.items() if curves}
     plot.reward_bands(out / "ablation.png", panels, of_figure(runs, winning))
-    print(f"{out}/report.md  {out}/ablation.png")
+    figure = page.image(out / "ablation.png", "rewards over the steps, and paired differences")
+    page.write(out / "report.html", "Ablation", figure, page.pre(text))
+    print(f"{out}/report.md  {out}/report.html  {out}/ablation.png")
 
 
 # ------------------------------------------------------------------------------------------------------- main

@@ -15,6 +15,7 @@ Left in --out:
     norm.safetensors    the same at "norm"; not of models without q_norm and k_norm (Llama, Qwen2)
     queries.png, keys.png   heads x dimensions of --layers at "proj", each head divided by its largest, with
                         the selected rows marked
+    report.html         the table and figures, for a browser
     summary.json        with these keys:
         settings        checkpoint, weights (hash), rope_scaling, dtype, data, prompts, tokens (of all
                         prompts), counted (--tokens), prompt_ids (hash)
@@ -40,7 +41,7 @@ from pathlib import Path
 import torch
 
 import saliency
-from base import bars, durable, hub, plot, run_files
+from base import bars, durable, hub, page, plot, run_files
 from base.cli import BadInput, one_line_errors, option, parse
 from core.checkpoint import load_weights
 from evals import stats, subject
@@ -250,4 +251,6 @@ if __name__ == "__main__":
     print(f"{config.checkpoint} on {settings['data']}: {len(prompts)} prompts of {length:,.0f} tokens")
     print(f"top {summary['kept']} of {summary['head_dim']} dimensions of each head; per cent\n")
     print(f"{report(summary)}\n")
-    print(f"results: {out}/summary.json  figures: {out}/queries.png {out}/keys.png")
+    figures = [page.image(out / file, file) for file in ("queries.png", "keys.png")]
+    page.write(out / "report.html", f"Magnitudes of {name}", page.pre(report(summary)), *figures)
+    print(f"results: {out}/summary.json {out}/report.html  figures: {out}/queries.png {out}/keys.png")

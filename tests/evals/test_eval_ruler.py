@@ -43,7 +43,7 @@ def whole(cache, tmp_path_factory):
 
 def test_scores_are_those_of_the_predictions(whole, cache):
     out, results, records, stdout = whole
-    files = ["heatmap.png", "lock", "results.json", "results.jsonl", "settings.json"]
+    files = ["heatmap.png", "lock", "report.html", "results.json", "results.jsonl", "settings.json"]
     assert sorted(path.name for path in out.iterdir()) == files
     samples = {}
     for path in cache.glob("*.jsonl"):

@@ -179,4 +179,5 @@ def test_own_data_are_a_task_of_their_own(tmp_path):
     made += [record(arm, 1e-4, seed, 0.6) for arm in arms for seed in (0, 1)]
     ablation.report(made, OWN_DATA, tmp_path)
     assert "## data, grpo" in (tmp_path / "report.md").read_text()
+    assert "## data, grpo" in (tmp_path / "report.html").read_text()
     assert all(not ablation.wrong_in(json.loads(json.dumps(each))) for each in made)
