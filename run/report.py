@@ -179,10 +179,12 @@ def charts(metrics, rows):
     stages = {"rollout": "blue", "reward": "purple", "logprobs": "green", "backward": "orange"}
     stages |= {"mask": "vermillion", "step": "yellow", "sync": "sky", "rehearsal": "grey"}
     time_of = {f"seconds/{stage}": colour for stage, colour in stages.items()} if rl else {"seconds": "blue"}
+    several = [key for key in rows[0] if key.startswith("rewards/") and key.endswith("/mean")]
     clipped = any(row.get("clip_fraction") or row.get("importance_capped") for row in rows)
     nats, log = "nats a token", {"log": True}
     return [
         draw("Reward", "mean of sampled completions", reward="blue"),
+        draw("Each reward", "mean", **dict(zip(several, SETS * len(several)))),
         draw("Accuracy", "share of sampled completions", SHARE, accuracy="green"),
         "" if rl else draw("Loss", nats, loss="blue"),  # the policy's says nothing, see run/metrics.py
         draw("Groups", "share", SHARE, kept="green", all_right="blue", all_wrong="orange"),

@@ -39,6 +39,7 @@ def metrics(step):
         "learning_rate": 3e-4,
         "seconds": {"rollout": 1.0, "backward": 2.0, "total": 3.5},
         "tokens_per_second": 1234.5,
+        "rewards": {"mine:correct": {"mean": 0.5, "std": 0.1}, "mine:format": {"mean": 0.7, "std": 0.1}},
     }
 
 
@@ -100,10 +101,11 @@ def test_a_run_under_way_is_shown(tmp_path):
         "Layer 0, Q",
         "Layer 5, K",
         "Concentration",
+        "rewards/mine:format/mean",
     ):
         assert words in page.words
     assert "Layer 1, Q" not in page.words  # four of the six: 0, 2, 3, 5
-    assert page.tags["figure"] == 12 + 8 + 2
+    assert page.tags["figure"] == 13 + 8 + 2
     # The page's script, and the samples' JSON; no other, whatever a completion says.
     assert page.tags["script"] == 2 and "img" not in page.tags
 
