@@ -94,6 +94,9 @@ def parse(config_class, doc, argv=None):
     values, given = {}, vars(given)
     for path in given.pop("config"):
         values |= _read_toml(path, config_class, types)
+    for key, value in given.items():
+        if value == []:  # argparse takes "--" for the end of the values, also after "="
+            parser.error(f"argument --{key.replace('_', '-')}: expected one argument")
     values |= given
     for field in fields:
         if field.name in values:
@@ -182,10 +185,11 @@ def brief(value, longest=120):
 
 
 # A disk that is full, over its quota or a file's size limit, or one that we may not write to; too many open
-# files, processes, or bytes in use.
+# files, processes, or bytes in use; a path that is too long, or a loop; a standard output that is closed.
 MACHINE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM),
+    *(errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EBADF, errno.EPIPE),
 )
 
 
@@ -197,7 +201,8 @@ def one_line_errors():
     """
 
     def hook(kind, error, traceback):
-        if not is_expected(error) or os.environ.get("LOCAL_RANK", "0") == "0":
+        others = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+        if not is_expected(error) or not others:
             print_error(kind, error, traceback)
         tell_torchrun(one_line(error))
 
@@ -212,7 +217,7 @@ def is_expected(error):
 def one_line(error):
     """An error as one line of text."""
     if is_expected(error):
-        return f"{Path(sys.argv[0]).name}: error: {error}"
+        return f"{Path(sys.argv[0]).name}: error: {BadInput(str(error))}"
     return f"{type(error).__name__}: {error}"
 
 
@@ -220,7 +225,8 @@ def print_error(kind, error, traceback):
     """To standard error: one line for an error that is expected, else the traceback."""
     bars.clear()
     if is_expected(error):
-        print(one_line(error), file=sys.stderr, flush=True)
+        # torch prefixes what goes to sys.stderr now with the rank, once it has connected the ranks.
+        print(one_line(error), file=sys.__stderr__, flush=True)
     else:
         sys.__excepthook__(kind, error, traceback)
 

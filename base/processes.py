@@ -14,10 +14,26 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from base.cli import BadInput, one_line, print_error, tell_torchrun
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets
+
+
+def number_of(variable, default):
+    """A number that torchrun sets in the environment. Raises BadInput for anything else."""
+    text = os.environ.get(variable, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise BadInput(f"{variable} is {text!r} in the environment; torchrun sets it to a number: unset it")
+    return int(text)
+
 
 def rank_and_world():
-    """-> this process's rank and the number of ranks, from torchrun's environment; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """-> this process's rank and the number of ranks, from torchrun's environment; (0, 1) without it. Raises
+    BadInput for an environment that torchrun does not make."""
+    rank, world = number_of("RANK", 0), number_of("WORLD_SIZE", 1)
+    if not rank < world:
+        raise BadInput(
+            f"RANK is {rank} and WORLD_SIZE {world} in the environment; unset them, or use torchrun"
+        )
+    return rank, world
 
 
 def rank_and_device():
@@ -28,9 +44,12 @@ def rank_and_device():
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    rank, world = rank_and_world()
+    if missing := [name for name in TORCHRUN if name not in os.environ]:
+        raise BadInput(f"RANK is set in the environment and {missing[0]} is not; unset it, or use torchrun")
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    return *rank_and_world(), device
+    device = torch.device("cuda", number_of("LOCAL_RANK", 0)) if cuda else torch.device("cpu")
+    return rank, world, device
 
 
 def compute_dtype():
@@ -40,13 +59,13 @@ def compute_dtype():
 
 def nodes():
     """The number of machines that torchrun has started ranks on: its --nnodes."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    return number_of("GROUP_WORLD_SIZE", 1)
 
 
 def check_restarts(resume, flags):
     """Raises BadInput if torchrun may restart failed ranks (--max-restarts) but `resume`, the value of
     --resume, is empty. flags: what the message says to add."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not resume:
+    if number_of("TORCHELASTIC_MAX_RESTARTS", 0) and not resume:
         raise BadInput(f"torchrun's --max-restarts needs {flags}: restarted ranks would begin anew")
 
 

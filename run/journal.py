@@ -62,7 +62,7 @@ class Journal:
             durable.append(self.metrics, line)
             short = f", {line['underfull']} groups short" if line.get("underfull") else ""
             shown = f"{show} {line[show]:.3f}, {line['tokens_per_second']:,.0f} tokens/s"
-            self.bar.set_postfix_str(shown + short)
+            self.bar.set_postfix_str(shown + short, refresh=False)
             self.bar.update()
             if self.tracker:
                 self.tracker.log(line)

@@ -55,7 +55,7 @@ def lock_run(run, which, script, flag):
     directory. Raises BadInput as durable.claim, and if the run exists and should not, or if the path is not
     one of its checkpoints."""
     inside = run / "checkpoints"
-    ours = Path(which).is_dir() and Path(which).resolve().parent == inside.resolve()
+    ours = Path(which).is_dir() and Path(os.path.realpath(which)).parent == Path(os.path.realpath(inside))
     if which not in ("", "auto") and not ours:
         what = f"it must be auto or one of {inside}/step-N"
         raise BadInput(f"--resume {which} is not a checkpoint of this run: {what}")

@@ -419,11 +419,17 @@ def report(records, families, out):
     """The records of results.jsonl -> out/report.md, which is printed, and out/ablation.png. Raises BadInput
     as winners."""
     by_rate, winning = winners(records, families, out)
-    wanted, runs = compared(winning), defaultdict(dict)
+    wanted, runs, made = compared(winning), defaultdict(dict), {}
     for record in records:
         arm, rate, seed = key(record)
         if (arm, rate) in wanted and seed not in SWEEP_SEEDS:
             runs[arm, rate][seed] = record
+            steps_and_columns = len(record["rewards"]), list(outcomes(record))
+            if made.setdefault(arm[:2], steps_and_columns) != steps_and_columns:
+                what = f"{out}/results.jsonl has runs of {', '.join(arm[:2])} that cannot be compared"
+                raise BadInput(
+                    f"{what}: their steps or held-out prompts differ; remove those of another --train"
+                )
     runs = {who: runs[who] for who in wanted if who in runs}
     text = "\n".join(tables(runs, by_rate, winning))
     durable.write(out / "report.md", text)

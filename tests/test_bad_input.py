@@ -394,6 +394,9 @@ RUNS = {
         lambda t: sft(t, "--out", write(t / "file", "x")),
         "file cannot be written: File exists; choose another --out",
     ),
+    "a loop": (
+        lambda t: (t / "run").symlink_to(t / "run") or sft(t), "Too many levels of symbolic links"
+    ),
     "below a file": (
         lambda t: sft(t, "--out", write(t / "file", "x") / "run"), "run cannot be written: Not a directory"
     ),

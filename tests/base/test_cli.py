@@ -16,7 +16,7 @@ from conftest import ROOT, refusal
 from test_docs import config_of
 from test_house import tracked
 
-from base import cli
+from base import cli, processes
 
 PROGRAMS = [str(path.relative_to(ROOT)) for path in tracked()]
 
@@ -24,6 +24,7 @@ FLAGS = {
     "--learning-rat 3": "unknown flag --learning-rat; did you mean --learning-rate? --help lists the flags",
     "--learning-rate=x": "argument --learning-rate: invalid float value: 'x'; --help lists the flags",
     "--steps": "argument --steps: expected one argument; --help lists the flags",
+    "--steps=--": "argument --steps: expected one argument; --help lists the flags",
     "--rule best": "argument --rule: invalid choice: 'best'",
     "assets/tiny": "'assets/tiny' follows no flag; --help lists the flags",
     "--learning-rate 1e300": "--learning-rate must be at most 1, not 1e+300",
@@ -52,6 +53,26 @@ def test_every_number_has_bounds_that_a_machine_could_have(path):
             for number in (kind(10**300), -kind(10**300)):
                 with pytest.raises(cli.BadInput, match="must be"):
                     cli.check_number("--flag", number, field.metadata)
+
+
+@pytest.mark.parametrize("variables, message", [
+    ({"RANK": "x"}, "RANK is 'x' in the environment; torchrun sets it to a number: unset it"),
+    ({"RANK": ""}, "RANK is '' in the environment"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE 2 in the environment"),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK is 0 and WORLD_SIZE 0 in the environment"),
+    ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK is set in the environment and LOCAL_RANK is not"),
+    ({"TORCHELASTIC_MAX_RESTARTS": "x"}, "TORCHELASTIC_MAX_RESTARTS is 'x' in the environment"),
+])  # fmt: skip
+def test_an_environment_that_torchrun_does_not_make_is_refused(variables, message, monkeypatch):
+    for name in (*processes.TORCHRUN, "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if "RANK" not in variables:  # set by the program then, and not unset by monkeypatch
+        monkeypatch.setenv("RANK", "0")
+        for name in processes.TORCHRUN:
+            monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")
+    assert message in refusal("train.py", "--plan")
 
 
 def test_a_message_is_one_line_of_printable_text_and_not_too_long():

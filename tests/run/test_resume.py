@@ -166,6 +166,7 @@ def test_a_damaged_latest_costs_nothing(saved, tmp_path, capsys):
 
 def test_a_rank_that_is_early_does_not_look_for_a_directory_that_rank_0_makes(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert resume.candidates_for(tmp_path / "not yet" / "checkpoints", "auto") == []
 
 

@@ -1,6 +1,7 @@
 """What the studies read, and what may be wrong with it: one clear line for each, and nothing is written or
 lost; as test_bad_input.py has it of training."""
 
+import itertools
 import json
 
 import pytest
@@ -37,6 +38,14 @@ def ran(**changes):
     }
     found = {"rewards": [0.5], "held_out": {"a": {"prompt_tokens": 9, "accuracy": 0.5}}}
     return json.dumps({**arm, **found, "moved_selected": 1.0, "moved_unselected": None, **changes}) + "\n"
+
+
+def swept():
+    """Lines of all runs of a sweep."""
+    families = ("recall", "dapo"), ("recall", "grpo"), ("tracking", "dapo")
+    keys = "task", "algorithm", "rule", "learning_rate", "seed"
+    made = itertools.product(families, ("all", "top"), (1e-4, 3e-4, 1e-3), (1000, 1001))
+    return [ran(**dict(zip(keys, (*family, *rest)))) for family, *rest in made]
 
 
 PERTURB = {
@@ -79,6 +88,17 @@ ABLATION = {
     "accuracy of 5": (
         ablation("sweep", ran(held_out={"a": {"prompt_tokens": 9, "accuracy": 5}})),
         "held_out is ",
+    ),
+    "steps differ": (
+        ablation("report", *swept(), ran(seed=0), ran(seed=1, rewards=[0.5, 0.5])),
+        "has runs of recall, dapo that cannot be compared: their steps or held-out prompts differ",
+    ),
+    "held-out prompts differ": (
+        ablation(
+            *("report", *swept(), ran(seed=0)),
+            ran(seed=1, held_out={"b": {"prompt_tokens": 8, "accuracy": 0.5}}),
+        ),
+        "their steps or held-out prompts differ; remove those of another --train",
     ),
     "somebody's": (foreign(ablation("sweep")), r"out is not empty and holds no ablation \(results.jsonl\)"),
     "open quote": (ablation("sweep", train="'--rank"), "--train .*: No closing quotation"),
