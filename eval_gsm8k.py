@@ -13,12 +13,14 @@
     base      the eight examples of Wei et al. (2022), then "Q: ... A:"; what the model says before its next
               "Q:" is scored
 --sampling default is greedy, and 0.6, top_p 0.95, top_k 20 for thinking; paper is temperature 1, the whole
-distribution. The answer is the last number after ####, "The answer is" or \\boxed{; it must equal the file's
-as a number. A completion without one is wrong, and counted below the score; so is a part of a number (of 1/2,
-2 + 3, 3:00, 1e3), which the official pattern reads.
+distribution. The answer is the number after the last ####, "answer is", "answer:" or \\boxed{, if it is clear
+which one is meant (docs/evaluate.md has a table); it must equal the file's as a number. A completion without
+one is wrong, and counted below the score; so is a part of a number (of 1/2, 2 + 3, 3:00, 1e3), which the
+official pattern reads.
 
-Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json. The same command goes
-on where an interrupted one stopped, on any number of ranks.
+Left in --out: settings.json, results.jsonl (a line as each sample ends; answer is the number read),
+results.md and results.json. The same command goes on where an interrupted one stopped, on any number of
+ranks.
 """
 
 from base.interrupt import end_at_once
@@ -33,7 +35,7 @@ from dataclasses import dataclass
 from base import durable, hub, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import gsm8k, html, stats, subject
-from evals.engine import GREEDY, PAPER, THINKING, Engine, evaluate, sampling_text
+from evals.engine import GREEDY, PAPER, THINKING, complete, sampling_text
 from evals.results import Results
 from prompts import chat
 
@@ -52,7 +54,7 @@ class Config(subject.Options):
 one_line_errors()
 config = parse(Config, __doc__)
 if config.compare:
-    print(stats.compare(config.compare, stats.MAY_DIFFER))
+    print(stats.compare(config.compare))
     sys.exit()
 
 # ------------------------------------------------------------------------------------------ what can be asked
@@ -76,7 +78,7 @@ def prompt_ids(key, question):
     return chat.encode_prompt(tokenizer, row, thinking, math.inf)
 
 
-rows = processes.on_rank_0(lambda: gsm8k.read(config.data))
+rows = subject.drawn(processes.on_rank_0(lambda: gsm8k.read(config.data)), config.samples, config.data)
 max_tokens = config.max_tokens + (config.thinking_budget if thinking else 0)
 items = [
     {
@@ -110,6 +112,7 @@ settings = {
     "sampling": sampling,
     "max_tokens": max_tokens,
     "seeds": config.seeds,
+    **({"samples": config.samples} if config.samples else {}),
 }
 seeds = range(config.seeds)
 expected = {(item["id"], seed): (item["task"], item["length"]) for item in items for seed in seeds}
@@ -125,15 +128,13 @@ def answer(prediction):
 
 
 def score(item, prediction):
-    return float(answer(prediction) == item["gold"])
+    number = answer(prediction)
+    text = None if number is None else str(number)
+    return {"answer": text, "score": float(number == item["gold"])}
 
 
-if len(results.done) < len(expected):
-    rope = model_config.rope_scaling
-    engine = Engine(config.checkpoint, context, config.tensor_parallel, rope, config.vllm_share, clamp)
-    stop_ids = chat.stop_ids(tokenizer)
-    evaluate(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
-    engine.close()
+stop = gsm8k.STOP if config.mode == "base" else ""
+complete(config, model_config, clamp, context, results, items, sampling, tokenizer, score, stop)
 if processes.rank_and_world()[0]:
     sys.exit()
 
@@ -145,16 +146,22 @@ by_seed = [stats.percent(stats.summarize([r for r in records if r["seed"] == see
 unreadable = sum(answer(r["prediction"]) is None for r in records)
 finished = stats.finished_share(records)
 official = len(items) == OFFICIAL_ITEMS
-print(f"GSM8K of {subject.described(config.checkpoint, clamp_about)}, ± standard error over problems")
-print(f"mode {config.mode}: {sampling_text(sampling)}")
-print(f"\naccuracy {stats.shown(total, 2)}, {total['n']} problems")
+table = [["", "accuracy", "problems"]]
 if config.seeds > 1:
-    print("by seed: " + ", ".join(stats.shown(seed, 2) for seed in by_seed))
-print(
-    f"{unreadable} of {len(records)} completions give no readable number; {finished:.1%} ended by themselves"
-)
+    table += [[f"seed {seed}", stats.shown(cell, 2), str(cell["n"])] for seed, cell in enumerate(by_seed)]
+table += [["mean" if config.seeds > 1 else "all", stats.shown(total, 2), str(total["n"])]]
+table = stats.markdown(table)
+text = [
+    f"GSM8K of {subject.described(config.checkpoint, clamp_about)}",
+    "",
+    f"- mode {config.mode}: {sampling_text(sampling)}",
+    f"- {stats.legend(table)}",
+    *("", table, ""),
+    f"- {unreadable} of {len(records)} completions give no readable number",
+    f"- {finished:.1%} of the completions ended by themselves",
+]
 if not official:
-    print(f"Not GSM8K's score: {len(items)} problems, not its {OFFICIAL_ITEMS}.")
+    text.append(f"- Not GSM8K's score: {len(items)} problems, not its {OFFICIAL_ITEMS}.")
 report = {
     "official_items": official,
     "score": total,
@@ -162,5 +169,5 @@ report = {
     "unreadable": unreadable,
     "finished": finished,
 }
-path = results.write_report(config.tensor_parallel, report)
-print(f"results: {path}  report: {html.write(results, records)}")
+results.write_report(config.tensor_parallel, report, text)
+print(f"report: {html.write(results, records)}")

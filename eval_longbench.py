@@ -3,6 +3,7 @@ Chance is 25.
 
     python eval_longbench.py Qwen3-8B --yarn 4 --data data.json           # the benchmark, zero-shot
     python eval_longbench.py Qwen3-8B --yarn 4 --data data.json --cot     # reasoning first, then the answer
+    python eval_longbench.py Qwen3-8B --data data.json --no-context       # the questions without their texts
     torchrun --nproc-per-node 8 eval_longbench.py Qwen3-8B --yarn 4 --data data.json    # on eight engines
     python eval_longbench.py assets/tiny --data assets/longbench-sample.json --max-input 3900    # a laptop
     python eval_longbench.py --compare runs/longbench/before runs/longbench/after    # paired, with p-values
@@ -23,9 +24,9 @@ below the table. The official code leaves samples with an empty output out (--sk
 quarter for an unreadable answer (--compensated). Both change the table only: the same command with them
 reports a finished evaluation again. --compare ignores them.
 
-Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json; with --cot also
-reasoning/, the first stage. The same command goes on where an interrupted one stopped, on any number of
-ranks.
+Left in --out: settings.json, results.jsonl (a line as each sample ends; answer is the letter read),
+results.md and results.json; with --cot also reasoning/, the first stage. The same command goes on where an
+interrupted one stopped, on any number of ranks.
 """
 
 from base.interrupt import end_at_once
@@ -55,6 +56,7 @@ IN_FLIGHT = 16
 class Config(subject.Options):
     data: str = option("", "LongBench v2's data.json, or a file like it (needed)")
     cot: bool = option(False, "chain of thought, two stages")
+    context: bool = option(True, "give the document; without, what the model knows or guesses is measured")
     max_input: int = option(
         120_000, "tokens of a prompt without chat template, beyond which its middle is left out", least=2
     )
@@ -73,7 +75,7 @@ class Config(subject.Options):
 one_line_errors()
 config = parse(Config, __doc__)
 if config.compare:
-    print(stats.compare(config.compare, stats.MAY_DIFFER, longbench.CLASSES["length"]))
+    print(stats.compare(config.compare, longbench.CLASSES["length"]))
     sys.exit()
 
 # ------------------------------------------------------------------------------------------ what can be asked
@@ -82,6 +84,8 @@ subject.check_options(config, "python eval_longbench.py CHECKPOINT --data data.j
 if not config.data:
     raise BadInput("no --data is given: download data.json of huggingface.co/datasets/THUDM/LongBench-v2")
 config.checkpoint = hub.local(config.checkpoint)
+if config.cot and not config.context:
+    raise BadInput("--cot and --no-context exclude each other, as in the official code: leave one out")
 model_config, tokenizer, trained = subject.load(config.checkpoint, config.yarn)
 clamp, clamp_about = subject.load_clamp(config.clamp, model_config, config.tensor_parallel)
 budget = config.thinking_budget if config.thinking else 0
@@ -95,6 +99,7 @@ if config.max_input + needed > context:
         f"{subject.yarn_for(config.max_input + needed, trained)}{room}"
     )
 entries, digest = processes.on_rank_0(lambda: longbench.index(config.data))
+entries = subject.drawn(entries, config.samples, config.data)
 sampling = SAMPLING.get(config.sampling, THINKING if config.thinking else NON_THINKING)
 settings = {
     "benchmark": "LongBench v2",
@@ -107,6 +112,9 @@ settings = {
     "keep_thinking": config.keep_thinking,
     "sampling": sampling,
     "seeds": config.seeds,
+    # Left out where it was not there in earlier versions, so that their results still go on.
+    **({"samples": config.samples} if config.samples else {}),
+    **({} if config.context else {"context": False}),
 }
 seeds = range(config.seeds)
 expected = {(entry.id, seed): (entry.difficulty, entry.length) for entry in entries for seed in seeds}
@@ -124,11 +132,13 @@ def read(prediction):
 
 
 def score(item, prediction):
-    return float(rewards.stated_choice(read(prediction)) == item["expected"])
+    answer = rewards.stated_choice(read(prediction))
+    return {"answer": answer, "score": float(answer == item["expected"])}
 
 
 def prompt(entry):
     template = longbench.COT if config.cot else longbench.ZERO_SHOT
+    template = template if config.context else longbench.NO_CONTEXT
     return encode(longbench.fill(template, longbench.read_item(config.data, entry)), config.max_input)
 
 
@@ -151,8 +161,7 @@ def ask(results, todo, prompt_ids, max_tokens, score):
         }
         for entry in todo
     ]
-    stop_ids = chat.stop_ids(tokenizer)
-    evaluate(engine, results, items, len(items), config.seeds, sampling, stop_ids, tokenizer, score)
+    evaluate(engine, results, items, config, sampling, tokenizer, score)
 
 
 def unfinished(results):
@@ -175,7 +184,13 @@ if len(results.done) < len(expected):
     own = todo[engine.number :: engine.engines]
     prompts = longbench.ahead(prompt, own, config.workers or os.cpu_count(), IN_FLIGHT)
     if config.cot:
-        ask(first, todo, lambda entry: next(prompts), REASONING_TOKENS, lambda item, prediction: 0.0)
+        ask(
+            first,
+            todo,
+            lambda entry: next(prompts),
+            REASONING_TOKENS,
+            lambda *_: {"answer": None, "score": 0.0},
+        )
         reasoned = {(r["id"], r["seed"]): read(r["prediction"]) for r in processes.on_rank_0(first.read)}
         ask(results, unfinished(results), answer_prompts, ANSWER_TOKENS, score)
     else:
@@ -206,56 +221,66 @@ COLUMNS = {
     "Medium": lambda r: r["length"] == "medium",
     "Long": lambda r: r["length"] == "long",
 }
+domain = {entry.id: entry.domain for entry in entries}
+DOMAINS = {name: (lambda r, name=name: domain[r["id"]] == name) for name in sorted(set(domain.values()))}
 
 
-def scores(records):
-    """Column -> {"score", "stderr", "n"} in per cent, None for an empty class."""
-    chosen = {column: [r for r in records if inside(r)] for column, inside in COLUMNS.items()}
-    return {column: stats.percent(stats.summarize(rs)) if rs else None for column, rs in chosen.items()}
+def scores(records, classes):
+    """Class -> {"score", "low", "high", "n"} in per cent, None for an empty one."""
+    chosen = {name: [r for r in records if inside(r)] for name, inside in classes.items()}
+    return {name: stats.percent(stats.summarize(rs)) if rs else None for name, rs in chosen.items()}
 
 
 def shown(columns):
     return [stats.shown(cell, 1) for cell in columns.values()]
 
 
-total = scores(counted)
-by_seed = [scores([r for r in counted if r["seed"] == seed]) for seed in seeds]
+def number(cell):
+    return str(cell["n"]) if cell else "0"
+
+
+total, by_domain = scores(counted, COLUMNS), scores(counted, DOMAINS)
+by_seed = [scores([r for r in counted if r["seed"] == seed], COLUMNS) for seed in seeds]
 rows = [["", *COLUMNS]]
 if config.seeds > 1:
     rows += [[f"seed {seed}", *shown(columns)] for seed, columns in enumerate(by_seed)]
 rows += [["mean" if config.seeds > 1 else "score", *shown(total)]]
-rows += [["items", *[str(cell["n"]) if cell else "0" for cell in total.values()]]]
+rows += [["items", *map(number, total.values())]]
 rows += [["chance", *["25.0"] * len(COLUMNS)]]
+domains = [["domain", "score", "items"]]
+domains += [[name, stats.shown(cell, 1), number(cell)] for name, cell in by_domain.items()]
 official = len(entries) == longbench.OFFICIAL_ITEMS
 variants = [name for name in ("keep_thinking", "skip_empty", "compensated") if getattr(config, name)]
 finished = stats.finished_share(records)
+tables = [stats.markdown(rows), "", stats.markdown(domains)]
 
 flags = "".join(f", --{name.replace('_', '-')}" for name in variants)
-kind = "chain of thought" if config.cot else "zero-shot"
+kind = "chain of thought" if config.cot else "zero-shot" if config.context else "no context"
 thinking = f", thinking budget {budget} tokens" if config.thinking else ""
-print(
-    f"LongBench v2 of {subject.described(config.checkpoint, clamp_about)}, ± standard error over items{flags}"
-)
-print(f"{kind}, sampling {config.sampling}: {sampling_text(sampling)}{thinking}")
-print(f"at most {config.max_input} tokens of prompt; RoPE scaling: {model_config.rope_scaling or 'none'}")
-print(f"\n{stats.table(rows)}\n")
-print(
-    f"{sum(empty)} of {len(records)} outputs are empty, "
-    f"{sum(unreadable)} of {len(records)} give no readable answer"
-)
-print(f"{finished:.1%} of the completions ended by themselves")
+text = [
+    f"LongBench v2 of {subject.described(config.checkpoint, clamp_about)}{flags}",
+    "",
+    f"- {kind}, sampling {config.sampling}: {sampling_text(sampling)}{thinking}",
+    f"- at most {config.max_input} tokens of prompt; RoPE scaling: {model_config.rope_scaling or 'none'}",
+    f"- {stats.legend(str(tables))}",
+    *("", *tables, ""),
+    f"- {sum(empty)} of {len(records)} outputs are empty, {sum(unreadable)} of {len(records)} give no "
+    "readable answer",
+    f"- {finished:.1%} of the completions ended by themselves",
+]
 if not official:
     counts = [f"{name} {n}" for kind in longbench.counts(entries).values() for name, n in kind.items()]
     numbers = f"{len(entries)} items ({', '.join(counts)})"
-    print(f"Not LongBench v2's score: {numbers}, not its {longbench.OFFICIAL_ITEMS}.")
+    text.append(f"- Not LongBench v2's score: {numbers}, not its {longbench.OFFICIAL_ITEMS}.")
 report = {
     "official_items": official,
     "variants": variants,
     "scores": total,
+    "scores_by_domain": by_domain,
     "scores_by_seed": by_seed,
     "empty": sum(empty),
     "unreadable": sum(unreadable),
     "finished": finished,
 }
-path = results.write_report(config.tensor_parallel, report)
-print(f"results: {path}  report: {html.write(results, records)}")
+results.write_report(config.tensor_parallel, report, text)
+print(f"report: {html.write(results, records)}")

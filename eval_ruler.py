@@ -15,13 +15,14 @@ generated once, kept in --cache, and read by vLLM as token ids. The modes:
               did not end
     base      no template, the answer prefix ends the prompt; greedy, RULER's budgets
 A cell of the table is RULER's score: per cent of the answers found in the text (qa: any of them), two
-decimals, with the standard error over samples. A length's average is the mean of its tasks; Avg is the mean
+decimals, with a 95% interval. A length's average is the mean of its tasks; Avg is the mean
 of the lengths; wAvg(inc) weighs the shortest length 1, the next 2 and so on, wAvg(dec) the other way round.
 Averages without all 13 tasks or all six lengths are not RULER's scores, and the report says so.
 
-Left in --out: settings.json, results.jsonl (a line as each sample ends), results.json, heatmap.png,
-report.html (scores, heatmap and samples, for a browser). The same command goes on where an interrupted one
-stopped, on any number of ranks.
+Left in --out: settings.json, results.jsonl (a line as each sample ends; answer lists what was found of what
+was expected, niah tasks add depths, see docs/ruler.md), results.md, results.json, heatmap.png, report.html
+and, with niah tasks, depth.png: needles found, by depth and length. The same command goes on where an
+interrupted one stopped, on any number of ranks.
 """
 
 from base.interrupt import end_at_once
@@ -29,7 +30,6 @@ from base.interrupt import end_at_once
 if __name__ == "__main__":
     end_at_once()  # by a signal, from here on: the imports below take seconds
 
-import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -37,8 +37,9 @@ from functools import partial
 from base import durable, hub, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import html, stats, subject
-from evals.engine import GREEDY, THINKING, Engine, evaluate, sampling_text
+from evals.engine import GREEDY, THINKING, complete, sampling_text
 from evals.results import Results
+from evals.ruler import depth
 from evals.ruler import sets as ruler
 from prompts import chat
 
@@ -54,7 +55,7 @@ class Config(subject.Options):
     )
     lengths: list[int] = option(LENGTHS, "tokens of prompt and answer together", least=1)
     tasks: list[str] = option([], "names of tasks (default: all 13, less those whose files are missing)")
-    samples: int = option(500, "samples of each task at each length", least=1, most=10**6)
+    samples: int = option(500, "samples of each task at each length, the first", least=1, most=10**6)
     seed: int = option(42, "seed of the samples; RULER's is 42", least=0)
     yarn: float = option(0.0, subject.YARN_HELP, least=0, most=1e6)
     thinking_budget: int = option(
@@ -70,7 +71,7 @@ class Config(subject.Options):
 one_line_errors()
 config = parse(Config, __doc__)
 if config.compare:
-    print(stats.compare(config.compare, (*stats.MAY_DIFFER, "samples")))
+    print(stats.compare(config.compare))
     sys.exit()
 
 # ------------------------------------------------------------------------------------------ what can be asked
@@ -166,110 +167,96 @@ def items():
                 "prompt_ids": partial(encode, task, record["input"] + record["answer_prefix"]),
                 "max_tokens": ruler.TASKS[task].tokens_to_generate + budget,
                 "expected": record["outputs"],
+                "depths": depth.depths(task, record["input"], record["outputs"]),
             }
 
 
 def score(item, prediction):
     text = chat.answer_text(prediction, True) if thinking else prediction
-    return ruler.score(item["task"], text, item["expected"])
+    answer = ruler.found(text, item["expected"])
+    more = {"depths": item["depths"]} if item["depths"] else {}
+    return {"answer": answer, "score": ruler.score(item["task"], text, item["expected"]), **more}
 
 
 # ------------------------------------------------------------------------------------------------ completions
 
-total = len(paths) * config.samples
-if len(results.done) < total * config.seeds:
-    rope, longest = model_config.rope_scaling, lengths[-1] + budget
-    engine = Engine(config.checkpoint, longest, config.tensor_parallel, rope, config.vllm_share, clamp)
-    stop_ids = chat.stop_ids(tokenizer)
-    evaluate(engine, results, items(), total, config.seeds, sampling, stop_ids, tokenizer, score)
-    engine.close()
+longest = lengths[-1] + budget
+complete(config, model_config, clamp, longest, results, items(), sampling, tokenizer, score)
 if processes.rank_and_world()[0]:
     sys.exit()
 
 # ----------------------------------------------------------------------------------------------------- report
 
 records = results.read()
-cells, errors, found = {}, {}, {}  # (task, length) -> per cent, its standard error, samples
-for task, length in paths:
-    summary = stats.summarize([r for r in records if (r["task"], r["length"]) == (task, length)])
-    cells[task, length] = round(100 * summary["score"], 2)  # RULER rounds here, and averages what it rounded
-    errors[task, length] = None if summary["stderr"] is None else 100 * summary["stderr"]
-    found[task, length] = summary["n"]
 
 
-def average(values, deviations, weights):
-    """Weighted mean of independent values and its standard error, None if one is unknown."""
-    mean, error = sum(w * v for w, v in zip(weights, values)) / sum(weights), None
-    if None not in deviations:
-        error = math.hypot(*[w * e for w, e in zip(weights, deviations)]) / sum(weights)
-    return {"score": mean, "stderr": error}
+def summarize(records):
+    """-> {(task, length): {"score", "low", "high", "n"} in per cent}; RULER rounds a score here, and averages
+    what it rounded."""
+    groups = {key: [] for key in paths}
+    for record in records:
+        groups[record["task"], record["length"]].append(record)
+    cells = {key: stats.percent(stats.summarize(group)) for key, group in groups.items()}
+    return {key: {**cell, "score": round(cell["score"], 2)} for key, cell in cells.items()}
 
 
-def averages(cells, errors):
+def averages(cells):
     """-> {length: its average over tasks}, {"Avg": ..., "wAvg(inc)": ..., "wAvg(dec)": ...}"""
-    by_length = {}
-    for n in lengths:
-        columns = [cells[task, n] for task in tasks], [errors[task, n] for task in tasks]
-        by_length[n] = average(*columns, [1] * len(tasks))
-    columns = [[row[key] for row in by_length.values()] for key in ("score", "stderr")]
+    by_length = {n: stats.weighted_mean([cells[t, n] for t in tasks], [1] * len(tasks)) for n in lengths}
     up = range(1, len(lengths) + 1)
-    overall = {"Avg": [1] * len(up), "wAvg(inc)": up, "wAvg(dec)": up[::-1]}
-    return by_length, {name: average(*columns, weights) for name, weights in overall.items()}
+    weights = {"Avg": [1] * len(up), "wAvg(inc)": up, "wAvg(dec)": up[::-1]}
+    return by_length, {name: stats.weighted_mean(by_length.values(), w) for name, w in weights.items()}
 
 
-by_length, overall = averages(cells, errors)
-per_seed = []
-for seed in seeds:
-    scores = {key: [] for key in paths}
-    for r in records:
-        if r["seed"] == seed:
-            scores[r["task"], r["length"]].append(r["score"])
-    means = {key: round(100 * sum(values) / len(values), 2) for key, values in scores.items()}
-    per_seed.append(averages(means, errors)[1]["Avg"]["score"])
-complete = len(tasks) == len(ruler.TASKS) and lengths == LENGTHS
+cells = summarize(records)
+by_length, overall = averages(cells)
+per_seed = [averages(summarize([r for r in records if r["seed"] == s]))[1]["Avg"]["score"] for s in seeds]
+complete_set = len(tasks) == len(ruler.TASKS) and lengths == LENGTHS
 finished = stats.finished_share(records)
 completion_tokens = sum(r["completion_tokens"] for r in records) / len(records)
 
-
-def shown(value, error):
-    return stats.shown({"score": value, "stderr": error}, 2)
-
-
 table = [["task", *map(str, lengths)]]
-table += [[task, *[shown(cells[task, length], errors[task, length]) for length in lengths]] for task in tasks]
+table += [[task, *[stats.shown(cells[task, length], 2) for length in lengths]] for task in tasks]
 table += [[f"average of {len(tasks)}", *[stats.shown(by_length[length], 2) for length in lengths]]]
+table = stats.markdown(table)
 model, name = subject.described(config.checkpoint, clamp_about), subject.name(config.checkpoint)
 thinking_text = f", thinking budget {budget} tokens" if thinking else ""
-print(f"RULER of {model}, {config.samples} samples a cell, ± standard error")
-print(f"mode {config.mode}: {sampling_text(sampling)}{thinking_text}")
-print(f"RoPE scaling: {model_config.rope_scaling or 'none'}; essays: {essays}")
-print(f"\n{stats.table(table)}\n")
-print("; ".join(f"{key} {stats.shown(value, 2)}" for key, value in overall.items()))
+text = [
+    f"RULER of {model}, {config.samples} samples a cell",
+    "",
+    f"- mode {config.mode}: {sampling_text(sampling)}{thinking_text}",
+    f"- RoPE scaling: {model_config.rope_scaling or 'none'}; essays: {essays}",
+    f"- {stats.legend(table)}",
+    *("", table, ""),
+    "- " + "; ".join(f"{key} {stats.shown(value, 2)}" for key, value in overall.items()),
+    f"- {finished:.1%} of the completions ended by themselves; {completion_tokens:.1f} tokens on average",
+]
 if config.seeds > 1:
-    print("Avg by seed: " + ", ".join(f"{value:.2f}" for value in per_seed))
-print(f"{finished:.1%} of the completions ended by themselves; {completion_tokens:.1f} tokens on average")
-if not complete:
+    text.append("- Avg by seed: " + ", ".join(f"{value:.2f}" for value in per_seed))
+if not complete_set:
     known = len(set(lengths) & set(LENGTHS))
-    print(f"Not RULER's average: {len(tasks)} of 13 tasks, {known} of its 6 lengths.")
-for task, reason in left_out.items():
-    print(f"left out: {task}: {reason}")
+    text.append(f"- Not RULER's average: {len(tasks)} of 13 tasks, {known} of its 6 lengths.")
+text += [f"- left out: {task}: {reason}" for task, reason in left_out.items()]
 
+# -------------------------------------------------------------------------------------------- what is left
 
-def cell(task, length):
-    return {"score": cells[task, length], "stderr": errors[task, length], "n": found[task, length]}
-
-
+needles = depth.by_depth(records)
 report = {
-    "complete": complete,
+    "complete": complete_set,
     "left_out": left_out,
-    "scores": {task: {length: cell(task, length) for length in lengths} for task in tasks},
+    "scores": {task: {length: cells[task, length] for length in lengths} for task in tasks},
     "averages": {"tasks": len(tasks), "by_length": by_length, **overall, "Avg_by_seed": per_seed},
+    "needles": [{"depth": where, "length": n, **needles[where, n]} for where, n in sorted(needles)],
     "finished": finished,
     "completion_tokens": completion_tokens,
 }
-path = results.write_report(config.tensor_parallel, report)
-incomplete = "" if complete else " (incomplete)"
+incomplete = "" if complete_set else " (incomplete)"
 title = f"RULER, {name}, {config.mode}: Avg {overall['Avg']['score']:.2f}{incomplete}"
-every = {(task, length): cell(task, length) for task in tasks for length in lengths}
-plot.score_heatmap(results.out / "heatmap.png", title, tasks, lengths, every)
-print(f"results: {path}  heatmap: {results.out}/heatmap.png  report: {html.write(results, records)}")
+plot.score_heatmap(results.out / "heatmap.png", title, tasks, lengths, cells)
+if needles:
+    title = f"needles found, {name}, {config.mode}"
+    label = "depth of the needle, %"
+    plot.score_heatmap(results.out / "depth.png", title, depth.CLASSES, lengths, needles, label)
+results.write_report(config.tensor_parallel, report, text)
+print(f"figures: {results.out}/*.png")
+print(f"report: {html.write(results, records)}")

@@ -215,27 +215,27 @@ def _panel(axes, tensors, layer, which):
     return image
 
 
-def score_heatmap(path, title, rows, columns, cells):
-    """cells {(row, column): {"score": per cent, "stderr": per cent or None, "n": samples}}; a pair without a
-    cell stays empty -> the PNG `path`: each cell says its score, standard error and n. Raises BadInput when
-    the disk cannot be written."""
+def score_heatmap(path, title, rows, columns, cells, label=""):
+    """cells {(row, column): {"score", "low", "high", "n"}} in per cent; low and high, a 95% interval, may be
+    None, and a pair without a cell stays empty -> the PNG `path`: each cell says its score, interval and n.
+    label: what the rows are. Raises BadInput when the disk cannot be written."""
     figure, axes = subplots(figsize=(2.5 + 0.95 * len(columns), 1.5 + 0.5 * len(rows)))
     grid = [
         [cells[row, column]["score"] if (row, column) in cells else math.nan for column in columns]
         for row in rows
     ]
     image = axes.imshow(grid, aspect="auto", cmap="cividis", vmin=0, vmax=100)
-    axes.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel="length, tokens")
+    axes.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel="length, tokens", ylabel=label)
     axes.set_xticklabels([f"{column:,}" for column in columns])
     axes.set_yticklabels(rows)
     for (row, column), cell in cells.items():
-        error = "" if cell["stderr"] is None else f" ±{cell['stderr']:.1f}"
-        look = {"ha": "center", "va": "center", "fontsize": 7}
+        interval = "" if cell["low"] is None else f"[{cell['low']:.0f}, {cell['high']:.0f}]\n"
+        look = {"ha": "center", "va": "center", "fontsize": 7, "linespacing": 1}
         look["color"] = "black" if cell["score"] > 50 else "white"
-        text = f"{cell['score']:.1f}{error}\nn = {cell['n']:,}"
+        text = f"{cell['score']:.1f}\n{interval}n = {cell['n']:,}"
         axes.text(columns.index(column), rows.index(row), text, **look)
     axes.set_title(title, parse_math=False, fontsize=9)
-    figure.colorbar(image, ax=axes, fraction=0.05, label="score, per cent; ± is a standard error")
+    figure.colorbar(image, ax=axes, fraction=0.05, label="score, per cent; [95% interval]")
     _save(figure, path)
 
 

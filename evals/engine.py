@@ -6,7 +6,8 @@ A script (eval_ruler.py) makes items and a function that scores them. An item is
                        and only when it does; where the prompts differ between seeds, {seed: token ids}
     max_tokens         maximum number of tokens of its completion
     expected           the right answer or answers, as JSON values
-and whatever its scorer needs.
+and whatever its scorer needs. The scorer returns {"answer": what it read in the completion, as a JSON value,
+None if nothing, "score": a float in [0, 1], ...}; its keys become keys of the sample's line in results.jsonl.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from base import bars, processes
+from prompts import chat
 
 # Qwen3's model card: greedy decoding makes its thinking repeat itself. RULER is greedy.
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -66,14 +68,16 @@ class Engine:
         self.number, self.engines = rank // tensor_parallel, world // tensor_parallel
         self.leader = rank % tensor_parallel == 0
 
-    def stream(self, requests):
+    def stream(self, requests, ended=None):
         """requests: iterable of (key, prompt ids, keywords of SamplingParams) -> yields (key, token ids,
-        whether the completion ended by itself), each when it is done."""
+        whether the completion ended by itself), each when it is done. ended(token ids so far): whether a
+        completion is to end there; vLLM gets no tokenizer, so it cannot look for a text itself."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine, requests, keys = self.rollout.engine.llm_engine, enumerate(requests), {}
-        how = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        kind = RequestOutputKind.CUMULATIVE if ended else RequestOutputKind.FINAL_ONLY
+        how = {"detokenize": False, "output_kind": kind}
         while True:
             for number, (key, prompt_ids, sampling) in itertools.islice(requests, self.in_flight - len(keys)):
                 params = SamplingParams(**sampling, **how)
@@ -82,10 +86,13 @@ class Engine:
             if not keys:
                 return
             for output in engine.step():
-                if output.finished:
-                    completion = output.outputs[0]
-                    stopped = completion.finish_reason == "stop"
-                    yield keys.pop(output.request_id), list(completion.token_ids), stopped
+                completion, number = output.outputs[0], output.request_id
+                ids, stopped = list(completion.token_ids), completion.finish_reason == "stop"
+                if ended and not output.finished and ended(ids):
+                    engine.abort_request([number])
+                    stopped = True
+                if output.finished or stopped:
+                    yield keys.pop(number), ids, stopped
 
     def close(self):
         """Shut vLLM down, and with it the process group."""
@@ -102,17 +109,33 @@ def sampling_text(sampling):
     return ", ".join(f"{key} {value:g}" for key, value in sampling.items())
 
 
-def evaluate(engine, results, items, total, seeds, sampling, stop_ids, tokenizer, score):
-    """Complete and score every item of `items` (an iterable of `total`) once per seed, except what `results`
-    has; each sample is written when it is done.
+def complete(options, model_config, clamp, context, results, items, sampling, tokenizer, score, stop=""):
+    """What `results` lacks, by an engine of its own; nothing if it lacks nothing. options: the script's
+    subject.Options; context: maximum number of tokens of prompt and completion; the others as for Engine and
+    `evaluate`."""
+    if len(results.done) == len(results.expected):
+        return
+    rope = model_config.rope_scaling
+    engine = Engine(options.checkpoint, context, options.tensor_parallel, rope, options.vllm_share, clamp)
+    evaluate(engine, results, items, options, sampling, tokenizer, score, stop)
+    engine.close()
 
-    score(item, prediction) -> float. A sample's random numbers depend on its id and seed only. When this
-    returns, the results are complete on rank 0."""
+
+def evaluate(engine, results, items, options, sampling, tokenizer, score, stop=""):
+    """Complete and score every item of the iterable `items` once per seed of options.seeds, except what
+    `results` has; each sample is written when it is done. stop: a text that ends a completion.
+
+    score(item, prediction) -> dict, see above. A sample's random numbers depend on its id and seed only. When
+    this returns, the results are complete on rank 0."""
+    seeds, stop_ids = options.seeds, chat.stop_ids(tokenizer)
     seeds_done = Counter(item for item, _ in results.done)
-    unfinished = total - sum(n >= seeds for n in seeds_done.values())
-    share = len(range(engine.number, unfinished, engine.engines))  # this engine's items
     rank, world = processes.rank_and_world()
-    bar = bars.bar(total=share * seeds, desc="evaluate", unit="sample", disable=rank != 0, smoothing=0.05)
+    # Of all engines: the others are about as far as this one.
+    bar = bars.bar(
+        total=len(results.expected),
+        initial=len(results.done),
+        **{"desc": "evaluate", "unit": "sample", "disable": rank != 0, "smoothing": 0.05},
+    )
 
     def requests():
         left = (item for item in items if seeds_done[item["id"]] < seeds)
@@ -120,28 +143,32 @@ def evaluate(engine, results, items, total, seeds, sampling, stop_ids, tokenizer
             ids = item["prompt_ids"]() if callable(item["prompt_ids"]) else item["prompt_ids"]
             for seed in range(seeds):
                 if (item["id"], seed) in results.done:
-                    bar.update()
                     continue
                 vllm_seed = int.from_bytes(hashlib.sha256(f"{item['id']} {seed}".encode()).digest()[:7])
                 limits = {"max_tokens": item["max_tokens"], "stop_token_ids": stop_ids, "seed": vllm_seed}
                 prompt_ids = ids[seed] if isinstance(ids, dict) else ids
-                yield (item, seed, len(prompt_ids)), prompt_ids, {**sampling, **limits}
+                yield (item, seed, prompt_ids), prompt_ids, {**sampling, **limits}
 
-    for (item, seed, prompt_tokens), ids, finished in engine.stream(requests()):
+    def ended(ids):  # each character of `stop` takes a token at most
+        return stop in tokenizer.decode(ids[-len(stop) :])
+
+    for (item, seed, prompt_ids), ids, finished in engine.stream(requests(), ended if stop else None):
         prediction = tokenizer.decode(ids, skip_special_tokens=True)
         record = {
             **{key: item[key] for key in ("id", "task", "length")},
             "seed": seed,
             "expected": item["expected"],
             "prediction": prediction,
-            "score": score(item, prediction),
-            "prompt_tokens": prompt_tokens,
+            **score(item, prediction),
+            "prompt_tokens": len(prompt_ids),
             "completion_tokens": len(ids),
             "finished": finished,
         }
+        if options.log_prompts:
+            record["prompt"] = tokenizer.decode(prompt_ids, skip_special_tokens=False)
         if engine.leader:  # all ranks of an engine have the same completions
             results.write(record)
-        bar.update()
+        bar.update(min(engine.engines, bar.total - bar.n))
     bar.close()
     if world > 1:
         dist.barrier()

@@ -48,15 +48,21 @@ dollars left. 23 - 15 is 8. The answer is 8."""
 # Ours.
 INSTRUCTION = 'Think step by step. End with a line of the form "#### answer", the answer as a plain number.'
 
-# What follows the marker must be a complete number, not part of a fraction (1/2, 1 1/2), a time (3:00), a
-# power (2^10, 1e3), a sum (2 + 3) or a range (2-3). The quantifiers are possessive (*+), since a model may
-# write thousands of spaces.
-ANSWER = re.compile(
-    r"(?:####(?:[\s*]*+[Aa]nswer:?)?|[Tt]he (?:final )?answer is:?|\\boxed\{)"
-    r"[\s*]*+(-?)[\s*]*+\\?[$€£]?\s*+(-?[\d.,]*\d)"
-    r"(?![.,]?\d|[eE][+-]?\d|[ \t]*+(?:\d|\\[dt]?frac|(?:[/:^×*+-]|x|\\times|\\cdot)[ {$]*+\d))"
+STOP = "\nQ:"  # how a base model begins its next question
+
+MARKER = re.compile(r"####|\\boxed *\{|\banswer\b[*_ ]{0,9}(?:is\b|:|=)", re.IGNORECASE)
+LOOKED_AT = 200  # characters after a marker
+# LaTeX's thousands, spaces and fractions, and a minus sign.
+LATEX = {"{,}": ",", "\\,": "", "\\!": "", "\\;": " ", "\\ ": " ", "\u2212": "-"}
+FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+NUMERAL = re.compile(r"(?<![\w.,^])(-?)\\?[$€£¥]?(-?(?:\d[\d.,]*|\.\d+))", re.ASCII)
+SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z])")
+OPERATORS = r"[-+/:^×÷·*,;&]|x|\\times|\\cdot|\\div|or|and|to|plus|minus|times"
+# Makes the number before it a part of something: 1 1/2, 1e3, 3(4), 3:00, 2 + 3, 2-3, 3 to 4, 18 million.
+PART = re.compile(
+    rf"\d|\s{{1,9}}\d|[eE^][+-]?\d|\(\d|[\s)}}\]*_`]{{0,9}}(?:{OPERATORS})[\s(\\{{$]{{0,9}}\.?\d"
+    r"|\s?(?:k\b|hundred|thousand|million|billion|dozen|(?:more|less|fewer) than)"
 )
-LATEX = {"{,}": ",", "\\,": "", "\\!": "", "\u2212": "-"}  # thousands and spaces of LaTeX; a minus sign
 
 
 def base_prompt(question):
@@ -80,12 +86,34 @@ def number(text):
 
 
 def extract(text):
-    """The last number that follows ####, "The answer is" or \\boxed{; None if there is none. Currency signs,
-    asterisks, commas, LaTeX's spaces and what follows the number (a unit, %, a sentence) do not matter."""
+    """The number that an answer gives, as a Decimal: what follows the last ####, "answer is", "answer:" or
+    \boxed{ that has a digit after it; None if there is none, or if it is not clear which number is meant.
+
+    It is clear if it stands right after the marker or is the only one in its sentence and line, and is not
+    part of something else (PART). Both sides of an equation may give it, but not two numbers."""
     for written, plain in LATEX.items():
         text = text.replace(written, plain)
-    found = ANSWER.findall(text)
-    return number("".join(found[-1])) if found else None
+    text = FRACTION.sub(r" \1/\2", text)
+    for marker in reversed(list(MARKER.finditer(text))):
+        line = text[marker.end() : marker.end() + LOOKED_AT].lstrip(" \t\r\n:*_").split("\n")[0]
+        if re.search(r"\d", line):
+            sides = SENTENCE_END.split(line)[0].split("=")
+            numbers = {_clear(side) for side in sides} - {None}
+            return numbers.pop() if len(numbers) == 1 else None
+    return None
+
+
+def _clear(text):
+    """The number that stands at the start of a text or is the only one in it, as a Decimal, or None."""
+    found = NUMERAL.search(text)
+    if not found:
+        return None
+    digits = found[2].rstrip(".,")
+    before, after = text[: found.start()], text[found.start(2) + len(digits) :]
+    first, alone = not re.search(r"\w", before, re.ASCII), not re.search(r"\d", after)
+    if PART.match(after) or before.rstrip().endswith("-") or not (first or alone):
+        return None
+    return number(found[1] + digits)
 
 
 def read(path):

@@ -1,4 +1,4 @@
-"""report.html of an evaluation: scores with errors, figures, and samples to leaf through, in one file."""
+"""report.html of an evaluation: scores with intervals, figures, and samples to leaf through, in one file."""
 
 import json
 from html import escape
@@ -28,7 +28,7 @@ def write(results, records):
         path,
         title,
         f"<h1>{escape(title)}</h1>\n",
-        page.section("Scores", page.table(rows), page.text("± is a standard error over items.", "small")),
+        page.section("Scores", page.table(rows), page.text("[low, high]: 95% interval over items.", "small")),
         page.section("Figures", *figures),
         page.section("Samples", page.samples([group_of(record) for record in shown])),
         page.section("Settings", page.fold("settings.json", page.facts(results.settings.items()))),

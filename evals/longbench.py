@@ -43,6 +43,8 @@ COT_ANSWER = (
     + "Let’s think step by step: $COT$\n\nBased on the above, what is the single, most likely answer choice? "
     + FORMAT
 )
+# Without the document: what a model knows or guesses.
+NO_CONTEXT = QUESTION + "What is the single, most likely answer choice? " + FORMAT
 
 CLASSES = {"difficulty": ("easy", "hard"), "length": ("short", "medium", "long")}
 OFFICIAL_ITEMS, OFFICIAL_LENGTHS = 503, {"short": 180, "medium": 215, "long": 108}
@@ -52,12 +54,13 @@ CHUNK = 1 << 20  # bytes read at a time
 # ---------------------------------------------------------------------------------------------------- prompts
 
 
-def fill(template, item, reasoning=""):
+def fill(template, item, reasoning=None):
     """A template filled with an item's texts, stripped. As in the official code, and in its order, each text
     replaces all its placeholders, also those inside texts that were filled in before. reasoning: of the first
-    stage, for COT_ANSWER."""
+    stage, for COT_ANSWER; without it "$COT$" stays."""
     texts = {"$DOC$": item["context"], "$Q$": item["question"]}
-    texts |= {f"$C_{choice[-1]}$": item[choice] for choice in CHOICES} | {"$COT$": reasoning}
+    texts |= {f"$C_{choice[-1]}$": item[choice] for choice in CHOICES}
+    texts |= {} if reasoning is None else {"$COT$": reasoning}
     for placeholder, text in texts.items():
         template = template.replace(placeholder, text.strip())
     return template
@@ -107,10 +110,11 @@ def ahead(function, keys, workers, depth):
 
 
 class Entry(NamedTuple):
-    """An item without its texts. document: hash of its context; start, size: its place in the file, in
-    bytes."""
+    """An item without its texts. domain: "-" if the file has none; document: hash of its context; start,
+    size: its place in the file, in bytes."""
 
     id: str
+    domain: str
     difficulty: str
     length: str
     answer: str
@@ -134,8 +138,8 @@ def index(path):
             raise BadInput(f"{where}: an earlier item has the same _id; remove one")
         ids.add(item["_id"])
         document = hashlib.sha256(item["context"].encode()).hexdigest()
-        kept = [item[key] for key in ("_id", "difficulty", "length", "answer")]
-        entries.append(Entry(*kept, document, start, size))
+        kept = [item[key] for key in ("difficulty", "length", "answer")]
+        entries.append(Entry(item["_id"], item.get("domain", "-"), *kept, document, start, size))
     if not entries:
         raise BadInput(f"{path} has no items")
     lengths = counts(entries)["length"]
@@ -171,7 +175,8 @@ def _listed(numbers):
 
 
 def _check(item, where):
-    for key in ("_id", "question", *CHOICES, "answer", "context", *CLASSES):
+    optional = {"domain"} & item.keys()
+    for key in ("_id", "question", *CHOICES, "answer", "context", *CLASSES, *optional):
         if not isinstance(item.get(key), str):
             raise BadInput(f"{where}: {key!r} is {'not a text' if key in item else 'missing'}")
         if key in ("_id", "question", "context") and not item[key].strip():

@@ -1,11 +1,13 @@
 """What an evaluation leaves: results that outlive the process, in a directory that holds
 
 settings.json      everything that the scores depend on; a directory with other settings is refused
-results.jsonl      one finished sample a line: id, task, length, seed, expected, prediction, score,
-                   prompt_tokens, completion_tokens, finished (it ended by itself). Ranks above 0 write
-                   results.<rank>.jsonl, which rank 0 takes in at the end, or when an interrupted run is
+results.jsonl      one finished sample a line: id, task, length, seed, expected, prediction, answer (what was
+                   read in it, null if nothing), score, prompt_tokens, completion_tokens, finished (it ended
+                   by itself), what the script adds, and with --log-prompts prompt, its text. Ranks above 0
+                   write results.<rank>.jsonl, which rank 0 takes in at the end, or when an interrupted run is
                    started again
-results.json       settings, versions, machine, scores with standard errors (the script's)
+results.json       settings, versions, machine, scores with 95% intervals (the script's)
+results.md         what the script prints: settings in words, tables in Markdown
 lock               says "evaluation", so that nothing else writes here (base/durable.py); locked by the
                    evaluation that does. The file stays
 """
@@ -95,14 +97,13 @@ class Results:
             )
         return records
 
-    def write_report(self, tensor_parallel, report):
-        """results.json: settings, versions and machine, then what the dictionary `report` says -> its
-        path."""
-        path = self.out / "results.json"
-        durable.write_json(
-            path, {"settings": self.settings, **environment.describe(tensor_parallel), **report}
-        )
-        return path
+    def write_report(self, tensor_parallel, report, text):
+        """results.json: settings, versions and machine, then what the dictionary `report` says. results.md:
+        the lines of `text`, which are printed too."""
+        whole = {"settings": self.settings, **environment.describe(tensor_parallel), **report}
+        durable.write_json(self.out / "results.json", whole)
+        durable.write(self.out / "results.md", "\n".join(text) + "\n")
+        print("\n".join([*text, "", f"results: {self.out}/results.json, .md, .jsonl"]))
 
 
 def different(old, new):

@@ -2,6 +2,7 @@
 config with YaRN, its tokenizer, its name, a clamp."""
 
 import math
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,12 @@ class Options:
     """The flags that every evaluation has; a script's Config inherits them and adds its own."""
 
     checkpoint: str = option("", "directory, or ORG/NAME on the Hugging Face hub", positional=True)
+    samples: int = option(
+        0,
+        "items, a draw that is always the same; a smaller one is part of a larger one (0: all)",
+        least=0,
+        most=10**6,
+    )
     seeds: int = option(1, "completions of each item, with sampling seeds 0, 1, ...", least=1, most=1000)
     out: str = option("", "directory of the results (default: runs/<benchmark>/<checkpoint's name>)")
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
@@ -33,6 +40,7 @@ class Options:
         "file of studies/perturb.py: dimensions of Q and K that are held while vLLM generates, in eager mode "
         "(default: none)",
     )
+    log_prompts: bool = option(False, "write each prompt's text into results.jsonl, control tokens included")
     compare: list[str] = option(
         [], "two results.jsonl or their directories: compare them, evaluate nothing (default: none)"
     )
@@ -54,6 +62,15 @@ def check_seeds(options, sampling, flags):
     """Raises BadInput for more than one seed with greedy sampling; `flags` are those that choose another."""
     if options.seeds > 1 and sampling["temperature"] == 0:
         raise BadInput(f"--seeds {options.seeds} needs {flags}: greedy completions are all the same")
+
+
+def drawn(items, samples, where):
+    """--samples of the items, in their order. Raises BadInput if `where` has fewer."""
+    if samples > len(items):
+        raise BadInput(f"--samples {samples}: {where} has only {len(items)}")
+    order = list(range(len(items)))
+    random.Random("samples").shuffle(order)
+    return [items[i] for i in sorted(order[: samples or len(items)])]
 
 
 def load(checkpoint, yarn=0.0):

@@ -28,9 +28,10 @@ Left in --out:
                           bottom, random-0, ..., top
     N-EVALUATION/NAME/    an evaluation's own results; N-EVALUATION/NAME.txt: what it printed
     perturbation.json     a list with one entry for each evaluation: command, and rows, one for each NAME:
-                          name, score and stderr in [0, 1], n (items), kept (score / untouched's); compared
-                          with untouched item by item, stats.paired's difference, low, high, p, test; output,
-                          the most frequent completion, and output_share, its share of all
+                          name, score in [0, 1], score_low, score_high (its 95% interval), n (items), kept
+                          (score / untouched's); compared with untouched item by item, stats.paired's
+                          difference, low, high, p, test; output, the most frequent completion, and
+                          output_share, its share of all
 
 The same command goes on where an interrupted one stopped.
 """
@@ -55,7 +56,7 @@ from evals.results import different, read_results
 from studies import magnitudes
 
 SCRIPTS = {path.name for path in Path(__file__).parent.parent.glob("eval_*.py")}
-EVALUATIONS = ["eval_task.py", "eval_task.py --sampling paper --seeds 4"]
+EVALUATIONS = ["eval_data.py", "eval_data.py --sampling paper --seeds 4"]
 # Right answers of Qwen3-8B to LongBench v2's 503 questions.
 PAPER = {"untouched": 173, "bottom": 108, "top": 0}
 
@@ -121,18 +122,20 @@ def row(name, records, untouched):
     kept = summary["score"] / whole if whole else None
     [(output, count)] = Counter(record["prediction"] for record in records).most_common(1)
     said = {"output": output, "output_share": count / len(records)}
-    return {"name": name, **summary, "kept": kept, **compared, **said}
+    bounds = {f"score_{key}": summary.pop(key) for key in ("low", "high")}
+    return {"name": name, **summary, **bounds, "kept": kept, **compared, **said}
 
 
 def cells(row):
     """A row of perturbation.json -> its cells in the table that is printed."""
-    error = "" if row["stderr"] is None else f" ±{100 * row['stderr']:.1f}"
+    score = {"score": row["score"], "low": row["score_low"], "high": row["score_high"]}
     kept = "-" if row["kept"] is None else f"{100 * row['kept']:.0f}%"
     compared = ["-", "-", "-"]
     if row["name"] != "untouched":
-        interval = f"{100 * row['low']:+.1f} {100 * row['high']:+.1f}"
+        few = row["low"] is None
+        interval = "too few samples" if few else f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
         compared = [f"{100 * row['difference']:+.1f}", interval, f"{row['p']:.2g}"]
-    return [row["name"], f"{100 * row['score']:.1f}{error}", kept, *compared]
+    return [row["name"], stats.shown(stats.percent(score), 1), kept, *compared]
 
 
 if __name__ == "__main__":
@@ -182,7 +185,7 @@ if __name__ == "__main__":
     for entry in entries:
         head = ["", "score", "of untouched", "difference", "95% interval", "p"]
         table = stats.table([head, *map(cells, entry["rows"])])
-        print(f"\n{entry['command']}: {entry['rows'][0]['n']} items, ± standard error\n{table}")
+        print(f"\n{entry['command']}: {entry['rows'][0]['n']} items; {stats.legend(table)}\n{table}")
         for line in entry["rows"]:
             share, output = line["output_share"], line["output"][:60]
             print(f"  {line['name']}: {share:.0%} of the completions are {output!r}")

@@ -175,6 +175,12 @@ def run_here(script, *arguments, code=0):
     return printed.getvalue()
 
 
+def rows_of(text):
+    """The Markdown tables in what a script printed -> {first cell: list of the others}, heads included."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in others] for first, *others in lines}
+
+
 def read_metrics(run):
     """metrics.jsonl of a run without the wall-clock keys."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -225,7 +225,7 @@ def test_there_are_commands():
         ("python saliency.py assets/tiny", "saliency.py is not a program"),
         ("python perturb.py assets/tiny", "perturb.py does not exist"),
         (
-            "python -m studies.perturb assets/tiny -- eval_task.py --sample 3",
+            "python -m studies.perturb assets/tiny -- eval_data.py --sample 3",
             "unknown flag --sample",
         ),
         ('python -m studies.ablation sweep --train "--lr 1"', "unknown flag --lr"),

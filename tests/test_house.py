@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 COMPONENTS = "model rollout saliency grpo dapo losses".split()
-SCRIPTS = "train sft eval_ruler eval_longbench eval_gsm8k eval_task".split()
+SCRIPTS = "train sft eval_ruler eval_longbench eval_gsm8k eval_data".split()
 # Who may import whom. A room may also import itself; nothing imports a script, a study or a measurement.
 MAY_IMPORT = {
     "base": "",

@@ -373,6 +373,12 @@ def string_match_part(prediction, outputs):
     return float(any(output.lower() in prediction.lower() for output in outputs))
 
 
+def found(prediction, outputs):
+    """Those of `outputs` that occur in one generated text, without the answer prefix."""
+    text = clean(prediction).lower()
+    return [output for output in outputs if output.lower() in text]
+
+
 def score(task_name, prediction, outputs):
     """The score in [0, 1] of one generated text, without the answer prefix. A task's score is the mean x 100,
     with two decimals."""

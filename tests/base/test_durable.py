@@ -12,7 +12,7 @@ from inputs import TINY, script, sft, write
 from base import durable
 from base.cli import BadInput
 
-recall = script("eval_task.py", "--samples", 2)
+recall = script("eval_data.py", "--samples", 2)
 EVALUATION = "evaluation", ["settings.json"]
 
 

@@ -89,7 +89,7 @@ def test_directories_win_over_names(tmp_path, monkeypatch):
         hub.local("hf://name")
 
 
-@pytest.mark.parametrize("script", ["train.py --model", "sft.py --data x.jsonl --model", "eval_task.py"])
+@pytest.mark.parametrize("script", ["train.py --model", "sft.py --data x.jsonl --model", "eval_data.py"])
 def test_scripts_take_names_and_say_in_one_line_that_they_are_offline(script):
     message = refusal(*script.split(), "nobody/nothing")  # the tests set HF_HUB_OFFLINE
     assert message.startswith("nobody/nothing is no directory here, and cannot be downloaded from the hub: ")

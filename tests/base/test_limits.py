@@ -11,7 +11,7 @@ from inputs import PROMPT, TINY, at, model, rl, rows, script, sft, write
 from base import durable, limits
 from base.cli import BadInput
 
-recall = script("eval_task.py", "--samples", 2)
+recall = script("eval_data.py", "--samples", 2)
 NO_FILE = "It is a FIFO or a device, not a regular file"
 
 

@@ -29,15 +29,15 @@ ITEM |= {"difficulty": "easy", "length": "short"}
 longbench = script("eval_longbench.py", "--max-input", 500)
 math = script("eval_gsm8k.py", "--max-tokens", 5)
 ruler = script("eval_ruler.py", "--lengths", 640, "--cache", "{t}/cache")
-recall = script("eval_task.py", "--samples", 2)
+recall = script("eval_data.py", "--samples", 2)
 
 
 def of_model(name, content):
-    """eval_task.py with a model whose file `name` is another."""
+    """eval_data.py with a model whose file `name` is another."""
 
     def make(t):
         write(model(t) / name, content)
-        return ["eval_task.py", t / "model", "--out", t / "out"]
+        return ["eval_data.py", t / "model", "--out", t / "out"]
 
     return make
 
@@ -46,12 +46,12 @@ def config(**changes):
     return {**json.loads((TINY / "config.json").read_text()), **changes}
 
 
-def with_data(command, content):
-    return lambda t: command("--data", write(t / "data", content))(t)
+def with_data(command, content, *more):
+    return lambda t: command("--data", write(t / "data", content), *more)(t)
 
 
 def held(tensors, about):
-    """eval_task.py under a clamp of these tensors, {name: ...} of those of assets/tiny, and this metadata."""
+    """eval_data.py under a clamp of these tensors, {name: ...} of those of assets/tiny, and this metadata."""
 
     def make(t):
         heads = {"q": 8, "k": 2}
@@ -121,8 +121,8 @@ def compared(a, b, of_a=None, of_b=None):
 
 CHECKPOINT = {
     "none": (
-        lambda t: ["eval_task.py", "--out", t / "out"],
-        "no checkpoint is given: python eval_task.py CHECKPOINT",
+        lambda t: ["eval_data.py", "--out", t / "out"],
+        "no checkpoint is given: python eval_data.py CHECKPOINT",
     ),
     "none for LongBench": (lambda t: ["eval_longbench.py", "--data", SAMPLE], "no checkpoint is given"),
     "swallowed by a list": (lambda t: ["eval_ruler.py", "--tasks", "vt", TINY], "no checkpoint is given"),
@@ -166,6 +166,14 @@ DATA = {
         "context of 4096; 120192 need a YaRN factor of 30, and",
     ),
     "LongBench's thinking": (longbench("--data", SAMPLE, "--thinking"), "context of 4096; give --yarn 3"),
+    "LongBench without context and with thoughts on it": (
+        longbench("--data", SAMPLE, "--cot", "--no-context"),
+        "--cot and --no-context exclude each other",
+    ),
+    "LongBench's samples": (
+        longbench("--data", SAMPLE, "--samples", 49),
+        r"--samples 49: .*longbench-sample.json has only 48",
+    ),
     "GSM8K without": (math(), "no --data is given: download grade_school_math/data/test.jsonl"),
     "GSM8K empty": (with_data(math, ""), "data has no rows"),
     "GSM8K in Latin-1": (with_data(math, b"\xe9"), "data, line 1 is not valid text: 'utf-8' codec"),
@@ -197,6 +205,19 @@ DATA = {
     "GSM8K's seeds": (
         math("--data", "x", "--seeds", 2),
         "--seeds 2 needs --mode thinking or --sampling paper",
+    ),
+    "own data missing": (recall("--data", "{t}/no.jsonl"), "no.jsonl.* cannot be read"),
+    "own data without answers": (
+        with_data(recall, {"prompt": "x"}),
+        'line 1 must have "prompt" and "answer"',
+    ),
+    "own data's reward": (
+        with_data(recall, {"prompt": "x", "answer": "y"}, "--samples", 1, "--reward", "rewards:numeric"),
+        'row data line 1: "answer" .* has no number, which rewards:numeric needs',
+    ),
+    "own data too long": (
+        with_data(recall, {"prompt": "<|im_end|>" * 4000, "answer": "y"}, "--samples", 1),
+        "prompt data line 1 has .* tokens; the context leaves 2048",
     ),
     "recall's facts": (recall("--facts", 10**9), "--facts 10+: the task recall can have 1 to 48"),
     "recall's filler": (recall("--filler", 10**12), "--filler must be at most 100000"),
@@ -372,7 +393,7 @@ COMPARE = {
         lambda t: ["eval_ruler.py", "--compare", t],
         "--compare takes two results.jsonl or their directories, not 1",
     ),
-    "missing": (lambda t: ["eval_task.py", "--compare", t / "a", t / "b"], "a does not exist"),
+    "missing": (lambda t: ["eval_data.py", "--compare", t / "a", t / "b"], "a does not exist"),
     "nothing": (compared("", ""), "have no sample in common"),
     "other data": (
         compared(result(), result(), {"checkpoint": "a", "data": 1}, {"checkpoint": "b", "data": 2}),
@@ -445,5 +466,5 @@ def test_a_report_is_made_again_when_there_is_room(tmp_path, full):
     full(600)
     refusal(*arguments)
     full(resource.RLIM_INFINITY)
-    assert "accuracy 100.00" in run_here(*arguments)
+    assert "100.00 [-]" in run_here(*arguments)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["score"]["n"] == 1

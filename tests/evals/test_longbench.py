@@ -1,25 +1,20 @@
 """longbench.py against the specification written out again; eval_longbench.py as a script with real vLLM on
 assets/tiny."""
 
-import hashlib
 import itertools
 import json
 import signal
 import time
 
 import pytest
-from conftest import ROOT, killed, output_of, refusal, run_script
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import ROOT, killed, output_of, refusal, rows_of
 from test_ruler import qwen  # noqa: F401 - a fixture: the tokenizer with Qwen's vocabulary
 
-from base.cli import BadInput
 from evals import longbench, subject
 from evals.results import Results
 from prompts.chat import load_tokenizer
 from prompts.chat import render as chat
 from prompts.rewards import stated_choice
-from studies import longbench_sample
 
 TINY = ROOT / "assets" / "tiny"
 SAMPLE = ROOT / "assets" / "longbench-sample.json"
@@ -71,14 +66,22 @@ def test_templates_byte_for_byte():
         "Based on the above, what is the single, most likely answer choice? "
         'Format your response as follows: "The correct answer is (insert answer here)".'
     )
-    # The files prompts/0shot.txt, 0shot_cot.txt and 0shot_cot_ans.txt, 262, 210 and 381 characters.
-    assert [len(t) for t in (longbench.ZERO_SHOT, longbench.COT, longbench.COT_ANSWER)] == [262, 210, 381]
+    assert longbench.fill(longbench.NO_CONTEXT, item()) == (
+        "What is the correct answer to this question: Who?\nChoices:\n(A) a\n(B) b\n(C) c\n(D) d\n\n"
+        "What is the single, most likely answer choice? "
+        'Format your response as follows: "The correct answer is (insert answer here)".'
+    )
+    # The files prompts/0shot.txt, 0shot_cot.txt, 0shot_cot_ans.txt and 0shot_no_context.txt.
+    templates = longbench.ZERO_SHOT, longbench.COT, longbench.COT_ANSWER, longbench.NO_CONTEXT
+    assert [len(template) for template in templates] == [262, 210, 381, 224]
 
 
 def test_texts_are_filled_in_in_the_official_order():
     made = item(context="costs $Q$ and $COT$", question="$C_B$ \\1", choice_B="$DOC$")
     text = longbench.fill(longbench.COT_ANSWER.replace("omitted", "$DOC$"), made, "r")
     assert "costs $DOC$ \\1 and r here" in text and "(B) $DOC$" in text
+    for template in (longbench.ZERO_SHOT, longbench.COT):  # whose prompts have no reasoning: it stays
+        assert "costs $DOC$ \\1 and $COT$" in longbench.fill(template, made)
 
 
 def official(tokenizer, prompt, max_len, thinking):
@@ -205,147 +208,6 @@ def test_extraction(text, letter):
     assert stated_choice(text) == letter
 
 
-# ------------------------------------------------------------------------------------------------------- file
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    objects=st.lists(st.dictionaries(st.text(), VALUES, max_size=4), max_size=5),
-    chunk=st.integers(1, 40),
-    indent=st.sampled_from([None, 0, 1, 30]),
-    ascii_only=st.booleans(),
-    space=st.text("\n\t\r ", max_size=4),
-)
-def test_the_stream_reads_what_json_reads(objects, chunk, indent, ascii_only, space, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "stream.json"
-    text = space + json.dumps(objects, indent=indent, ensure_ascii=ascii_only) + space
-    content = text.encode("utf-8", "surrogatepass")
-    if not ascii_only and b"\xed" in content and content.decode("utf-8", "ignore") != text:
-        return  # a lone surrogate, which no UTF-8 file holds
-    path.write_bytes(content)
-    digest = hashlib.sha256()
-    found = list(longbench.stream(path, digest, chunk))
-    assert [value for value, _, _ in found] == json.loads(text)
-    assert [json.loads(content[start : start + size]) for _, start, size in found] == json.loads(text)
-    assert digest.digest() == hashlib.sha256(content).digest()
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "byte 0 is the end, not ["),
-        ("{}", "byte 0 is {, not ["),
-        ("[", "byte 1 is the end, not { or ]"),
-        ("\0", r"byte 0 is '\x00', not ["),
-        ("[1]", "byte 1 is 1, not { or ]"),
-        ("[{},]", "after item 1, byte 4 is ], not {"),
-        ("[{} {}]", "byte 4 is {, not , or ]"),
-        ("[{}", "byte 3 is the end, not , or ]"),
-        ("[{}] x", "byte 5 is x, not the end"),
-        ('[{}, {"a": tru', "item 2 (from byte 5 on) is not JSON"),
-        ('[{"a": "b', "item 1 (from byte 1 on) is not JSON"),
-        ('[{"a": nope, "b": 111111111111111111111}, {}]', "item 1 (from byte 1 on) is not JSON"),
-        ('[{"a": ' + "[" * 100_000, "item 1 (from byte 1 on) is not JSON: maximum recursion depth"),
-        ('[{"a": ' + "1" * 9999 + "}]", "item 1 (from byte 1 on) is not JSON: Exceeds the limit"),
-        ('[{"\u00e9": 1}, nope]', "after item 1, byte 12 is n, not {"),
-    ],
-)
-def test_files_that_are_no_list_of_objects(text, message, chunk, tmp_path):
-    with pytest.raises(BadInput) as error:
-        list(longbench.stream(written(tmp_path, text), chunk=chunk))
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_unreadable_files(tmp_path):
-    (tmp_path / "latin.json").write_bytes(b'[{"a": "\xe9"}]')
-    for path, message in (
-        (tmp_path / "latin.json", "not JSON"),
-        (tmp_path, "cannot be read"),
-        (tmp_path / "no", "No such"),
-    ):
-        with pytest.raises(BadInput, match=message):
-            longbench.index(path)
-
-
-def test_a_malformed_object_early_is_refused_without_reading_all_of_the_file(tmp_path):
-    path = written(tmp_path, '[{"a": nope, "b": ' + "1" * 100_000 + "}]")
-    digest = hashlib.sha256()
-    with pytest.raises(BadInput, match="not JSON"):
-        list(longbench.stream(path, digest, 1000))
-    assert digest.digest() == hashlib.sha256(path.read_bytes()[:1000]).digest()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"answer": "E"}, "item 2 (_id 'x1'): 'answer' is 'E', not one of A, B, C, D"),
-        ({"answer": ["A"]}, "item 2 (_id 'x1'): 'answer' is not a text"),
-        ({"length": "huge"}, "(_id 'x1'): 'length' is 'huge', not one of short, medium, long"),
-        ({"difficulty": "Easy"}, "(_id 'x1'): 'difficulty' is 'Easy'"),
-        ({"context": None}, "(_id 'x1'): 'context' is not a text"),
-        ({"context": " \n"}, "(_id 'x1'): 'context' is empty"),
-        ({"question": "\ud800"}, "(_id 'x1'): 'question' is not valid text"),
-        ({"_id": "x0"}, "item 2 (_id 'x0'): an earlier item has the same _id"),
-        ({"_id": 3}, "item 2 (_id 3): '_id' is not a text"),
-        (
-            {"_id": "a\nb" + "c" * 9999, "answer": "E"},
-            r"item 2 (_id 'a\nbcccccccc...ccccccccccccc'): 'answer' is 'E'",
-        ),
-        ({"_id": "\ud800"}, r"item 2 (_id '\ud800'): '_id' is not valid text"),
-        ({"answer": "A" * 9999}, "'answer' is 'AAAAAAAAAAAA...AAAAAAAAAAAAA', not one of A, B, C, D"),
-    ],
-)
-def test_malformed_items_are_named(change, message, tmp_path):
-    with pytest.raises(BadInput) as error:
-        longbench.index(written(tmp_path, [item(0), item(1, **change)]))
-    assert message in str(error.value) and "\n" not in str(error.value)
-    missing = item(1)
-    del missing["choice_C"]
-    with pytest.raises(BadInput, match=r"item 2 \(_id 'x1'\): 'choice_C' is missing"):
-        longbench.index(written(tmp_path, [item(0), missing]))
-    with pytest.raises(BadInput, match="has no items"):
-        longbench.index(written(tmp_path, []))
-
-
-def test_503_items_must_be_the_official_ones(tmp_path):
-    lengths = ["short"] * 180 + ["medium"] * 215 + ["long"] * 108
-    entries, _ = longbench.index(written(tmp_path, [item(i, length=n) for i, n in enumerate(lengths)]))
-    assert longbench.counts(entries)["length"] == {"short": 180, "medium": 215, "long": 108}
-    lengths[0] = "long"
-    with pytest.raises(
-        BadInput, match="short 179, medium 215, long 109; LongBench v2 has short 180, medium 215, long 108"
-    ):
-        longbench.index(written(tmp_path, [item(i, length=n) for i, n in enumerate(lengths)]))
-    assert len(longbench.index(written(tmp_path, [item(i) for i in range(502)]))[0]) == 502
-
-
-def test_the_sample_file_is_what_its_script_writes(tmp_path):
-    result = run_script("studies/longbench_sample.py", tmp_path / "again.json")
-    assert result.returncode == 0 and (tmp_path / "again.json").read_bytes() == SAMPLE.read_bytes()
-    entries, digest = longbench.index(SAMPLE)
-    assert [longbench.read_item(SAMPLE, entry) for entry in entries] == ITEMS and len(
-        SAMPLE.read_bytes()
-    ) < 300_000
-    assert {(i["difficulty"], i["length"]) for i in ITEMS} == {
-        (d, n) for d in ("easy", "hard") for n in longbench_sample.FILLER
-    }
-    assert (
-        len({i["domain"] for i in ITEMS}) == 6
-        and digest == hashlib.sha256(SAMPLE.read_bytes()).hexdigest()[:16]
-    )
-    for i in ITEMS:  # the question can be answered, and only by the answer
-        name = i["question"].removeprefix("What is the code for ").removesuffix("?")
-        told = [c for c in "ABCD" if f"The code for {name} is {i['choice_' + c]}." in i["context"]]
-        assert told == [i["answer"]] and len({i[f"choice_{c}"] for c in "ABCD"}) == 4
-
-
 # ------------------------------------------------------------------------------------------------- the script
 
 
@@ -419,6 +281,7 @@ PREDICTIONS = [
 def finished(tmp_path, *arguments, scores=(1, 1, 0, 0, 0), **changes):
     """The report of five finished samples written by hand: without vLLM. changes: of the settings."""
     items = [item(i, difficulty=d, length=n, answer="B") for i, (d, n) in enumerate(CLASSES)]
+    items = [{**each, "domain": ("even", "odd")[i % 2]} for i, each in enumerate(items)]
     data = written(tmp_path, items)
     written_settings = {
         "benchmark": "LongBench v2",
@@ -445,37 +308,49 @@ def finished(tmp_path, *arguments, scores=(1, 1, 0, 0, 0), **changes):
             results.write({**record, "score": float(score), **counts})
         del results  # and its lock
     results, _, stdout = evaluate(out, "--data", data, *arguments)
-    rows = {line.split()[0]: line for line in stdout.splitlines() if line}
-    return results, rows["score"].replace(" ±", "±").split()[1:], rows["items"].split()[1:], stdout
+    rows = rows_of(stdout)
+    return results, rows["score"], rows["items"], stdout
 
 
 def test_the_table_by_hand(tmp_path):
     """Right, right, empty, unreadable, wrong; no item is long."""
     results, score, items, stdout = finished(tmp_path)
-    # 2 of 5: deviation sqrt(2 * 0.36 + 3 * 0.16) / 2, over sqrt(5); short 1 of 3: sqrt(2 / 3 / 2 / 3); medium
-    # 1 of 2: 1/2
-    assert score == ["40.0±24.5", "100.0±0.0", "0.0±0.0", "33.3±33.3", "50.0±50.0", "-"]
+    # 2 of 5 by Wilson: (0.4 + 3.8415 / 10 ± 1.96 sqrt(0.24 / 5 + 3.8415 / 100)) / (1 + 3.8415 / 5)
+    assert score == ["40.0 [11.8, 76.9]", "100.0 [-]", "0.0 [-]", "33.3 [-]", "50.0 [-]", "-"]
+    assert "[-]: too few samples, fewer than 5" in stdout
+    domains = rows_of(stdout)  # of x0 right, x1 right, x2 empty, x3 unreadable, x4 wrong
+    assert domains["even"] == ["33.3 [-]", "3"] and domains["odd"] == ["50.0 [-]", "2"]
+    assert results["scores_by_domain"]["odd"]["n"] == 2
+    assert stdout.startswith((tmp_path / "out" / "results.md").read_text())
     assert items == ["5", "2", "3", "3", "2", "0"] and results["scores"]["Long"] is None
     assert "1 of 5 outputs are empty, 2 of 5 give no readable answer" in stdout
     assert results["empty"] == 1 and results["unreadable"] == 2 and results["variants"] == []
     # The same samples again, the official ways.
     results, score, items, _ = finished(tmp_path, "--compensated")  # (1 + 1 + 1/4 + 1/4) / 5
-    assert [cell.split("±")[0] for cell in score] == ["50.0", "100.0", "16.7", "50.0", "50.0", "-"]
+    assert [cell.split()[0] for cell in score] == ["50.0", "100.0", "16.7", "50.0", "50.0", "-"]
     results, score, items, _ = finished(tmp_path, "--skip-empty")
-    assert [cell.split("±")[0] for cell in score] == ["50.0", "100.0", "0.0", "50.0", "50.0", "-"]
+    assert [cell.split()[0] for cell in score] == ["50.0", "100.0", "0.0", "50.0", "50.0", "-"]
     assert items == ["4", "2", "2", "2", "2", "0"]
     results, score, items, stdout = finished(tmp_path, "--skip-empty", "--compensated")  # 2.25 / 4
-    assert [cell.split("±")[0] for cell in score] == ["56.2", "100.0", "12.5", "62.5", "50.0", "-"]
+    assert [cell.split()[0] for cell in score] == ["56.2", "100.0", "12.5", "62.5", "50.0", "-"]
     assert results["variants"] == ["skip_empty", "compensated"] and "--skip-empty, --compensated" in stdout
     compared = output_of("eval_longbench.py", "--compare", tmp_path / "out", tmp_path / "out")
     assert "5 samples in both" in compared
-    rows = [line.split()[:2] for line in compared.splitlines()[5:]]
-    assert rows == [["all", "5"], ["easy", "2"], ["hard", "3"], ["short", "3"], ["medium", "2"]]
+    rows = {name: row[0] for name, row in list(rows_of(compared).items())[2:]}
+    assert rows == {"all": "5", "easy": "2", "hard": "3", "short": "3", "medium": "2"}
+    assert list(rows)[-2:] == ["short", "medium"]
+
+
+def test_without_documents_it_is_another_evaluation(tmp_path):
+    _, _, _, stdout = finished(tmp_path, "--no-context", context=False)
+    assert "- no context, sampling official" in stdout
+    other = refusal(*command(tmp_path / "out", "--data", tmp_path / "data.json"))
+    assert "other settings: context false there, absent here" in other
 
 
 def test_kept_thinking_is_read(tmp_path):
     _, score, _, stdout = finished(tmp_path, "--keep-thinking", keep_thinking=True, scores=(1, 0, 0, 0, 0))
-    assert score[0] == "20.0±20.0" and "--keep-thinking" in stdout
+    assert score[0].startswith("20.0 [") and "--keep-thinking" in stdout
     data = tmp_path / "data.json"
     other = refusal(*command(tmp_path / "out", "--data", data))
     assert "other settings: keep thinking true there, false here" in other

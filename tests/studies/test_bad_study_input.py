@@ -51,10 +51,10 @@ def swept():
 PERTURB = {
     "no evaluation": (
         perturb("--", "nothing.py"),
-        "-- nothing.py: write an evaluation after --, one of eval_gsm8k.py, eval_",
+        "-- nothing.py: write an evaluation after --, one of eval_data.py, eval_gsm8k.py, eval_",
     ),
     "another script": (perturb("--", "train.py"), "-- train.py: write an evaluation"),
-    "a path": (perturb("--", "/tmp/eval_task.py"), "-- /tmp/eval_task.py: write an evaluation"),
+    "a path": (perturb("--", "/tmp/eval_data.py"), "-- /tmp/eval_data.py: write an evaluation"),
     "nothing": (perturb("--"), "write an evaluation"),
     "fraction": (perturb("--fraction", 2), "--fraction must be at most 1, not 2"),
     "data": (perturb("--data", "{t}/d", d="{"), "d, line 1 is not JSON"),

@@ -182,8 +182,8 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypa
 
     with pytest.raises(BadInput, match="write an evaluation after --"):
         perturb("--", "eval_nothing.py")
-    with pytest.raises(BadInput, match=r"eval_task.py with untouched ended with exit code 1"):
-        perturb("--", "eval_task.py", "--samples", 0)
+    with pytest.raises(BadInput, match=r"eval_data.py with untouched ended with exit code 1"):
+        perturb("--", "eval_data.py", "--samples", -1)
     config = Qwen3Config.from_pretrained(TINY)
     scores = {
         "untouched": [1, 1, 1, 0],
@@ -197,11 +197,12 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypa
         settings = {
             "benchmark": "tasks.py",
             **subject.settings(TINY, config, about),
-            "sampling": GREEDY,
-            **{"task": "recall", "facts": 17, "filler": 17, "samples": 4, "max_tokens": 24, "seeds": 1},
+            **{"task": "recall", "facts": 17, "filler": 17},
+            **{"reward": ["rewards:exact"], "thinking": False, "truncate_prompts": False},
+            **{"sampling": GREEDY, "samples": 4, "max_tokens": 24, "seeds": 1},
         }
         wanted = {(f"recall-held out-{i}", 0): ("recall", 34) for i in range(4)}
-        results = Results(tmp_path / "1-task" / name, settings, wanted)
+        results = Results(tmp_path / "1-data" / name, settings, wanted)
         for (key, seed), score in zip(wanted, values):
             record = {
                 "id": key,
@@ -216,15 +217,16 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypa
                 "prompt_tokens": 335,
                 "completion_tokens": 9,
                 "finished": True,
+                "rewards": [float(score)],
             }
             results.write(record)
         del results  # and with it the directory's lock
-    table = perturb("--", "eval_task.py", "--samples", 4)
-    lines = {line.split()[0]: line.split()[1:] for line in table.splitlines() if "±" in line}
-    assert lines["untouched"] == ["75.0", "±25.0", "100%", "-", "-", "-"]
-    assert lines["random-0"] == ["25.0", "±25.0", "33%", "-50.0", "-100.0", "+0.0", "0.5"]
+    table = perturb("--", "eval_data.py", "--samples", 4)
+    lines = {line.split()[0]: line.split()[1:] for line in table.splitlines() if "[-]" in line}
+    assert lines["untouched"] == ["75.0", "[-]", "100%", "-", "-", "-"]
+    assert lines["random-0"] == ["25.0", "[-]", "33%", "-50.0", "too", "few", "samples", "0.5"]
     assert (
-        lines["top"][:4] == ["0.0", "±0.0", "0%", "-75.0"]
+        lines["top"][:4] == ["0.0", "[-]", "0%", "-75.0"]
         and "25% of the completions are 'top 0'" in table
         and "108" in table
     )
