@@ -340,6 +340,7 @@ def chats():
             "chats",
             f"reward {name}",
             lambda t, n=name: rl(t, "--data", write(t / "d", PROMPT), "--reward", n),
+            own=True,
         )
 
 

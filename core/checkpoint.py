@@ -248,7 +248,7 @@ OPTIONAL_NUMBERS = "beta_fast beta_slow attention_factor mscale mscale_all_dim".
 def check_numbers(values, path):
     """Raises BadInput for the first of config.json's values that has a wrong type or is out of range."""
     for key, value in values.items():
-        number = type(value) in (int, float) and math.isfinite(value)
+        number = type(value) in (int, float) and -math.inf < value < math.inf
         if key in NUMBERS:
             kind, least, most = NUMBERS[key]
             good = number and least <= value <= most and (kind is float or type(value) is int)
