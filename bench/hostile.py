@@ -101,7 +101,7 @@ def begin(case, t):
     script, *arguments = [os.fsdecode(str(word).encode("utf-8", "surrogateescape")) for word in words]
     module = script.removesuffix(".py").replace("/", ".")
     start = ["-m", module] if "." in module else [str(ROOT / script)]
-    (t / "command").write_text(json.dumps([how, script, *(word[:80] for word in arguments)]))
+    (t / "command").write_text(json.dumps([how, script, *(ascii(word)[:80] for word in arguments)]))
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     for number in (1, 2):
         with open(t / str(number), "w") as file:

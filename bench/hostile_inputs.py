@@ -104,6 +104,7 @@ ODD = {
     ],
     "bool": ["1", "false"],
 }
+SMALL = "--copy-until 99 --steps 1 --batch 2 --vocab-size 600 --hidden-size 16".split()  # a tiny tiny.py
 # Each program: what has its options, and arguments with which it ends early.
 PROGRAMS = {
     "train.py": (["run/config.py"], lambda t: ["--plan", "--model", TINY]),
@@ -145,7 +146,7 @@ PROGRAMS = {
         lambda t: [TINY, "--out", foreign(t)],
     ),
     "studies/ablation.py": (["studies/ablation.py"], lambda t: ["report", "--out", t / "out"]),
-    "studies/tiny.py": (["studies/tiny.py"], lambda t: ["--out", foreign(t)]),
+    "studies/tiny.py": (["studies/tiny.py"], lambda t: [*SMALL, "--out", foreign(t)]),
     "prompts/inspect.py": (["prompts/inspect.py"], lambda t: [write(t / "d", PROMPT), "--model", TINY]),
 }
 OPTION = re.compile(r"^    (\w+): (?:list\[)?(\w+)\]? = option\(", re.M)

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from functools import partial
 
-from hostile_inputs import QUESTION, TINY, Case, directory, foreign, model, rl, sft, write
+from hostile_inputs import QUESTION, SMALL, TINY, Case, directory, foreign, model, rl, sft, write
 from hostile_left import RESULT, compared, finished_run, line, plotted
 
 WRITTEN = (
@@ -161,7 +161,6 @@ def users():
             yield Case("users", name, lambda t, m=make: [nobody, *m(t)])
 
 
-SMALL = "--copy-until 99 --steps 1 --batch 2 --vocab-size 600 --hidden-size 16".split()
 WRITERS = {
     "sft.py": lambda t, out: [*sft(t)[:-4], "--out", out, "--steps", 1],
     "eval_task.py": lambda t, out: ["eval_task.py", TINY, "--samples", 1, "--out", out],
