@@ -112,8 +112,8 @@ PROGRAMS = {
         ["run/config.py", "sft.py"],
         lambda t: ["--plan", "--data", write(t / "c", CHAT), "--model", TINY],
     ),
-    "eval_task.py": (
-        ["evals/subject.py", "eval_task.py"],
+    "eval_data.py": (
+        ["evals/subject.py", "eval_data.py"],
         lambda t: [TINY, "--samples", 2, "--out", foreign(t)],
     ),
     "eval_gsm8k.py": (
@@ -375,7 +375,7 @@ def checkpoints():
 
             def make(t, key=key, value=value):
                 write(model(t) / "config.json", {**known, key: value})
-                return ["eval_task.py", t / "model", "--samples", 1, "--out", t / "out"]
+                return ["eval_data.py", t / "model", "--samples", 1, "--out", t / "out"]
 
             yield Case("checkpoints", f"vLLM {key} {value!r:.30}", make)
     files = (
@@ -397,7 +397,7 @@ def checkpoints():
             def make(t, file=file, content=content):
                 write(model(t) / file, content)
                 if file in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-                    return ["eval_task.py", t / "model", "--samples", 1, "--out", t / "out"]
+                    return ["eval_data.py", t / "model", "--samples", 1, "--out", t / "out"]
                 return rl(t, "--model", t / "model")
 
             yield Case("checkpoints", f"{file} of {name}", make)
@@ -490,7 +490,7 @@ def weights():
         yield Case(
             "weights",
             f"clamp, {name}",
-            lambda t, c=content: ["eval_task.py", TINY, "--clamp", write(t / "c", c), "--out", foreign(t)],
+            lambda t, c=content: ["eval_data.py", TINY, "--clamp", write(t / "c", c), "--out", foreign(t)],
         )
 
 

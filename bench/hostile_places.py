@@ -23,8 +23,8 @@ def places():
     """Where results go, and what is there already."""
     programs = {
         "sft.py": lambda t, out: [*sft(t)[:-4], "--out", out, "--steps", 1],
-        "eval_task.py": lambda t, out: [
-            "eval_task.py",
+        "eval_data.py": lambda t, out: [
+            "eval_data.py",
             TINY,
             "--samples",
             1,
@@ -53,7 +53,7 @@ def places():
             "--out",
             out,
             "--",
-            "eval_task.py",
+            "eval_data.py",
             "--help",
         ],
         "studies/ablation.py": lambda t, out: [
@@ -149,7 +149,7 @@ def users():
         "figures": without(0o755, lambda t: plotted(t, line()), "run"),
         "a run": lambda t: (shutil.copytree(finished_run(), t / "run"), sft(t, "--resume", "auto"))[1],
         "a cache": without(0o755, lambda t: [*ruler, "--samples", 1, "--cache", directory(t / "c")], "c"),
-        "an evaluation": lambda t: ["eval_task.py", TINY, "--samples", 1, "--out", directory(t / "out")],
+        "an evaluation": lambda t: ["eval_data.py", TINY, "--samples", 1, "--out", directory(t / "out")],
         "magnitudes": lambda t: ["studies/magnitudes.py", TINY, "--prompts", 1, "--out", directory(t / "o")],
         "an ablation": lambda t: ["studies/ablation.py", "sweep", "--out", directory(t / "out")],
         "tiny": lambda t: ["studies/tiny.py", "--out", directory(t / "out")],
@@ -163,7 +163,7 @@ def users():
 
 WRITERS = {
     "sft.py": lambda t, out: [*sft(t)[:-4], "--out", out, "--steps", 1],
-    "eval_task.py": lambda t, out: ["eval_task.py", TINY, "--samples", 1, "--out", out],
+    "eval_data.py": lambda t, out: ["eval_data.py", TINY, "--samples", 1, "--out", out],
     "studies/magnitudes.py": lambda t, out: ["studies/magnitudes.py", TINY, "--prompts", 1, "--out", out],
     "studies/tiny.py": lambda t, out: ["studies/tiny.py", *SMALL, "--out", out],
     "studies/longbench_sample.py": lambda t, out: ["studies/longbench_sample.py", out / "x"],
