@@ -115,7 +115,7 @@ def tensors():
         },
         "layers with a gap": lambda usual: {
             **usual,
-            **{n.replace("layers.0", "layers.2"): x for n, x in usual.items()},
+            **{n.replace("layers.0", "layers.2"): x.clone() for n, x in usual.items()},
         },
     }
     for name, change in odd.items():

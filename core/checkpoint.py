@@ -281,6 +281,7 @@ def check_unused(raw, path):
         "layer_types": not isinstance(layers, list) or len(layers) in (0, raw.get("num_hidden_layers")),
         "id2label": labels is None or (isinstance(labels, dict) and all(map(str.isdecimal, labels))),
         "label2id": isinstance(raw.get("label2id") or {}, dict),
+        "num_labels": type(raw.get("num_labels", 0)) is int,
         "use_cache": type(raw.get("use_cache", True)) is bool,
     }
     for key, good in right.items():

@@ -220,6 +220,23 @@ def read_state(path):
     return limits.parse_json(limits.read_text(path / "state.json", None))
 
 
+def checked_state(path):
+    """read_state's, for a checkpoint to go on from. Raises BadInput for what `save` did not write."""
+    try:
+        state = read_state(path)
+        counters = [state[key] for key in ("step", "prompts_drawn", "skips_in_a_row") if key in state]
+        good = state["step"] == number(path) and all(type(n) is int and 0 <= n < 2**53 for n in counters)
+        good = good and isinstance(state["settings"], dict) and isinstance(state["random"], list)
+        good = (
+            good and state["random"] and all({"python", "numpy", "torch"} <= set(r) for r in state["random"])
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise BadInput(f"--resume: {path / 'state.json'} is not what a run has written; remove {path}")
+    return state
+
+
 # ----------------------------------------------------------------------------------------------------- find
 
 
@@ -248,7 +265,7 @@ def find(directory, which, fixed, usual=None):
             what = f"none of the {len(candidates)} checkpoints in {directory} is whole"
             raise BadInput(f"--resume: {what}; see the warnings")
         return None, None
-    state = read_state(path)
+    state = checked_state(path)
     gather_or_fail(compare, path, state, fixed, usual)
     if rank_and_world()[0] == 0:
         durable.write(directory / "LATEST", path.name + "\n")  # what came after it comes again

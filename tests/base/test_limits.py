@@ -124,6 +124,7 @@ CONFIG = {
     "attention_dropout": ["0.1", None],
     "max_position_embeddings": [2**31],
     "use_cache": ["yes"],
+    "num_labels": [{"a": 1}],
     "intermediate_size": [10**400],  # no float holds it
 }
 

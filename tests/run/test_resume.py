@@ -353,3 +353,19 @@ def test_a_changed_reward_file_is_noticed_and_one_name_is_a_list_of_one(tmp_path
     resume.compare("step-1", {"settings": before}, resume.settings(config, MAY_CHANGE), config)
     told = "warning: the file of --reward noticed:score is another than when step-1 was written"
     assert capsys.readouterr().err == f"{told}; from here on it scores\n"
+
+
+@pytest.mark.parametrize("changed", [
+    {"step": -1}, {"settings": 3}, {"random": []}, {"random": None}, {"random": ["x"]}, {"random": {"a": 1}}
+])  # fmt: skip
+def test_a_state_that_save_did_not_write_is_refused_though_its_manifest_says_it_is_whole(
+    changed, saved, tmp_path
+):
+    path = shutil.copytree(saved[0] / "step-000004", tmp_path / "step-000004")
+    state = {**json.loads((path / "state.json").read_text()), **changed}
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = resume.digest(path / "state.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match="state.json is not what a run has written; remove .*/step-000004"):
+        resume.find(tmp_path, path, FIXED)
