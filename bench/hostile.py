@@ -80,7 +80,7 @@ def outcome(code, printed, own):
     if code in (0, 75):
         return "harmless"
     lines = ERROR.findall(printed)
-    clean = code == 1 and len(lines) == 1 and printed.rstrip().endswith(lines[0])
+    clean = code == 1 and len(lines) == 1 and (own or printed.rstrip().endswith(lines[0]))
     return "clean" if clean else "other"
 
 

@@ -11,7 +11,9 @@ document; a hard question's are other people's codes.
 import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
+from base import durable
 from base.cli import BadInput, one_line_errors, option, parse
 from prompts.tasks import WORDS, recall
 
@@ -60,7 +62,5 @@ if __name__ == "__main__":
     file = parse(Config, __doc__).file
     if not file:
         raise BadInput("no file is given: python -m studies.longbench_sample FILE")
-    try:
-        write(file, 24, FILLER)
-    except OSError as error:
-        raise BadInput(f"{file} cannot be written: {error.strerror}") from error
+    with durable.replacing(Path(file)) as partial:
+        write(partial, 24, FILLER)

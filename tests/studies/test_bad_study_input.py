@@ -107,6 +107,7 @@ ABLATION = {
 }
 
 SAMPLE = {
+    "a directory": (lambda t: ["studies/longbench_sample.py", t], "cannot be written: Is a directory"),
     "nowhere": (
         lambda t: ["studies/longbench_sample.py", t / "none" / "x.json"],
         "x.json cannot be written: No such file",
