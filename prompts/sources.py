@@ -22,6 +22,7 @@ from pathlib import Path
 from base import durable, limits
 from base.cli import BadInput
 
+MOST_MESSAGES = 400  # of a chat: its template is rendered anew for each turn
 # QwenLong-L1's prompt with the last line of MemAgent's baseline, whose code leaves doubled braces in it:
 # \boxed{{}}.
 LONG_DOCUMENT = (
@@ -164,6 +165,8 @@ def check_messages(messages, last, what):
     good = isinstance(messages, list) and messages and all(map(is_message, messages))
     if not good or messages[-1]["role"] != last:
         raise BadInput(f"{what} must be messages with role and content that end with the {last}'s")
+    if len(messages) > MOST_MESSAGES:
+        raise BadInput(f"{what}: {len(messages):,} messages; {MOST_MESSAGES:,} are the most")
     if any(not m["content"] for m in messages if m["role"] == "assistant"):
         raise BadInput(f"{what}: the assistant says nothing in one of them")
 

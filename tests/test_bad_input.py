@@ -249,6 +249,9 @@ DATA = {
     ),
     "message as text": (chat("q", "a"), 'line 2: "messages" must be messages'),
     "no messages": (chat(), 'line 2: "messages" must be messages'),
+    "too many messages": (
+        chat(*[said("user", "q"), said("assistant", "a")] * 201), "line 2: \"messages\": 402 messages; 400 are"
+    ),
     "user last": (chat(said("user", "q")), "line 2: .* end with the assistant's"),
     "assistant silent": (
         chat(said("user", "q"), said("assistant", "")), "line 2: .* the assistant says nothing"

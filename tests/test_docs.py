@@ -96,11 +96,16 @@ class Configured(Exception):
     """A script has come to where it parses its flags."""
 
 
+def asks_for_flags(path):
+    return bool(re.search(r"parse\(Config, ", (ROOT / path).read_text()))
+
+
 @cache
 def config_of(path):
     """The Config of a script below ROOT; None for a file that asks for no flags."""
-    if not re.search(r"parse\(Config, ", (ROOT / path).read_text()):
+    if not asks_for_flags(path):
         return None
+    import rollout  # noqa: F401  (it sets variables for vLLM, which the patch below would take back)
 
     def parse(config_class, *_):
         raise Configured(config_class)

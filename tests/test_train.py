@@ -437,7 +437,7 @@ def test_unknown_flags_and_used_names_are_refused(runs):
     assert "did you mean --learning-rate?" in refusal("train.py", "--learning-rat", 1)
     name = runs("used")
     Path(ROOT / "runs" / name).mkdir(parents=True)
-    (ROOT / "runs" / name / "config.json").write_text("{}")
+    (ROOT / "runs" / name / "metrics.jsonl").write_text("")
     result = run_script("train.py", "--name", name)
     assert result.returncode != 0 and "exists; --resume auto goes on with it" in result.stderr
 

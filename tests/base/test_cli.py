@@ -13,7 +13,7 @@ import typing
 
 import pytest
 from conftest import ROOT, refusal
-from test_docs import config_of
+from test_docs import asks_for_flags, config_of
 from test_house import tracked
 
 from base import cli, processes
@@ -42,7 +42,7 @@ def test_a_wrong_flag_is_one_line(line, message):
     assert message in refusal("train.py", *line.split(" "))
 
 
-@pytest.mark.parametrize("path", [path for path in PROGRAMS if config_of(path)])
+@pytest.mark.parametrize("path", list(filter(asks_for_flags, PROGRAMS)))
 def test_every_number_has_bounds_that_a_machine_could_have(path):
     """And its default is within them."""
     config_class = config_of(path)
