@@ -398,7 +398,7 @@ RUNS = {
         "file cannot be written: File exists; choose another --out",
     ),
     "a loop": (
-        lambda t: (t / "run").symlink_to(t / "run") or sft(t), "Too many levels of symbolic links"
+        lambda t: (t / "run").symlink_to(t / "run") or sft(t), "run cannot be written: File exists"
     ),
     "below a file": (
         lambda t: sft(t, "--out", write(t / "file", "x") / "run"), "run cannot be written: Not a directory"
@@ -418,9 +418,7 @@ RUNS = {
         "run cannot be written: Not a directory; choose another --out"
     ),
     "figures of a broken run": (
-        lambda t: (
-            at(t, {"metrics.jsonl": '{"step', "magnitudes.safetensors": ""}) and ["base/plot.py", t / "run"]
-        ),
+        lambda t: at(t, {"metrics.jsonl": '{"step\\n'}) and ["base/plot.py", t / "run"],
         "metrics.jsonl, line 1 is not JSON",
     ),
     "saliency of nothing": (

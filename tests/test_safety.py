@@ -27,12 +27,17 @@ NETWORK = {
 }
 # What a file may do nevertheless, and why.
 ALLOWED = {
+    (
+        "base/hub.py",
+        "import of huggingface_hub",
+    ): "fetches --model ORG/NAME, inside the function that is asked",
     ("prompts/judge.py", "import of http"): "asks the endpoint that --reward judge:... names",
     ("prompts/judge.py", "import of urllib"): "asks the endpoint that --reward judge:... names",
     (
         "prompts/sources.py",
         "import of huggingface_hub",
     ): "fetches hf://, inside the function that is asked to",
+    ("tests/base/test_hub.py", "import of http"): "is the hub",
     ("tests/conftest.py", "import of socket"): "finds a free port of this machine",
     ("tests/forks.py", "import of socket"): "a Unix socket, of this machine",
     ("tests/prompts/test_judge.py", "import of http"): "is the endpoint",

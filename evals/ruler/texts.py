@@ -110,10 +110,13 @@ class Counter:
 
     def encode(self, text):
         """A full text -> token ids. Of the added tokens that it spells only the template's act; in a document
-        <|im_end|> is plain text, see chat.encode_parts. Without a template all act."""
+        <|im_end|> is plain text, see chat.encode_parts. Without a template all act; vt's example is not in
+        it."""
         if self.template is None:
             return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         head, tail = self.template.split("{task_template}")
+        if not text.startswith(head):
+            return chat.text_ids(self.tokenizer, text)
         end = text.rindex(tail)
         parts = [(head, True), (text[len(head) : end], False), (tail, True), (text[end + len(tail) :], False)]
         return [token for part in chat.encode_parts(self.tokenizer, parts) for token in part]

@@ -61,12 +61,10 @@ PLACES = {
     "results": compared("results.jsonl"),
     "settings": compared("settings.json"),
     "metrics": lambda t: (
-        at(t, {"magnitudes.safetensors": ""})
-        and fifo(t / "run" / "metrics.jsonl")
-        and ["base/plot.py", t / "run"]
+        at(t, {"config.json": "{}"}) and fifo(t / "run" / "metrics.jsonl") and ["base/plot.py", t / "run"]
     ),
     "magnitudes": lambda t: (
-        at(t, {"metrics.jsonl": '{"step": 1, "reward": 0}'})
+        at(t, {"metrics.jsonl": '{"step": 1, "reward": 0}\n'})
         and fifo(t / "run" / "magnitudes.safetensors")
         and ["base/plot.py", t / "run"]
     ),

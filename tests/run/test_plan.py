@@ -210,7 +210,7 @@ def test_replicas_shard_over_fewer_ranks_and_context_groups_share_tokens():
         (["--model", "Qwen3-8B", "--context", 1000, "--max-completion", 1000], "leaves no room for a prompt"),
         (["--model", "Qwen3-8B", "--context", 65536], "more than the 40960 tokens of Qwen3-8B"),
         (["--gpu-memory", 0], "--gpu-memory must be more than 0"),
-        (["--vllm-share", 1.5], "--vllm-share is a share"),
+        (["--vllm-share", 1.5], "--vllm-share must be at most 1, not 1.5"),
         (["--ranks", 3], "--prompts 16 cannot be shared: 1 updates x 3 ranks"),
         (
             ["--ranks", 6, "--context-parallel", 2],
