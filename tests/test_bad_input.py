@@ -418,7 +418,7 @@ RUNS = {
         "run cannot be written: Not a directory; choose another --out"
     ),
     "figures of a broken run": (
-        lambda t: at(t, {"metrics.jsonl": '{"step\\n'}) and ["base/plot.py", t / "run"],
+        lambda t: at(t, {"metrics.jsonl": '{"step\n'}) and ["base/plot.py", t / "run"],
         "metrics.jsonl, line 1 is not JSON",
     ),
     "saliency of nothing": (
