@@ -261,7 +261,8 @@ shown = samples.Groups(tokenizer, config.log_groups)
 journal = Journal(directory, config, progress.step, "train", device, shown.of_failure)
 best.go_on(directory, progress.step)
 if held_out and config.eval_before and not checkpoint:
-    progress.before = evaluate(held_out, sample, config.eval_completions, "before:" * main)
+    with journal.told():
+        progress.before = evaluate(held_out, sample, config.eval_completions, "before:" * main)
 
 # ------------------------------------------------------------------------------------------------------ loop
 
@@ -273,7 +274,7 @@ with journal:
         clock.restart()
         learning_rate = config.learning_rate * schedule.warmup_factor(step, config.warmup)
         schedule.set_rate(optimizer, learning_rate)
-        with progress.saved_before_it_stops(save):
+        with progress.saved_before_it_stops(f"step {step}", save):
             batch, sampled, rounds = dapo.fill_batch(sample_round, *filling)
         if interrupt.asked():
             break  # this step has changed nothing yet
@@ -319,9 +320,12 @@ with journal:
 
         progress.finish_step(step, rounds * config.prompts)
         line = metrics.of_step(config, progress, clock, batch, sampled, rounds, updates, learning_rate)
-        line |= best.evaluate(step, sample, model, compute_dtype, main)
-        selection = progress.magnitudes, progress.masks
-        journal.step(line, "reward", shown.of_step(step, batch, sampled), selection)
+        lines, selection = shown.of_step(step, batch, sampled), (progress.magnitudes, progress.masks)
+        with progress.saved_before_it_stops(f"held out, after step {step}", save):
+            try:
+                line |= best.evaluate(step, sample, model, compute_dtype, main)
+            finally:  # the step has ended, whatever a reward does on held-out prompts
+                journal.step(line, "reward", lines, selection)
         if step % config.save_every == 0 or step == config.steps:
             save()
 
@@ -334,7 +338,8 @@ if interrupt.asked():
     engine.close()
     sys.exit(EXIT_CODE)
 interrupt.close()
-after = line.get("held_out") or evaluate(held_out, sample, config.eval_completions, "after: " * main)
+with journal.told():
+    after = line.get("held_out") or evaluate(held_out, sample, config.eval_completions, "after: " * main)
 model.save_pretrained(directory / "checkpoint", compute_dtype, companions_from=config.model)
 if main:
     progress.write_results(directory, after)

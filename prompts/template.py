@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from base import durable, limits
 from base.cli import BadInput
@@ -40,6 +40,18 @@ CHATML = r"""{%- for message in messages %}
 GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox without the two operators by which one line can take for ever, or all memory."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context, operator, left, right):
+        sizes = [abs(side) if isinstance(side, (int, float)) else len(side) for side in (left, right)]
+        if operator == "**" or max(sizes) > CHARACTERS or sizes[0] * sizes[1] > CHARACTERS:
+            raise SecurityError(f"{operator} is for small values here")
+        return left * right
+
+
 def raise_exception(message):
     """What templates call to refuse messages."""
     raise TemplateError(message)
@@ -62,7 +74,7 @@ class Template:
             raise BadInput(
                 f"{where}: a chat template of {len(text):,} characters; {CHARACTERS:,} are the most"
             )
-        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        jinja = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         jinja.filters["tojson"] = tojson
         jinja.globals["raise_exception"] = raise_exception
         plain = GENERATION.sub(lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", text)

@@ -42,7 +42,14 @@ class Best:
             if not done:  # a run begins: what is there is of an earlier life without a checkpoint
                 shutil.rmtree(self.directory, ignore_errors=True)
             file = self.directory / "best.json"
-            return durable.read_object(file).get("value") if file.exists() else None
+            if not file.exists():
+                return None
+            value = durable.read_object(file).get("value")
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise BadInput(
+                    f"{file} is not what a run has written: value {value!r:.40}; remove {self.directory}"
+                )
+            return value
 
         value = processes.gather_or_fail(stored)[0]
         self.value = -math.inf if value is None else value
@@ -61,5 +68,4 @@ class Best:
             self.value = value
             notes = {"best.json": {"step": step, "metric": self.metric, "value": value}}
             model.save_pretrained(self.directory, dtype, config.model, notes)
-        line = {"held_out": results}
-        return line
+        return {"held_out": results}

@@ -69,6 +69,15 @@ class Journal:
             if self.report_every and self.done % self.report_every == 0:
                 self.report("running")
 
+    @contextlib.contextmanager
+    def told(self):
+        """An error in here, before or after the steps, stands in the report, too."""
+        try:
+            yield
+        except BadInput as error:
+            self.report(f"stopped: {one_line(error)}")
+            raise
+
     def interrupted(self, flags):
         """A signal has ended the steps, and what they made is saved. flags: that name the run."""
         self.report("interrupted")

@@ -44,14 +44,15 @@ class Progress:
         self.random = resume.random_states()
 
     @contextmanager
-    def saved_before_it_stops(self, save):
-        """An error before a step has trained anything saves, then stops the run: no finished step is lost."""
+    def saved_before_it_stops(self, where, save):
+        """An error between updates saves, then stops the run: no finished step is lost. where: what the
+        message begins with."""
         try:
             yield
         except BadInput as error:
             if self.saved < self.step:
                 save()
-            raise BadInput(f"step {self.step + 1}: {error}") from error
+            raise BadInput(f"{where}: {error}") from error
 
     def write_results(self, directory, after):
         """What a run leaves at its end beside the model: results.json and figures. after: held-out accuracy,

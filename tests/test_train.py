@@ -298,23 +298,26 @@ def score(answer, row):
 """
 
 
-def test_a_reward_that_fails_costs_no_step(runs, tmp_path):
+@pytest.mark.parametrize("every, where", [(0, "step 2"), (1, "held out, after step 1")])
+def test_a_reward_that_fails_costs_no_step(every, where, runs, tmp_path):
     """One worker scores 9 rows with an empty answer, 10 answers to held-out prompts, 16 of step 1, then
-    fails; its trainer saves that step."""
+    fails, in step 2 or on held-out prompts again; its trainer saves step 1."""
     name, prompts = runs("fails"), [{"prompt": f"p{i}", "answer": "a"} for i in range(9)]
     data, held_out = rows(tmp_path / "rows.jsonl", *prompts[:8]), rows(tmp_path / "held.jsonl", prompts[8])
     flags = *SHORT, "--data", data, "--eval-data", held_out, "--eval-completions", 9
     flags += "--reward", "fails:score", "--reward-workers", 1, "--reward-timeout", 99, "--algorithm", "grpo"
+    flags += "--eval-every", every
     result = run_script("train.py", "--name", name, *flags, env=with_module(tmp_path, "fails", FAILS))
     lines = result.stderr.splitlines()
     assert result.returncode == 1 and "ZeroDivisionError: mine" in lines
     last = [line for line in lines if line.strip()][-1]
-    assert last.startswith("train.py: error: step 2: the reward function failed on row rows.jsonl line ")
+    assert last.startswith(f"train.py: error: {where}: the reward function failed on row ")
     assert (ROOT / "runs" / name / "checkpoints" / "LATEST").read_text() == "step-000001\n"
     assert len(read_metrics(ROOT / "runs" / name)) == 1
-    failed = read_samples(ROOT / "runs" / name)[-2:]
-    assert [(line["step"], line["used"]) for line in failed] == [(2, "failed")] * 2
-    assert {c["reward"] for line in failed for c in line["completions"]} == {None}
+    assert f"stopped: train.py: error: {where}" in (ROOT / "runs" / name / "report.html").read_text()
+    failed = [line for line in read_samples(ROOT / "runs" / name) if line["used"] == "failed"]
+    assert [line["step"] for line in failed] == ([] if every else [2, 2])
+    assert {c["reward"] for line in failed for c in line["completions"]} <= {None}
 
 
 STALE = """

@@ -49,6 +49,15 @@ def test_the_best_step_stays_through_later_ones_and_a_crash(tmp_path, monkeypatc
     assert kept(tmp_path) == (2, "a/b.jsonl/accuracy", 0.2)
 
 
+def test_a_note_that_no_run_wrote_is_refused(tmp_path, monkeypatch):
+    offers([0.9, 0.3], tmp_path, monkeypatch)
+    (tmp_path / "best" / "best.json").write_text('{"value": "abc"}')
+    with pytest.raises(
+        BadInput, match="best.json is not what a run has written: value 'abc'; remove .*/best"
+    ):
+        best.Best(CONFIG, HELD_OUT).go_on(tmp_path, 2)
+
+
 def test_a_metric_that_there_is_not_is_refused():
     assert best.Best(replace(CONFIG, best="c.jsonl/accuracy_greedy"), HELD_OUT).set == "c.jsonl"
     assert best.Best(replace(CONFIG, best="accuracy_greedy"), HELD_OUT).key == "accuracy_greedy"
