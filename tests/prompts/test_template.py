@@ -221,7 +221,7 @@ def test_what_ends_a_completion_and_what_is_said_of_the_format(tmp_path, tokeniz
         ("{{ strftime_now('%d') }}", "fails: 'strftime_now' is undefined"),
         ("{% set n = messages|length + 8 %}{{ (n ** (n ** n)) % 3 }}", "fails: .*small values"),
         ("{{ 'x' * 9999999999 }}", "fails: .*small values"),
-        ("{% set n = namespace(x=999) %}{% for i in range(9) %}{% set n.x = n.x * n.x %}{% endfor %}", "small"),
+        ("{% set n = namespace(x=9) %}{% for i in range(9) %}{% set n.x = n.x * n.x %}{% endfor %}", "small"),
         ("{% for i in range(9999) %}" * 2 + "{% set x = i %}" + "{% endfor %}" * 2, "did not end in"),
         ("{{ messages[0].content }} <|other|>", r"has no token <\|other\|>, which the chat template writes"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no control token of tokenizer.json ends"),
