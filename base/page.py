@@ -101,20 +101,22 @@ def cut_end(words, longest=2 * LONGEST_TEXT):
     return words if len(words) <= longest else words[:longest] + " [...]"
 
 
-def samples(groups):
+def samples(groups, filtered="reward"):
     """What was asked and answered, with a search and filters -> HTML; "" without any.
 
+    filtered: what the number is that is filtered by, `score` here.
     groups: [{"title", "kind" (such as "trained", one of the filters), "prompt", "marks" ([start, end] of
     what is marked in the prompt), "answers": [{"score" (a number or None), "facts", "text"}]}]."""
     if not groups:
         return ""
     data = json.dumps(groups, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return SAMPLES + f'<script type="application/json" id="groups">{data}</script>\n'
+    form = SAMPLES.replace("FILTERED", filtered)
+    return form + f'<script type="application/json" id="groups">{data}</script>\n'
 
 
 SAMPLES = """<form class="filters" id="filters">
 <label>search <input type="search" id="search" placeholder="text of prompts and answers"></label>
-<label>reward <select id="reward"><option value="">any</option><option value="right">1 and more</option>
+<label>FILTERED <select id="reward"><option value="">any</option><option value="right">1 and more</option>
 <option value="wrong">below 1</option></select></label>
 <label>used <select id="kind"><option value="">any</option></select></label>
 <span class="turn"><button type="button" id="previous" aria-label="previous">&larr;</button>

@@ -19,9 +19,8 @@ def read_samples(path):
         try:
             group = group_of(limits.parse_json(line))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise BadInput(
-                f"{path}, the line at byte {begin} is not a sample: {error!r}; remove it"
-            ) from error
+            what = "is not a sample as train.py and sft.py write it; remove that line"
+            raise BadInput(f"{path}, the line at byte {begin} {what}") from error
         room -= len(json.dumps(group))
         if room < 0:
             break
@@ -63,12 +62,15 @@ def group_of(row):
     longest = max(600, ROOM // (2 * SHOWN) // max(1, len(row["completions"])))
     answers = []
     for each in row["completions"]:
-        score = each["reward"]
         facts = [f"{name} {said(each.get(key))}" for key, name in FACTS.items() if each.get(key) is not None]
+        if has_score(each):
+            facts.insert(1, f"score {said(each['score'])}")
         facts.append("finished" if each["finished"] else "cut off")
-        answers.append({"score": score, "facts": ", ".join(facts), "text": page.cut(each["text"], longest)})
-    scores = [answer["score"] for answer in answers if run_files.is_number(answer["score"])]
-    mean = f", mean reward {statistics.fmean(scores):.3g}" if scores else ""
+        answer = {"score": each["reward"], "facts": ", ".join(facts), "text": page.cut(each["text"], longest)}
+        answers.append(answer)
+    what = "score" if any(map(has_score, row["completions"])) else "reward"
+    numbers = [each[what] for each in row["completions"] if run_files.is_number(each.get(what))]
+    mean = f", mean {what} {statistics.fmean(numbers):.3g}" if numbers else ""
     title = (
         f"step {row['step']}, prompt {row['prompt_id']}, {row['prompt_tokens']:,} tokens, {row['used']}{mean}"
     )
@@ -77,6 +79,7 @@ def group_of(row):
 
 FACTS = {
     "reward": "reward",
+    "rewards": "each reward",
     "advantage": "advantage",
     "tokens": "tokens",
     "logprob": "mean log-probability",
@@ -84,7 +87,16 @@ FACTS = {
 }
 
 
+def has_score(completion):
+    """Whether advantages are made of something else than `reward`: several rewards, or a weight."""
+    return completion.get("score") is not None and (
+        "rewards" in completion or completion["score"] != completion["reward"]
+    )
+
+
 def said(value):
+    if isinstance(value, list):
+        return " and ".join(map(said, value))
     return number(value) if run_files.is_number(value) else str(value)
 
 

@@ -8,16 +8,18 @@ train.py, one object for each group that is shown (--log-groups), those of a ste
                                PROMPT_CHARACTERS the middle is left out, and it says how much; its tokens
   completions                  of each: text, tokens; finished: whether it stopped by itself; reward (null if
                                the reward function failed), with several the first's, and rewards: each, in
-                               --reward's order (null: timed out); advantage (null unless trained); logprob:
-                               mean over its tokens, nats, as sampled; entropy: mean, nats, of the trainer
-                               before the update (null unless trained)
+                               --reward's order (null: timed out); score: their weighted sum, which
+                               advantages are made of (null as reward); advantage (null unless trained);
+                               logprob: mean over its tokens, nats, as sampled; entropy: mean, nats, of the
+                               trainer before the update (null unless trained)
 
 sft.py, one object for each document that is shown
   step, id, text               the step that trains it; the id of its row; its text, with control tokens
   trained                      [[start, end], ...] of the characters that are trained on
 
-Which are shown is a fixed rule: of the groups in the order of their mean rewards (of documents: of their
-tokens) the first, the last, and others between them at equal distances. So 2 are the worst and the best.
+Which are shown is a fixed rule: of the groups in the order of their mean rewards (with several the first's;
+of documents: of their tokens) the first, the last, and others between them at equal distances. So 2 are the
+worst and the best.
 """
 
 import math
@@ -78,14 +80,14 @@ class Groups:
         def of_each(values):
             return [None] * len(group.completions) if values is None else values.tolist()
 
-        made = group.rewards, group.advantages, group.entropies, group.values
-        columns = (of_each(values) for values in made)
+        made = group.rewards, group.scores, group.advantages, group.entropies, group.values
+        columns = zip(group.completions, *map(of_each, made), strict=True)
         completions = []
-        for completion, reward, advantage, entropy, each in zip(group.completions, *columns, strict=True):
+        for completion, reward, score, advantage, entropy, each in columns:
             known = [logprob for logprob in completion.logprobs if math.isfinite(logprob)]
             shown = {"text": self.tokenizer.decode(completion.ids, skip_special_tokens=False)}
             shown |= {"tokens": len(completion.ids), "finished": completion.finished}
-            shown |= {"reward": number(reward), "advantage": number(advantage)}
+            shown |= {"reward": number(reward), "score": number(score), "advantage": number(advantage)}
             if each is not None and len(each) > 1:
                 shown["rewards"] = [number(value) for value in each]
             shown |= {"logprob": number(sum(known) / len(known)) if known else None}

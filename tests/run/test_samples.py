@@ -1,9 +1,12 @@
 """run/samples.py: which groups are shown, and how."""
 
+import math
+
 import torch
 from conftest import ROOT
 
 from prompts import chat
+from rollout import Completion, Group
 from run import samples
 
 
@@ -33,6 +36,15 @@ def test_characters_that_are_trained_on_are_marked():
     marked = [line["text"][start:end] for start, end in line["trained"]]
     assert marked == ["日本 né<|im_end|>", "ok<|im_end|>"]
     assert line["text"].count("<|im_start|>user\né?<|im_end|>") == 1
+
+
+def test_of_several_rewards_each_and_their_weighted_sum_are_kept():
+    tokenizer = chat.load_tokenizer(ROOT / "assets" / "tiny", 10**6)
+    group = Group(0, [5], [Completion([6], [-0.5], True), Completion([7], [-0.5], True)], id=3)
+    group.take_rewards(torch.tensor([[1.0, 0.5], [0.0, math.nan]]), torch.tensor([1.0, 0.5]))
+    (line,) = samples.Groups(tokenizer, 1).of_step(1, [group], [group])
+    found = [(each["reward"], each["rewards"], each["score"]) for each in line["completions"]]
+    assert found == [(1.0, [1.0, 0.5], 1.25), (0.0, [0.0, None], 0.0)]
 
 
 def test_numbers_that_json_cannot_hold_are_null():
