@@ -64,9 +64,10 @@ def read_json(path, what="what train.py leaves"):
     try:
         value = limits.parse_json(limits.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not {what}: {error!r}; remove it") from error
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path} is not {what}: {reason}") from error
     if not isinstance(value, dict):
-        raise BadInput(f"{path} is not {what}: no JSON object; remove it")
+        raise BadInput(f"{path} is not {what}: no JSON object")
     return value
 
 

@@ -7,24 +7,31 @@ the run's directory only. Whatever number of steps there are, curves keep about 
 samples some from each part of the run are shown, most of them the newest; samples.jsonl has all.
 """
 
+import html
+import re
 import statistics
-import sys
 import time
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 
-from base import page, run_files
+from base import limits, page, run_files
 from base.chart import Line, chart, heads, number, wilson
-from base.cli import BadInput, one_line_errors
+from base.cli import BadInput, one_line_errors, option, parse
 from run.report_samples import read_samples, samples_note
 
 SHARE = {"limits": (0, 1)}
 SETS = ("blue", "vermillion", "green", "purple")  # colours of held-out sets
 
 
+@dataclass
+class Config:
+    run: str = option("", "directory of a run of train.py or sft.py", positional=True)
+
+
 def write(directory, state=""):
     """The files of the run in `directory` -> directory/report.html, and its path. state: what the run is
-    doing, such as "running"; one that begins with "stopped" is shown as an error.
+    doing, such as "running"; one that begins with "stopped" is shown as an error. Without one the page says
+    what is on disk, or as the last page why the run stopped.
 
     Raises BadInput for a file that is damaged, and when the disk cannot be written."""
     metrics, settings = directory / "metrics.jsonl", run_files.read_json(directory / "config.json")
@@ -37,7 +44,7 @@ def write(directory, state=""):
         *header(directory, settings, rows, held_out, state),
         page.section("Curves", page.grid(held_out_chart(held_out), *charts(metrics, rows))),
         page.section("Held-out prompts", held_out_table(held_out)),
-        page.section("Samples", page.samples(samples), samples_note(samples)),
+        page.section("Samples", page.samples(samples, filtered_by(settings)), samples_note(samples)),
         magnitudes(directory / "magnitudes.safetensors"),
         page.section("Settings", page.fold("every setting (config.json)", page.facts(settings.items()))),
     ]
@@ -57,14 +64,17 @@ def header(directory, settings, rows, held_out, state):
     """-> parts of the page: what was run, where, how far it is, and the numbers to know first."""
     done, steps = rows[-1]["step"] if rows else 0, settings["steps"]
     if not state:
-        state = "finished" if steps <= done and (directory / "checkpoint").exists() else "not finished"
+        finished = steps <= done and (directory / "checkpoint").exists()
+        state = "finished" if finished else why_stopped(directory) or "not finished"
     what = ("model", "algorithm", "rule", "data" if settings.get("data") else "task")
     said = [f"{key} {shown(settings[key])}" for key in what if settings.get(key)]
     seconds = [row.get("seconds/total", row.get("seconds")) for row in rows[-20:]]
     seconds = [each for each in seconds if run_files.is_number(each)]
-    left = ""
-    if seconds and state != "finished" and not state.startswith("stopped") and done < steps:
-        left = f", about {duration(statistics.median(seconds) * (steps - done))} left"
+    left, stopped = "", state.startswith("stopped")
+    if state != "finished" and not stopped:
+        left = time.strftime(", as of %Y-%m-%d %H:%M")  # a killed run cannot say that it was
+        if seconds and done < steps:
+            left += f", about {duration(statistics.median(seconds) * (steps - done))} left"
     when = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime((directory / "config.json").stat().st_mtime))
     about = [("started", when), ("written", time.strftime("%Y-%m-%d %H:%M:%S %Z"))]
     environment = directory / "environment.json"
@@ -74,13 +84,29 @@ def header(directory, settings, rows, held_out, state):
         ]
     line = f"{state}: step {done:,} of {steps:,}{left}"
     return [
-        f"<h1>{escape(directory.name)}</h1>\n",
+        f"<h1>{html.escape(directory.name)}</h1>\n",
         page.text(", ".join(said), "small"),
-        page.text(line, "error" if state.startswith("stopped") else ""),
+        page.text(line, "error" if stopped else ""),
         page.progress(done, steps),
         page.tiles(first_numbers(rows, held_out)),
         page.fold("command, versions, machine", page.facts(about)),
     ]
+
+
+def why_stopped(directory):
+    """-> "stopped: ..." if the page says so and the run has not gone on since, else ""."""
+    path, settings = directory / "report.html", directory / "config.json"
+    if not path.exists() or path.stat().st_mtime < settings.stat().st_mtime:  # each start writes settings
+        return ""
+    line = re.search(
+        r'<p class="error">(stopped: .*?): step [\d,]+ of [\d,]+</p>', limits.read_text(path), re.S
+    )
+    return html.unescape(line[1]) if line else ""
+
+
+def filtered_by(settings):
+    several = isinstance(settings.get("reward"), list) and len(settings["reward"]) > 1
+    return "first reward" if several else "reward"
 
 
 def shown(value):
@@ -89,10 +115,10 @@ def shown(value):
 
 def duration(seconds):
     """Seconds -> such as "2 h 5 min"."""
-    minutes, hours = round(seconds / 60), int(seconds // 3600)
+    hours, minutes = divmod(round(seconds / 60), 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{hours} h {minutes - 60 * hours} min" if hours else f"{minutes} min"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def first_numbers(rows, held_out):
@@ -240,7 +266,9 @@ def magnitudes(path):
 
 if __name__ == "__main__":
     one_line_errors()
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] == ["--help"] else 2)
-    print(write(Path(sys.argv[1])))
+    config = parse(Config, __doc__)
+    if not config.run:
+        raise BadInput("no run is given: python -m run.report runs/NAME")
+    if not (Path(config.run) / "config.json").exists():
+        raise BadInput(f"{config.run} has no config.json; give the directory of a run of train.py or sft.py")
+    print(write(Path(config.run)))

@@ -60,7 +60,7 @@ PLOT = {
     ),
     "metrics too large": (drawn(f'{{"step": 1, "reward": {10**400}}}\n'), "line 1 is not a line of metrics"),
     "metrics of sft": (drawn('{"step": 1, "loss": 1}\n'), 'metrics.jsonl has no "reward"'),
-    "results no JSON": (drawn(results="{"), "results.json is not what train.py leaves: JSONDecodeError"),
+    "results no JSON": (drawn(results="{"), "results.json is not what train.py leaves: Expecting"),
     "results without": (drawn(results={}), 'results.json is not what train.py leaves: no "before"'),
     "results text": (
         drawn(results={"before": None, "after": {"a": {"accuracy": "x"}}}),

@@ -3,7 +3,9 @@ browser."""
 
 import itertools
 import json
+import os
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -94,7 +96,8 @@ def test_a_run_under_way_is_shown(tmp_path):
     run = make_run(tmp_path / "run", held_out=HELD_OUT)
     page = Tags(report.write(run, "running").read_text())
     for words in (
-        "running: step 30 of 60, about 2 min left",
+        f"running: step 30 of 60, as of {time.strftime('%Y-%m-%d')} ",
+        ", about 2 min left",
         "Held-out accuracy",
         "0.500 [0.381, 0.619]",  # Wilson's interval of 32 of 64
         "python train.py",
@@ -118,6 +121,47 @@ def test_held_out_results_of_a_finished_run_and_an_error(tmp_path):
     assert run_here("run/report.py", run) == f"{run}/report.html\n"
     text = (run / "report.html").read_text()
     assert "finished: step 60 of 60" in text and "0.500 → 0.500" in text
+
+
+def test_why_a_run_stopped_stays_until_it_goes_on(tmp_path):
+    run = make_run(tmp_path / "run")
+    report.write(run, "stopped: a <b> & 'c'")
+    for _ in range(2):
+        assert "stopped: a <b> & 'c': step 30 of 60" in Tags(report.write(run).read_text()).words
+    os.utime(run / "config.json", (time.time() + 9,) * 2)  # as a start does
+    assert "not finished: step 30 of 60, as of" in report.write(run).read_text()
+
+
+def test_several_rewards_are_shown_with_the_score_that_advantages_are_made_of(tmp_path):
+    run = make_run(tmp_path / "run")
+    write(run / "config.json", {"steps": 60, "reward": ["a:one", "a:two"]})
+    line = sample(1, "trained")
+    line["completions"][0] |= {"rewards": [0.0, 0.5], "score": 0.25}
+    line["completions"][1] |= {"rewards": [1.0, None], "score": 1.0}
+    group = report_samples.group_of(line)
+    assert group["title"].endswith("mean score 0.625")
+    assert group["answers"][0]["facts"].startswith("reward 0, score 0.25, each reward 0 and 0.5, advantage")
+    write(run / "samples.jsonl", json.dumps(line) + "\n")
+    assert "first reward" in Tags(report.write(run).read_text()).words
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(89, "89 s"), (90, "2 min"), (3569, "59 min"), (3599, "1 h 0 min"), (7170, "2 h 0 min")],
+)
+def test_a_duration_never_has_sixty_minutes(seconds, words):
+    assert report.duration(seconds) == words
+
+
+@pytest.mark.parametrize("given, line", [
+    ([], "no run is given: python -m run.report runs/NAME"),
+    (["nowhere"], "nowhere has no config.json; give the directory of a run of train.py or sft.py"),
+    (["evaluation"], "evaluation has no config.json; give the directory of a run of train.py or sft.py"),
+])  # fmt: skip
+def test_what_is_no_run_is_one_line(given, line, tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    write(tmp_path / "evaluation" / "settings.json", {})
+    check_refusal(["run/report.py", *(tmp_path / each for each in given)], line, tmp_path, longest=400)
 
 
 def test_sft_is_shown_with_what_it_trains_on(tmp_path):
@@ -160,10 +204,10 @@ DAMAGED = {
     ),
     "config": ("config.json", "[]", "config.json is not what train.py leaves: no JSON object"),
     "config steps": ("config.json", {"steps": "x"}, 'config.json .* "steps" must be a number'),
-    "environment": ("environment.json", "{", "environment.json is not what train.py leaves: JSONDecodeError"),
+    "environment": ("environment.json", "{", "environment.json is not what train.py leaves: Expecting"),
     "results": ("results.json", {"before": 3, "after": {}}, "results.json is not what train.py leaves: held"),
-    "samples": ("samples.jsonl", '{"step": 1}\n', r"the line at byte 0 is not a sample: KeyError\('text'\)"),
-    "samples deep": ("samples.jsonl", "[" * 10**5 + "\n", "the line at byte 0 is not a sample: "),
+    "samples": ("samples.jsonl", '{"step": 1}\n', "the line at byte 0 is not a sample as train"),
+    "samples deep": ("samples.jsonl", "[" * 10**5 + "\n", "the line at byte 0 is not a sample as train"),
     "magnitudes": ("magnitudes.safetensors", "x", "magnitudes.safetensors cannot be read"),
 }
 
