@@ -1,9 +1,12 @@
 """run/config.py: settings that contradict each other."""
 
+import re
+
 import pytest
+from conftest import ROOT
 
 from base.cli import BadInput, parse
-from run.config import Config, check
+from run.config import MAY_CHANGE, Config, check
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -22,6 +25,14 @@ from run.config import Config, check
 def test_flags_of_another_algorithm_are_refused(settings, message):
     with pytest.raises(BadInput, match=message):
         check(Config(**settings), world=1, cuda=False)
+
+
+def test_the_docs_say_what_is_free_to_change():
+    text = (ROOT / "docs" / "interrupted.md").read_text().split("Free to change:")[1].split("|")[0]
+    listed = {name.replace("-", "_") for name in re.findall("`--([a-z-]+)`", text)}
+    elsewhere = {"model", "data", "eval_data"}  # "where these files lie"
+    of_a_start = {"resume", "plan", "dry_run", "ranks", "gpu_memory"}  # say what to do, not how to train
+    assert listed == set(MAY_CHANGE) - elsewhere - of_a_start
 
 
 def test_a_dual_clip_that_would_clip_every_loss_is_refused():
