@@ -81,7 +81,7 @@ class Template:
         try:
             self.template = jinja.from_string(plain)
         except (TemplateError, RecursionError, MemoryError) as error:
-            raise BadInput(f"{where}: the chat template is no Jinja: {one_line(error)}") from error
+            raise BadInput(f"{where}: the chat template is no Jinja: {reason(error)}") from error
 
     def render(self, messages, thinking, generate=True):
         """[{"role", "content"}, ...] -> text; generate: up to and including the start of the assistant's
@@ -102,12 +102,12 @@ class Template:
             return self.template.render(messages=messages, **how)
         # Whatever a stranger's template raises is an error of its own: a TypeError, a RecursionError.
         except Exception as error:
-            raise BadInput(f"{self.where}: the chat template fails: {one_line(error)}") from error
+            raise BadInput(f"{self.where}: the chat template fails: {reason(error)}") from error
         finally:
             sys.settrace(before)
 
 
-def one_line(error):
+def reason(error):
     return " ".join(f"{error}".split())[:200] or type(error).__name__
 
 
