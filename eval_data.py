@@ -82,6 +82,8 @@ if config.compare:
 # ------------------------------------------------------------------------------------------ what can be asked
 
 subject.check_options(config, "python eval_data.py CHECKPOINT --data FILE --reward module:function")
+workers = config.reward_workers, config.reward_timeout, config.reward_on_timeout
+scoring.check(config.reward, *workers)
 config.checkpoint = hub.local(config.checkpoint)
 sampling = SAMPLING.get(config.sampling, THINKING if config.thinking else NON_THINKING)
 subject.check_seeds(config, sampling, "--sampling paper or qwen3")
@@ -111,9 +113,6 @@ def read_rows():
 
 
 rows = processes.on_rank_0(read_rows)
-if config.reward_timeout and not config.reward_workers:
-    raise BadInput("--reward-timeout needs --reward-workers: a process cannot stop what it is itself in")
-workers = config.reward_workers, config.reward_timeout, config.reward_on_timeout
 score_all = scoring.start(config.reward, *workers)
 score_all([("", row) for _, row in rows])  # a row that the reward cannot use shows now
 how = {"thinking": config.thinking, "limit": limit, "truncate": config.truncate_prompts}

@@ -46,6 +46,23 @@ LOST = 113  # exit code of a worker whose pipes the reward closed
 LONGEST = 300  # characters of an answer that a message shows
 
 
+def check(specs, workers, timeout, on_timeout, weights=()):
+    """Raises BadInput for flags of rewards that contradict each other; arguments as `start`'s, and the
+    weights of --reward-weights, none for 1 each."""
+    if timeout and not workers:
+        raise BadInput("--reward-timeout needs --reward-workers: a process cannot stop what it is itself in")
+    if on_timeout != "stop" and not timeout:
+        raise BadInput(f"--reward-on-timeout {on_timeout} needs --reward-timeout SECONDS")
+    if len(set(specs)) < len(specs):
+        raise BadInput(f"--reward {' '.join(specs)} names a function twice; leave one out")
+    if weights and len(weights) != len(specs):
+        raise BadInput(
+            f"--reward-weights has {len(weights)} numbers for {len(specs)} rewards; give one for each"
+        )
+    if weights and not any(weights):
+        raise BadInput("--reward-weights are all 0, so that no answer is better; give one that is not 0")
+
+
 def start(specs, workers, timeout, on_timeout="stop"):
     """The reward functions "module:function" -> score_all, which maps [(answer text, row), ...] to a list of
     lists of float, for each pair the functions' values.

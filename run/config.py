@@ -8,7 +8,7 @@ import losses
 import saliency
 from base import processes
 from base.cli import BadInput, option
-from prompts import tasks
+from prompts import scoring, tasks
 from run import tracker
 
 
@@ -141,15 +141,8 @@ def check(config, world, cuda):
             f"--prompts {config.prompts} cannot be shared: {config.updates} updates x {workers} {who} need a "
             f"multiple of {config.updates * workers}"
         )
-    if config.reward_timeout and not config.reward_workers:
-        raise BadInput("--reward-timeout needs --reward-workers: a process cannot stop what it is itself in")
-    if config.reward_on_timeout != Config.reward_on_timeout and not config.reward_timeout:
-        raise BadInput(f"--reward-on-timeout {config.reward_on_timeout} needs --reward-timeout SECONDS")
-    rewards, weights = len(config.reward), len(config.reward_weights)
-    if weights not in (0, rewards):
-        raise BadInput(f"--reward-weights has {weights} numbers for {rewards} rewards; give one for each")
-    if len(set(config.reward)) < rewards:
-        raise BadInput(f"--reward {' '.join(config.reward)} names a function twice; weigh it instead")
+    how = config.reward_workers, config.reward_timeout, config.reward_on_timeout
+    scoring.check(config.reward, *how, config.reward_weights)
     if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
         raise BadInput(f"--name {config.name} is not below runs/, where all runs of train.py go")
     check_shared(config, "--name NAME --resume auto")

@@ -215,6 +215,14 @@ DATA = {
         with_data(recall, {"prompt": "x", "answer": "y"}, "--samples", 1, "--reward", "rewards:numeric"),
         'row data line 1: "answer" .* has no number, which rewards:numeric needs',
     ),
+    "own data's reward twice": (
+        recall("--reward", "rewards:exact", "rewards:exact"),
+        "--reward rewards:exact rewards:exact names a function twice",
+    ),
+    "own data's timeout": (
+        recall("--reward-on-timeout", "zero"),
+        "--reward-on-timeout zero needs --reward-timeout",
+    ),
     "own data too long": (
         with_data(recall, {"prompt": "<|im_end|>" * 4000, "answer": "y"}, "--samples", 1),
         "prompt data line 1 has .* tokens; the context leaves 2048",

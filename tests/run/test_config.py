@@ -20,6 +20,10 @@ from run.config import MAY_CHANGE, Config, check
     ({"algorithm": "gspo", "updates": 2, "dual_clip": 3.0}, "--dual-clip is not for --algorithm gspo"),
     ({"algorithm": "clip-cov", "dual_clip": 3.0}, "--dual-clip is not for --algorithm clip-cov"),
     ({"algorithm": "grpo", "overlong_cache": 8}, "--overlong-cache needs --algorithm dapo: grpo does not"),
+    ({"reward_weights": [0.0]}, "--reward-weights are all 0"),
+    ({"reward_weights": [1.0, 1.0]}, "--reward-weights has 2 numbers for 1 rewards"),
+    ({"reward": ["rewards:exact"] * 2}, "--reward rewards:exact rewards:exact names a function twice"),
+    ({"reward_on_timeout": "zero"}, "--reward-on-timeout zero needs --reward-timeout"),
     ({"overlong_cache": 25}, "--overlong-cache 25 is more than --max-completion 24: it is the last of"),
 ])  # fmt: skip
 def test_flags_of_another_algorithm_are_refused(settings, message):
