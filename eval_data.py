@@ -16,7 +16,8 @@ more, and accuracy is the share of right answers. Without --data the prompts are
 With --thinking what follows the last </think> is scored, and nothing if thinking did not end.
 
 Left in --out: settings.json, results.jsonl (a line as each sample ends; answer is the text that was scored,
-rewards the functions' values, score 1 if it is right, else 0), results.md and results.json. The same command
+rewards the functions' values, score 1 if it is right, else 0; rewards_timed_out says that one of them took
+more than --reward-timeout and counts as 0), results.md and results.json. The same command
 goes on where an interrupted one stopped, on any number of ranks.
 """
 
@@ -36,6 +37,7 @@ from evals import html, stats, subject
 from evals.engine import GREEDY, NON_THINKING, PAPER, THINKING, complete, sampling_text
 from evals.results import Results
 from prompts import chat, scoring, sources, tasks
+from prompts.rewards import source_digests
 
 SAMPLING = {"greedy": GREEDY, "paper": PAPER}
 TASK_SAMPLES, TASK_TOKENS, DATA_TOKENS = 256, 24, 2048
@@ -133,7 +135,10 @@ settings = {
     "benchmark": "own data" if config.data else "tasks.py",
     **subject.settings(config.checkpoint, model_config, clamp_about),
     **({"data": processes.on_rank_0(lambda: sources.digest(config.data))} if config.data else task),
-    **{key: getattr(config, key) for key in ("reward", "thinking", "truncate_prompts")},
+    "reward": config.reward,
+    "reward_source": {spec: digest and digest[:16] for spec, digest in source_digests(config.reward).items()},
+    "thinking": config.thinking,
+    "truncate_prompts": config.truncate_prompts,
     "sampling": sampling,
     "samples": len(rows),
     "max_tokens": max_tokens,
@@ -150,7 +155,8 @@ def score(item, prediction):
     answer = chat.answer_text(prediction, config.thinking)
     [values] = score_all([(answer, item["row"])])
     rewards = [0.0 if math.isnan(value) else value for value in values]  # one that took too long
-    return {"answer": answer, "rewards": rewards, "score": float(rewards[0] >= 1)}
+    made = {"answer": answer, "rewards": rewards, "score": float(rewards[0] >= 1)}
+    return {**made, "rewards_timed_out": rewards != values}
 
 
 context = max_tokens + max(len(item["prompt_ids"]) for item in items)
@@ -178,6 +184,7 @@ for name, cell in accuracy.items():
     table.append([name, stats.shown(cell, 2), *means, str(cell["n"])])
 table = stats.markdown(table)
 finished = stats.finished_share(records)
+timed_out = sum(r["rewards_timed_out"] for r in records)
 what = ", ".join(config.data)
 if not config.data:
     length = records[0]["prompt_tokens"]
@@ -193,6 +200,8 @@ text = [
     *("", table, ""),
     f"- {finished:.1%} of the completions ended by themselves",
 ]
-report = {"accuracy": accuracy, "rewards": rewards, "finished": finished}
+if timed_out:
+    text.append(f"- a reward of {timed_out} of {len(records)} answers timed out and counts as 0")
+report = {"accuracy": accuracy, "rewards": rewards, "rewards_timed_out": timed_out, "finished": finished}
 results.write_report(config.tensor_parallel, report, text)
 print(f"report: {html.write(results, records)}")

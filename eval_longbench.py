@@ -3,7 +3,7 @@ Chance is 25.
 
     python eval_longbench.py Qwen3-8B --yarn 4 --data data.json           # the benchmark, zero-shot
     python eval_longbench.py Qwen3-8B --yarn 4 --data data.json --cot     # reasoning first, then the answer
-    python eval_longbench.py Qwen3-8B --data data.json --no-context       # the questions without their texts
+    python eval_longbench.py Qwen3-8B --yarn 4 --data data.json --no-context    # without their texts
     torchrun --nproc-per-node 8 eval_longbench.py Qwen3-8B --yarn 4 --data data.json    # on eight engines
     python eval_longbench.py assets/tiny --data assets/longbench-sample.json --max-input 3900    # a laptop
     python eval_longbench.py --compare runs/longbench/before runs/longbench/after    # paired, with p-values

@@ -10,9 +10,16 @@ from prompts.chat import encode_prompt, load_tokenizer
 
 TINY = ROOT / "assets" / "tiny"
 REWARD = """
+import signal
+
 def first(answer, row):
     assert row["bonus"] == 0.5
     return row["bonus"] + 0.75 * answer.startswith(row["answer"][:5])
+
+def hangs(answer, row):
+    if answer and row["id"] == "row 3":
+        signal.pause()
+    return 1
 """
 
 
@@ -36,8 +43,8 @@ def test_own_data_and_reward(own, tmp_path, monkeypatch):
         "--reward",
         "my_first:first",
         "rewards:exact",
-        "--reward-workers",
-        1,
+        "my_first:hangs",
+        *("--reward-workers", 1, "--reward-timeout", 5, "--reward-on-timeout", "zero"),
         "--max-tokens",
         24,
         "--out",
@@ -53,18 +60,25 @@ def test_own_data_and_reward(own, tmp_path, monkeypatch):
         assert r["prompt"] == tokenizer.decode(ids, skip_special_tokens=False)
         assert r["answer"] == r["prediction"].strip() and r["expected"] == row["answer"]
         exact = r["answer"].lower() == row["answer"].lower()
-        assert r["rewards"] == [0.5 + 0.75 * r["answer"].startswith(row["answer"][:5]), exact]
+        late = r["id"] == "row 3"
+        assert r["rewards"] == [0.5 + 0.75 * r["answer"].startswith(row["answer"][:5]), exact, not late]
+        assert r["rewards_timed_out"] is late
         assert r["score"] == (r["rewards"][0] >= 1)
         assert r["task"] == ("b" if r["id"] > "row 4" else "a") + ".jsonl"
     right = sum(r["score"] for r in records)
     report = json.loads((tmp_path / "results.json").read_text())
+    assert report["rewards_timed_out"] == 1 and "- a reward of 1 of 8 answers timed out" in stdout
     assert right > 0 and report["accuracy"]["all"]["score"] == 100 * right / 8
     table = rows_of(stdout)
-    assert table["all"][1] == f"{0.5 + 0.75 * right / 8:.3f}" and table["b.jsonl"][3] == "3"
+    assert table["all"][1] == f"{0.5 + 0.75 * right / 8:.3f}" and table["b.jsonl"][4] == "3"
     assert stdout.startswith((tmp_path / "results.md").read_text())
-    # Another reward is another evaluation; a copy without the reward's key is named before an engine starts.
+    # Another reward is another evaluation, and so is its file in another version; a copy without the reward's
+    # key is named before an engine starts.
     monkeypatch.syspath_prepend(str(folder))
-    assert "other settings: reward" in refusal(*command, "--reward", "rewards:exact")
+    assert "other settings: reward [" in refusal(*command, "--reward", "rewards:exact")
+    with (folder / "my_first.py").open("a") as file:
+        file.write("# another version")
+    assert "other settings: reward source" in refusal(*command)
     (tmp_path / "c.jsonl").write_text(json.dumps({**rows[0], "bonus": 1}))
     said = refusal(*command[:3], tmp_path / "c.jsonl", *command[5:7], "--out", tmp_path / "new")
     assert "failed on row row 0" in said and not (tmp_path / "new").exists()

@@ -469,12 +469,14 @@ def test_compare_refuses(tmp_path):
     for name, settings in (
         ("b", {"tasks": ["u"]}),
         ("c", {"tasks": ["t"], "lengths": [20]}),
-        ("d", {"tasks": ["t"], "template": "x"}),
+        ("d", {"tasks": ["t"], "reward_source": {"mine:score": "ab"}}),
     ):
         other = directory(tmp_path / name, [record(1)], **settings)
-        changed = {"b": "tasks", "c": "lengths", "d": "template"}[name]
+        changed = {"b": "tasks", "c": "lengths", "d": "reward source"}[name]
         with pytest.raises(BadInput, match=f"cannot be compared: {changed} "):
             stats.compare([a, other])
+    without = directory(tmp_path / "without", [record(1)], tasks=["t"], context=False)
+    assert "1 samples in both" in stats.compare([without, a])  # eval_longbench.py --no-context
     with pytest.raises(BadInput, match="no sample in common"):
         stats.compare([a, directory(tmp_path / "e", [record(2)], tasks=["t"])])
     for path in ("none", "none/results.jsonl", "f"):
