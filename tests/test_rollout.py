@@ -181,7 +181,8 @@ def test_a_clamp_acts_in_vllm_as_in_our_model_and_lets_go(setup, rule):
     clamped = generate(engine)
     assert mismatch(model, clamped, 1.0) > 1e-2  # it acts
     handles = clamped_by_hand(model, chosen)
-    assert mismatch(model, clamped, 1.0) < 2e-5  # as it should, and with no KV cache of before
+    # As it should, and with no KV cache of before: rounding is a hundredth of what the clamp does.
+    assert mismatch(model, clamped, 1.0) < 1e-4
     for handle in handles:
         handle.remove()
     engine.clamp({})

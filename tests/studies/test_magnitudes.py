@@ -15,6 +15,7 @@ from evals import clamp, subject
 from evals.engine import GREEDY
 from evals.results import Results
 from model import Qwen3Config
+from prompts import rewards
 from studies import magnitudes
 
 TINY = ROOT / "assets" / "tiny"
@@ -191,6 +192,7 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypa
         "random-0": [1, 0, 0, 0],
         "top": [0, 0, 0, 0],
     }
+    source = {spec: digest[:16] for spec, digest in rewards.source_digests(["rewards:exact"]).items()}
     for name, values in scores.items():
         _, about = clamp.load(tmp_path / f"{name}.safetensors", config)
         assert (about["rule"], about["draw"], about["fraction"]) == (name.partition("-")[0], 0, 0.3)
@@ -198,7 +200,12 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypa
             "benchmark": "tasks.py",
             **subject.settings(TINY, config, about),
             **{"task": "recall", "facts": 17, "filler": 17},
-            **{"reward": ["rewards:exact"], "thinking": False, "truncate_prompts": False},
+            **{
+                "reward": ["rewards:exact"],
+                "reward_source": source,
+                "thinking": False,
+                "truncate_prompts": False,
+            },
             **{"sampling": GREEDY, "samples": 4, "max_tokens": 24, "seeds": 1},
         }
         wanted = {(f"recall-held out-{i}", 0): ("recall", 34) for i in range(4)}
@@ -218,6 +225,7 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypa
                 "completion_tokens": 9,
                 "finished": True,
                 "rewards": [float(score)],
+                "rewards_timed_out": False,
             }
             results.write(record)
         del results  # and with it the directory's lock
