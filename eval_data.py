@@ -31,8 +31,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from base import hub, processes
+from base import processes
 from base.cli import BadInput, one_line_errors, option, parse
+from core import hub
 from evals import html, stats, subject
 from evals.engine import GREEDY, NON_THINKING, PAPER, THINKING, complete, sampling_text
 from evals.results import Results

@@ -32,8 +32,9 @@ import math
 import sys
 from dataclasses import dataclass
 
-from base import durable, hub, processes
+from base import durable, processes
 from base.cli import BadInput, one_line_errors, option, parse
+from core import hub
 from evals import gsm8k, html, stats, subject
 from evals.engine import GREEDY, PAPER, THINKING, complete, sampling_text
 from evals.results import Results

@@ -38,8 +38,9 @@ import os
 import sys
 from dataclasses import dataclass
 
-from base import hub, processes
+from base import processes
 from base.cli import BadInput, one_line_errors, option, parse
+from core import hub
 from evals import html, longbench, stats, subject
 from evals.engine import NON_THINKING, PAPER, THINKING, Engine, evaluate, sampling_text
 from evals.results import Results

@@ -34,8 +34,9 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-from base import durable, hub, plot, processes
+from base import durable, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
+from core import hub
 from evals import html, stats, subject
 from evals.engine import GREEDY, THINKING, complete, sampling_text
 from evals.results import Results

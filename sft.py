@@ -40,9 +40,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
-from base import durable, hub, plot, processes
+from base import durable, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
-from core import memory, parallel, schedule
+from core import hub, memory, parallel, schedule
 from model import Qwen3
 from prompts import chat, load, sources
 from run import defaults, dry_run, plan, resume, samples

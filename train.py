@@ -30,9 +30,9 @@ import dapo
 import grpo
 import losses
 import saliency
-from base import hub, processes
+from base import processes
 from base.cli import BadInput, one_line_errors, parse
-from core import memory, parallel, schedule
+from core import hub, memory, parallel, schedule
 from model import Qwen3
 from prompts import chat, load, scoring
 from run import defaults, dry_run, metrics, plan, resume, samples

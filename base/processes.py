@@ -139,19 +139,11 @@ def on_rank_0(function):
     rank, world = rank_and_world()
     if world == 1:
         return function()
-    value = problem = None
-    if rank == 0:
-        try:
-            value = function()
-        except BadInput as error:
-            problem = str(error)
+    shared = outcome(function) if rank == 0 else [None, None]
     if not dist.is_initialized():
         connect(rank_and_device()[2], timeout=timedelta(days=1))
-    shared = [value, problem]
     dist.broadcast_object_list(shared)
-    if shared[1]:
-        raise BadInput(shared[1])
-    return shared[0]
+    return value_of(shared)
 
 
 def from_rank_0(function, name):
@@ -162,15 +154,23 @@ def from_rank_0(function, name):
         return function()
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"{name}, start {start}", next(dist.rendezvous("env://"))[0])
-    value = problem = None
     if rank == 0:
-        try:
-            value = function()
-        except BadInput as error:
-            problem = str(error)
-        store.set("result", json.dumps([value, problem]))
+        store.set("result", json.dumps(outcome(function)))
     store.wait(["result"], timedelta(days=1))
-    value, problem = json.loads(store.get("result"))
+    return value_of(json.loads(store.get("result")))
+
+
+def outcome(function):
+    """Call function() -> [what it returned, None], or [None, the text of the BadInput that it raised]."""
+    try:
+        return [function(), None]
+    except BadInput as error:
+        return [None, str(error)]
+
+
+def value_of(outcome):
+    """What a function returned, from its `outcome` on another rank. Raises the BadInput that it raised."""
+    value, problem = outcome
     if problem:
         raise BadInput(problem)
     return value

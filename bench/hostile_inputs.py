@@ -63,6 +63,10 @@ def rl(t, *more):
     return ["train.py", "--model", TINY, "--eval-prompts", 1, "--name", "used", *more]
 
 
+def of_ruler(cache, out):
+    return ["--lengths", 640, "--tasks", "vt", "--samples", 1, "--cache", cache, "--out", out]
+
+
 def foreign(t):
     write(t / "out" / "thesis.tex", "")
     return t / "out"
@@ -126,19 +130,7 @@ PROGRAMS = {
     ),
     "eval_ruler.py": (
         ["evals/subject.py", "eval_ruler.py"],
-        lambda t: [
-            TINY,
-            "--lengths",
-            640,
-            "--tasks",
-            "vt",
-            "--samples",
-            1,
-            "--cache",
-            t / "c",
-            "--out",
-            foreign(t),
-        ],
+        lambda t: [TINY, *of_ruler(t / "c", foreign(t))],
     ),
     "studies/magnitudes.py": (["studies/magnitudes.py"], lambda t: [TINY, "--out", write(t / "f", "")]),
     "studies/perturb.py": (
@@ -350,6 +342,10 @@ def chats():
 VALUES = [None, "", "x", -1, 0, 1.5, 2**31, 10**400, True, [], [1], {}, {"a": 1}, "\ud800", float("inf")]
 
 
+def split_at(regex):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
 def model(t):
     return Path(shutil.copytree(TINY, t / "model"))
 
@@ -415,22 +411,8 @@ def checkpoints():
         ],
         "another model": lambda k: k["model"].update(type="WordPiece"),
         "dropout": lambda k: k["model"].update(dropout=0.9),
-        "a regex that is slow": lambda k: k.update(
-            pre_tokenizer={
-                "type": "Split",
-                "pattern": {"Regex": "(a+)+$"},
-                "behavior": "Isolated",
-                "invert": False,
-            }
-        ),
-        "a regex that is wrong": lambda k: k.update(
-            pre_tokenizer={
-                "type": "Split",
-                "pattern": {"Regex": "(("},
-                "behavior": "Isolated",
-                "invert": False,
-            }
-        ),
+        "a regex that is slow": lambda k: k.update(pre_tokenizer=split_at("(a+)+$")),
+        "a regex that is wrong": lambda k: k.update(pre_tokenizer=split_at("((")),
         "template processor": lambda k: k.update(
             post_processor={"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
         ),

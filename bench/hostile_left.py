@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from hostile_inputs import VALUES, Case, nested, sft, write
+from records import ARM, RESULT
 from safetensors.torch import save_file
 
 
@@ -122,20 +123,6 @@ def tensors():
         yield Case("tensors", name, lambda t, c=change: plotted(t, line(), tensors=c))
 
 
-RESULT = {
-    "id": "line 1",
-    "task": "gsm8k",
-    "length": 0,
-    "seed": 0,
-    "expected": "3",
-    "prediction": "#### 3",
-    "score": 1.0,
-    "prompt_tokens": 1,
-    "completion_tokens": 1,
-    "finished": True,
-}
-
-
 def compared(t, content, settings=None):
     for side in ("a", "b"):
         write(
@@ -198,20 +185,6 @@ def results():
                 *[t / word for word in w.split()],
             ],
         )
-
-
-ARM = {
-    "task": "recall",
-    "algorithm": "dapo",
-    "rule": "top",
-    "fraction": 0.3,
-    "learning_rate": 1e-4,
-    "seed": 1000,
-    "rewards": [0.5],
-    "held_out": {"a": {"prompt_tokens": 9, "accuracy": 0.5}},
-    "moved_selected": 1.0,
-    "moved_unselected": None,
-}
 
 
 def swept():

@@ -6,8 +6,9 @@ import shutil
 import subprocess
 from functools import partial
 
-from hostile_inputs import QUESTION, SMALL, TINY, Case, directory, foreign, model, rl, sft, write
-from hostile_left import RESULT, compared, finished_run, line, plotted
+from hostile_inputs import QUESTION, SMALL, TINY, Case, directory, foreign, model, of_ruler, rl, sft, write
+from hostile_left import compared, finished_run, line, plotted
+from records import RESULT
 
 WRITTEN = (
     "settings.json config.json results.jsonl metrics.jsonl summary.json checkpoint untouched.safetensors"
@@ -80,20 +81,7 @@ def places():
             out,
         ],
         "studies/longbench_sample.py": lambda t, out: ["studies/longbench_sample.py", out],
-        "eval_ruler.py": lambda t, out: [
-            "eval_ruler.py",
-            TINY,
-            "--lengths",
-            640,
-            "--tasks",
-            "vt",
-            "--samples",
-            1,
-            "--cache",
-            out,
-            "--out",
-            foreign(t),
-        ],
+        "eval_ruler.py": lambda t, out: ["eval_ruler.py", TINY, *of_ruler(out, foreign(t))],
     }
     odd = {
         "a FIFO": lambda p: os.mkfifo(p),

@@ -41,8 +41,9 @@ from pathlib import Path
 import torch
 
 import saliency
-from base import bars, durable, hub, page, plot, run_files
+from base import bars, durable, page, plot, run_files
 from base.cli import BadInput, one_line_errors, option, parse
+from core import hub
 from core.checkpoint import load_weights
 from evals import stats, subject
 from evals.engine import dtype

@@ -28,7 +28,7 @@ NETWORK = {
 # What a file may do nevertheless, and why.
 ALLOWED = {
     (
-        "base/hub.py",
+        "core/hub.py",
         "import of huggingface_hub",
     ): "fetches --model ORG/NAME, inside the function that is asked",
     ("prompts/judge.py", "import of http"): "asks the endpoint that --reward judge:... names",
@@ -37,7 +37,7 @@ ALLOWED = {
         "prompts/sources.py",
         "import of huggingface_hub",
     ): "fetches hf://, inside the function that is asked to",
-    ("tests/base/test_hub.py", "import of http"): "is the hub",
+    ("tests/core/test_hub.py", "import of http"): "is the hub",
     ("tests/conftest.py", "import of socket"): "finds a free port of this machine",
     ("tests/forks.py", "import of socket"): "a Unix socket, of this machine",
     ("tests/prompts/test_judge.py", "import of http"): "is the endpoint",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, check_full_disk, check_refusal, refusal, run_here
 from inputs import DEEP, TINY, foreign, model, script, write
+from records import RESULT
 from safetensors.torch import save_file
 
 from base import durable
@@ -70,17 +71,7 @@ def held(tensors, about):
 
 
 def result(**changes):
-    counts = {"prompt_tokens": 1, "completion_tokens": 1, "finished": True}
-    usual = {
-        "id": "line 1",
-        "task": "gsm8k",
-        "length": 0,
-        "seed": 0,
-        "expected": "3",
-        "prediction": "#### 3",
-        "score": 1.0,
-    }
-    return json.dumps({**usual, **counts, **changes}) + "\n"
+    return json.dumps({**RESULT, **changes}) + "\n"
 
 
 def finished(*lines, of=(), **settings):

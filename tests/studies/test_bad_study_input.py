@@ -7,6 +7,7 @@ import json
 import pytest
 from conftest import check_full_disk, check_refusal
 from inputs import foreign, script, write
+from records import ARM
 
 perturb = script("studies/perturb.py", "--prompts", 1)
 
@@ -28,16 +29,7 @@ def ablation(what, *lines, train=""):
 
 def ran(**changes):
     """A line of ablation.py's."""
-    arm = {
-        "task": "recall",
-        "algorithm": "dapo",
-        "rule": "top",
-        "fraction": 0.3,
-        "learning_rate": 1e-4,
-        "seed": 1000,
-    }
-    found = {"rewards": [0.5], "held_out": {"a": {"prompt_tokens": 9, "accuracy": 0.5}}}
-    return json.dumps({**arm, **found, "moved_selected": 1.0, "moved_unselected": None, **changes}) + "\n"
+    return json.dumps({**ARM, **changes}) + "\n"
 
 
 def swept():

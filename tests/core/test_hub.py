@@ -1,4 +1,4 @@
-"""base/hub.py with a hub of our own: a local HTTP server that speaks what the hub's client asks."""
+"""core/hub.py with a hub of our own: a local HTTP server that speaks what the hub's client asks."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from threading import Thread
 import pytest
 from conftest import ROOT, refusal
 
-from base import hub
 from base.cli import BadInput
+from core import hub
 
 SHA = "a" * 40
 KEPT = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{ }"}
@@ -57,7 +57,7 @@ class Hub(BaseHTTPRequestHandler):
 
 def fetch(names, home, endpoint):
     """In a process of its own, as the hub's client reads its environment once -> a line for each name."""
-    code = "import sys\nfrom base import hub\nfrom base.cli import BadInput\nfor name in sys.argv[1:]:\n    "
+    code = "import sys\nfrom core import hub\nfrom base.cli import BadInput\nfor name in sys.argv[1:]:\n    "
     code += "try:\n        print(hub.local(name))\n    except BadInput as error:\n        print(error)"
     env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
     how = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "check": True}

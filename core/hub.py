@@ -10,14 +10,12 @@ from pathlib import Path
 
 from base import processes
 from base.cli import BadInput
+from core.checkpoint import COMPANIONS
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # No code, no weights in other formats, nothing from folders within.
-FILES = (
-    "model.safetensors model-*.safetensors model.safetensors.index.json config.json generation_config.json "
-    "tokenizer.json tokenizer_config.json chat_template.jinja vocab.json merges.txt added_tokens.json "
-    "special_tokens_map.json"
-).split()
+WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+FILES = [*WEIGHTS, "config.json", *COMPANIONS]
 
 
 def local(checkpoint):
