@@ -240,10 +240,12 @@ def encode_parts(tokenizer, parts):
     if split_added_tokens(tokenizer, whole)[1::2] == acting:  # no text spells one: all as it is
         added = tokenizer.get_added_tokens_decoder()
         ids = tokenizer.encode_batch_fast([whole], add_special_tokens=False)[0].ids
-        groups = itertools.groupby(
-            enumerate(ids), lambda place: (place[1] in added and place[0], place[1] in added)
-        )
-        return [[token for _, token in group] for _, group in groups]
+        # A text may begin with a combining character, which Unicode's NFC joins to the token before it.
+        if [token for token in ids if token in added] == list(map(tokenizer.token_to_id, acting)):
+            groups = itertools.groupby(
+                enumerate(ids), lambda place: (place[1] in added and place[0], place[1] in added)
+            )
+            return [[token for _, token in group] for _, group in groups]
     runs = [("", False)]  # of text, or an added token
     for text, of_template in parts:
         for i, piece in enumerate(split_added_tokens(tokenizer, text) if of_template else [text]):

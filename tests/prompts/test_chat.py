@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 import transformers
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from base.cli import BadInput
@@ -289,6 +289,7 @@ def test_what_is_cut_is_one_piece_of_the_longest_message(tiny, turns, limit):
 
 @settings(max_examples=150)
 @given(messages, said)
+@example([{"role": "user", "content": "q"}], "</think>\u0338")  # NFC makes one character of the last two
 def test_trained_on_is_what_the_assistant_says_and_nothing_else(tiny, turns, last):
     turns = [*turns, {"role": "assistant", "content": last}]
     ids, trained = chat.encode_conversation(tiny, turns)
