@@ -149,20 +149,26 @@ def select_rows(magnitudes, fraction=0.3, rule="top", generator=None):
 @torch.no_grad()
 def mask_gradients(model, masks):
     """Zero the gradient rows outside the masks, in place (Algorithm 1, step 4), those of a projection's bias,
-    if it has one, with those of its weight; nothing else is touched.
+    if it has one, with those of its weight; nothing else is touched. -> the squared gradient as it was, added
+    up over the selected rows and over the others that this rank holds, (2,) fp64; masked_step wants it.
 
     Gradients may be plain tensors or FSDP2 DTensors with uneven or empty shards; nothing is communicated.
     Call it after the last backward of a step and before clipping. KeyError for a mask without a parameter.
     """
+    squares = []
     for parameter, mask in masked_parameters(model, masks):
-        local_part(parameter.grad).mul_(mask_rows(mask, parameter.grad))
+        gradient, rows = local_part(parameter.grad), mask_rows(mask, parameter.grad)
+        squares.append(sums(gradient.float().square(), rows))
+        gradient.mul_(rows)
+    return torch.stack(squares).sum(0)
 
 
 @torch.no_grad()
-def masked_step(optimizer, model, masks, unselected="grad"):
-    """optimizer.step() after mask_gradients, and how far it moved W_Q and W_K (and their biases) -> root mean
-    square change of a weight in selected rows and in the others; two 0-dim tensors, NaN where there are no
-    such rows.
+def masked_step(optimizer, model, masks, squares, unselected="grad"):
+    """optimizer.step() after mask_gradients, whose result is `squares`, and how far it moved W_Q and W_K (and
+    their biases) -> moved_selected, moved_unselected, gradient_share, three 0-dim fp64 tensors: root mean
+    square change of a weight in selected rows and in the others, NaN where there are no such rows; share of
+    the squared gradient that lay in selected rows before the mask, NaN if all of it was 0. Of all ranks.
 
     unselected "grad": the optimizer moves a row without gradient as it does, AdamW by the momentum of steps
     that had selected it and by weight decay. "frozen": the row and its moments are afterwards what they were
@@ -179,22 +185,25 @@ def masked_step(optimizer, model, masks, unselected="grad"):
         tensors = [local_part(x) for x in (parameter, *(moments if unselected == "frozen" else ()))]
         kept.append((mask_rows(mask, parameter), tensors, [x.clone() for x in tensors]))
     optimizer.step()
-    sums = torch.zeros(
-        4, dtype=torch.float64, device=kept[0][0].device
-    )  # squared change and weights, selected and not
+    changes, weights = torch.zeros_like(squares), torch.zeros_like(squares)  # squared; how many
     for rows, tensors, before in kept:
         if unselected == "frozen":
             for now, old in zip(tensors, before):
                 now.copy_(torch.where(rows, now, old))
         change = (tensors[0] - before[0]).square()
-        width = change[:1].numel()  # of a row
-        parts = [
-            part for r in (rows, ~rows) for part in ((change * r).sum(dtype=torch.float64), r.sum() * width)
-        ]
-        sums += torch.stack(parts)
+        changes += sums(change, rows)
+        weights += sums(torch.ones_like(change), rows)
+    totals = torch.cat((changes, weights, squares))
     if dist.is_initialized():
-        dist.all_reduce(sums)
-    return (sums[0] / sums[1]).sqrt(), (sums[2] / sums[3]).sqrt()
+        dist.all_reduce(totals)
+    changes, weights, squares = totals.split(2)
+    return *(changes / weights).sqrt(), squares[0] / squares.sum()
+
+
+def sums(values, rows):
+    """`values` of a weight or a bias, `rows` of mask_rows -> their sums over these rows and over the others,
+    (2,) fp64."""
+    return torch.stack([(values * part).sum(dtype=torch.float64) for part in (rows, ~rows)])
 
 
 def masked_parameters(model, masks):

@@ -305,10 +305,10 @@ with journal:
             with clock.stage("mask"):  # LongAct: rows of W_Q and W_K by this update's own activations
                 magnitudes = tracker.magnitudes()
                 masks = saliency.select_rows(magnitudes, config.fraction, config.rule, progress.random_rows)
-                saliency.mask_gradients(model, masks)
+                squares = saliency.mask_gradients(model, masks)
             with clock.stage("step"), memory.explained(config, longest_prompt):
                 masked_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-                moved = saliency.masked_step(optimizer, model, masks, config.unselected)
+                moved = saliency.masked_step(optimizer, model, masks, squares, config.unselected)
                 optimizer.zero_grad()
             updates.append(tally.with_update(norm, masked_norm, moved, magnitudes, masks, progress.masks))
             progress.finish_update(magnitudes, masks)

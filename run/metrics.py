@@ -25,6 +25,7 @@ mismatch_k3                  k3 estimate of KL(sampler || trainer) per token
 importance_capped            share of tokens whose importance weight reached the cap
 grad_norm, grad_norm_masked  gradient norm before and after masking (before clipping)
 selected_share               share of squared Q/K magnitude in the selected rows
+gradient_share               share of the squared gradient of W_Q and W_K in them, before masking
 moved_selected               root mean square change of a weight of W_Q, W_K in one update, in selected rows
 moved_unselected             in the others: by momentum with --unselected grad (null if all are selected)
 mask_overlap                 share of the last update's rows that the one before selected too (at first null)
@@ -50,7 +51,8 @@ import saliency
 from base.cli import BadInput
 
 SUMS = "loss ratio clip_fraction kl entropy mismatch_mean mismatch_k3 importance_capped".split()
-OF_UPDATE = "grad_norm grad_norm_masked selected_share moved_selected moved_unselected".split()
+OF_MOVE = "moved_selected moved_unselected gradient_share".split()
+OF_UPDATE = ["grad_norm", "grad_norm_masked", "selected_share", *OF_MOVE]
 
 
 class Clock:
@@ -140,8 +142,8 @@ class Tally:
     def with_update(self, norm, masked_norm, moved, magnitudes, masks, previous_masks):
         """The same, with what is known once the update was made: gradient norms, saliency.masked_step's
         result, this update's rows and those of the one before."""
-        share = saliency.selected_share(magnitudes, masks).item()
-        values = norm, masked_norm, share, moved[0].item(), moved[1].item()
+        share = saliency.selected_share(magnitudes, masks)
+        values = norm, masked_norm, *torch.stack((share, *moved)).tolist()
         self.of_update = dict(zip(OF_UPDATE, values, strict=True))
         self.mask_overlap = saliency.overlap(masks, previous_masks).item() if previous_masks else None
         return self

@@ -219,7 +219,14 @@ def charts(metrics, rows):
         draw("Entropy", nats, entropy="vermillion"),
         draw("Sampler against trainer", nats, log, mismatch_mean="blue", mismatch_max="orange"),
         draw("Gradient norm", "before clipping", log, grad_norm="grey", grad_norm_masked="vermillion"),
-        draw("Selected rows", "share", SHARE, mask_overlap="purple", selected_share="vermillion"),
+        draw(
+            "Selected rows",
+            "share: kept since the last update; of squared magnitude; of squared gradient",
+            SHARE,
+            mask_overlap="purple",
+            selected_share="vermillion",
+            gradient_share="blue",
+        ),
         draw("Clipped", "share of tokens", clip_fraction="orange", importance_capped="purple")
         if clipped
         else "",

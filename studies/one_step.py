@@ -116,11 +116,11 @@ def take_step(config, engine):
     gradients = {name: parameters[f"{name}.weight"].grad.clone() for name in (Q, K)}
     magnitudes = tracker.magnitudes()
     masks = saliency.select_rows(magnitudes, config.fraction, config.rule)
-    saliency.mask_gradients(model, masks)
+    squares = saliency.mask_gradients(model, masks)
     masked_gradients = {name: parameters[f"{name}.weight"].grad.clone() for name in (Q, K)}
     masked_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    moved = saliency.masked_step(optimizer, model, masks, config.unselected)
+    moved = saliency.masked_step(optimizer, model, masks, squares, config.unselected)
     optimizer.zero_grad()
     after = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     engine.sync(model)

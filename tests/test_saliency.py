@@ -211,13 +211,14 @@ def test_unselected_rows_after_several_steps_are_what_is_promised(family, unsele
     first, second = ({name: torch.zeros_like(weights[name]) for name in names} for _ in range(2))
     for t in range(1, 6):
         masks = select_rows(backward(small), 0.3, "random", generator)  # a fresh draw each step
-        mask_gradients(small, masks)
+        raw = {name: parameters[name].grad.double().square() for name in names}
+        squares = mask_gradients(small, masks)
         masks |= {name: masks[name.replace("bias", "weight")] for name in names}
         gradients = {name: parameters[name].grad.double() for name in names}
         assert not any(gradients[name][~masks[name]].any() for name in names)
         before = {name: parameters[name].detach().clone() for name in names}
         chosen = {name: mask for name, mask in masks.items() if name.endswith("weight")}
-        moved = masked_step(optimizer, small, chosen, unselected)
+        *moved, share = masked_step(optimizer, small, chosen, squares, unselected)
         for name in names:
             m, v = (
                 0.9 * first[name] + 0.1 * gradients[name],
@@ -240,6 +241,8 @@ def test_unselected_rows_after_several_steps_are_what_is_promised(family, unsele
         for value, wanted in zip(moved, (True, False), strict=True):
             rows = torch.cat([change[name][masks[name] == wanted].flatten() for name in names])
             assert value.item() == pytest.approx(rows.double().mean().sqrt().item(), rel=1e-5)
+        selected = sum(raw[name][masks[name]].sum() for name in names)
+        assert share.item() == pytest.approx((selected / sum(x.sum() for x in raw.values())).item(), rel=1e-6)
     if unselected == "grad":
         assert moved[0] > moved[1] > 0
     else:
@@ -249,8 +252,9 @@ def test_unselected_rows_after_several_steps_are_what_is_promised(family, unsele
 def test_with_all_rows_selected_no_other_row_has_moved(small):
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2)
     masks = select_rows(backward(small), 0.3, "all")
-    selected, others = masked_step(optimizer, small, masks, "frozen")
-    assert selected > 0 and others.isnan()
+    squares = mask_gradients(small, masks)
+    selected, others, share = masked_step(optimizer, small, masks, squares, "frozen")
+    assert selected > 0 and others.isnan() and share == 1
 
 
 def test_momentum_still_moves_a_row_that_was_selected_before(small):

@@ -90,6 +90,7 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     for m in metrics:
         assert m["mismatch_mean"] < 1e-5
         assert 0.3 < m["selected_share"] <= 1 and m["grad_norm_masked"] < m["grad_norm"]
+        assert 0 < m["gradient_share"] < 1
         assert m["ratio"] == pytest.approx(1) and m["clip_fraction"] == 0
         assert m["tokens_trained"] < m["tokens_unshared"]
     keys = json.loads((run / "metrics.jsonl").read_text().splitlines()[0]).keys()

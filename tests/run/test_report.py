@@ -38,6 +38,7 @@ def metrics(step):
         "grad_norm_masked": 1.0,
         "mask_overlap": None if step == 1 else 0.9,
         "selected_share": 0.6,
+        "gradient_share": 0.4,
         "learning_rate": 3e-4,
         "seconds": {"rollout": 1.0, "backward": 2.0, "total": 3.5},
         "tokens_per_second": 1234.5,
