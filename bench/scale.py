@@ -26,7 +26,7 @@ from tqdm import tqdm
 from base import processes
 from base.cli import one_line_errors, option, parse
 from model import Qwen3
-from run import plan
+from run import memory_plan
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bf16, from NVIDIA's data sheets
 
@@ -51,7 +51,7 @@ dtype = processes.compute_dtype()
 shape = build(config.shape)
 model = Qwen3.from_config(shape, dtype, device)
 model.checkpointing = config.checkpointing
-block, _ = plan.parameter_counts(shape)
+block, _ = memory_plan.parameter_counts(shape)
 name = torch.cuda.get_device_name() if device.type == "cuda" else ""
 peak_flops = next((1e12 * tflops for card_name, tflops in PEAK_TFLOPS.items() if card_name in name), None)
 G, R = config.completions, config.completion

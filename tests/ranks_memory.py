@@ -1,4 +1,4 @@
-"""Run by torchrun from test_plan.py: every rank's measured peak of an FSDP2 update beside what plan.py
+"""Run by torchrun from test_plan.py: every rank's measured peak of an FSDP2 update beside what memory_plan.py
 predicts, each rank with a group of its own and all with one.
 
 torchrun --nproc-per-node 2 tests/ranks_memory.py CHECKPOINT
@@ -16,7 +16,7 @@ from shapes import draw_group, train_on
 
 from core.parallel import context_group
 from model import Qwen3
-from run import plan
+from run import memory_plan
 
 dist.init_process_group("gloo")
 mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -44,7 +44,7 @@ for sharing in (1, world):
     peak = torch.tensor(max(peak_bytes(update) for _ in range(4)) + held)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     measured = peak.item()
-    lines, _ = plan.training_memory(model.config, 1024, 256, True, world, 4, context_parallel=sharing)
+    lines, _ = memory_plan.training_memory(model.config, 1024, 256, True, world, 4, context_parallel=sharing)
     ratio = sum(lines.values()) / measured
     print(f"{sharing} sharing: predicted / measured {ratio:.3f}, {measured:,} bytes, {lines}", flush=True)
 dist.destroy_process_group()

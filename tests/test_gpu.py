@@ -81,7 +81,7 @@ def test_the_plan_predicts_the_peak_in_bf16():
     from measure import peak_bytes
     from shapes import draw_group, train_on
 
-    from run import plan
+    from run import memory_plan
 
     model = Qwen3.from_config(Qwen3Config(**BIG, tie_word_embeddings=True), torch.bfloat16, "cuda")
     model.checkpointing = True
@@ -90,7 +90,7 @@ def test_the_plan_predicts_the_peak_in_bf16():
     weights = [torch.ones(256, device="cuda")] * 8
     train_on(model, prompt, completions, weights, 1024)  # gradients exist
     measured = peak_bytes(lambda: train_on(model, prompt, completions, weights, 1024))
-    moments = plan.activations(model.config, 8192, 1024, True, 2)
+    moments = memory_plan.activations(model.config, 8192, 1024, True, 2)
     assert max(sum(lines.values()) for lines in moments.values()) == pytest.approx(measured, rel=0.15)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from model import Qwen3Config
-from run import defaults, plan
+from run import defaults, memory_plan
 from run.config import Config
 
 
@@ -24,4 +24,4 @@ def test_what_is_given_stays_and_what_is_long_is_recomputed():
     config = Config(context=4096, max_completion=2048)  # the pass is longer than the context
     lines = defaults.fill(config, c, bf16=True)
     assert config.checkpointing and "up to 8,192 tokens train at once (--no-checkpointing" in lines
-    assert not plan.recomputes(Config(), 4096) and plan.recomputes(Config(), 4097)
+    assert not memory_plan.recomputes(Config(), 4096) and memory_plan.recomputes(Config(), 4097)

@@ -11,7 +11,7 @@ from conftest import ROOT, make_small, refusal, run_here, run_ranks
 
 from core.schedule import passes
 from model import Qwen3, Qwen3Config
-from run import plan
+from run import memory_plan
 
 sys.path.insert(0, str(ROOT / "bench"))
 from measure import peak_bytes
@@ -68,7 +68,7 @@ def test_predicted_memory_is_within_15_percent_of_the_measured_peak(
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     peak = measured(model, optimizer, prompt, lengths, tokens_per_pass)
     tokens = max(sum(lengths[i] for i in part) for part in passes(lengths, tokens_per_pass))
-    lines, _ = plan.training_memory(model.config, prompt, tokens, checkpointing, 1, 4, sharded=False)
+    lines, _ = memory_plan.training_memory(model.config, prompt, tokens, checkpointing, 1, 4, sharded=False)
     assert sum(lines.values()) == pytest.approx(peak, rel=0.15), lines
 
 
@@ -90,7 +90,7 @@ def test_predicted_memory_of_a_pass_of_sft_is_within_15_percent(shape, lengths, 
 
     give_moments(model, optimizer)
     peak = peak_bytes(update) + sum(p.numel() * 4 * 3 for p in model.parameters())
-    lines, _ = plan.training_memory(model.config, 0, sum(lengths), checkpointing, 1, 4, sharded=False)
+    lines, _ = memory_plan.training_memory(model.config, 0, sum(lengths), checkpointing, 1, 4, sharded=False)
     assert sum(lines.values()) == pytest.approx(peak, rel=0.15), lines
 
 
@@ -127,12 +127,12 @@ def test_the_whole_is_the_sum_of_parts_sharded_over_ranks():
     c = Qwen3Config.preset("8B")
     for family in ("llama", "qwen2", "qwen3"):
         c = replace(c, family=family)
-        block, rest = plan.parameter_counts(c)
+        block, rest = memory_plan.parameter_counts(c)
         with torch.device("meta"):
             assert block * c.num_hidden_layers + rest == sum(p.numel() for p in Qwen3(c).parameters())
-    one, _ = plan.training_memory(c, 28672, 8192, True, 1, 2)
-    eight, _ = plan.training_memory(c, 28672, 8192, True, 8, 2)
-    both, _ = plan.training_memory(c, 28672, 8192, True, 8, 2, reference=True)
+    one, _ = memory_plan.training_memory(c, 28672, 8192, True, 1, 2)
+    eight, _ = memory_plan.training_memory(c, 28672, 8192, True, 8, 2)
+    both, _ = memory_plan.training_memory(c, 28672, 8192, True, 8, 2, reference=True)
     assert sum(both.values()) > sum(eight.values()) + 2 * (block * c.num_hidden_layers + rest) / 8
     for line in ("parameters (fp32)", "gradients (fp32)", "optimizer (fp32 moments)"):
         assert one[line] == 8 * eight[line]
@@ -181,8 +181,8 @@ def test_the_plan_of_a_preset_needs_no_files():
 
 def test_replicas_shard_over_fewer_ranks_and_context_groups_share_tokens():
     c = Qwen3Config.preset("8B")
-    one, _ = plan.training_memory(c, 131072, 8192, True, 8, 2, reference=True)
-    shared, _ = plan.training_memory(c, 131072, 8192, True, 8, 2, reference=True, context_parallel=8)
+    one, _ = memory_plan.training_memory(c, 131072, 8192, True, 8, 2, reference=True)
+    shared, _ = memory_plan.training_memory(c, 131072, 8192, True, 8, 2, reference=True, context_parallel=8)
     for line in ("prompt, kept for its backward", "prompt's keys and values", "their gradients"):
         assert one[line] == 8 * shared[line]
     flags = [
