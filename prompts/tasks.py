@@ -54,6 +54,31 @@ def tracking(rng, facts, filler):
     return " ".join(passage), [(question(asked), told[-1])]
 
 
+def chain(rng, facts, filler, hops=2, asked=1):
+    """As `recall`, but of hops + 1 names the first has a code, and each other has the code of the one before
+    it: "The code for Nora is the code for Hugo." The questions are about the last of a chain, and
+    when there are no more of those, about others.
+
+    -> passage, [(question, answer), ...]; an answer names the code itself, "The code for Nora is red lamp
+    ink."
+    """
+    length = hops + 1
+    names = rng.sample(NAMES, facts // length * length)
+    told, answers = [], {}
+    for i, name in enumerate(names):
+        if i % length == 0:
+            told.append(fact(rng, name))
+            code = told[-1].split(" is ")[1]
+        else:
+            told.append(f"The code for {name} is the code for {names[i - 1]}.")
+        answers[name] = f"The code for {name} is {code}"
+    lasts = set(names[hops::length])
+    passage = " ".join(hide(rng, told, filler))
+    rng.shuffle(names)
+    picked = sorted(names, key=lambda name: name not in lasts)[:asked]
+    return passage, [(question(name), answers[name]) for name in picked]
+
+
 def fact(rng, name):
     """-> the sentence that tells the code of `name`, three random words."""
     return f"The code for {name} is {' '.join(rng.sample(WORDS, 3))}."
@@ -75,8 +100,9 @@ def hide(rng, facts, filler):
     return sentences
 
 
-TASKS = {"recall": recall, "tracking": tracking}
-MOST_FACTS = {"recall": len(NAMES), "tracking": 2 * len(NAMES)}
+TASKS = {"recall": recall, "tracking": tracking, "chain": chain}
+LEAST_FACTS = {"recall": 1, "tracking": 2, "chain": 3}
+MOST_FACTS = {"recall": len(NAMES), "tracking": 2 * len(NAMES), "chain": len(NAMES)}
 
 
 class Source:
@@ -84,9 +110,9 @@ class Source:
     BadInput for more facts than there are names, or fewer than the task needs."""
 
     def __init__(self, task, seed, facts, filler):
-        least = 2 if task == "tracking" else 1
-        if not least <= facts <= MOST_FACTS[task]:
-            raise BadInput(f"--facts {facts}: the task {task} can have {least} to {MOST_FACTS[task]}")
+        least, most = LEAST_FACTS[task], MOST_FACTS[task]
+        if not least <= facts <= most:
+            raise BadInput(f"--facts {facts}: the task {task} can have {least} to {most}")
         self.task, self.seed, self.facts, self.filler = task, seed, facts, filler
 
     def __getitem__(self, i):

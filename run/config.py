@@ -56,7 +56,9 @@ class Config(Shared):
     reward_timeout: float = option(0.0, "seconds to score an answer (0: any)", least=0)
     reward_on_timeout: str = option("stop", "then save and stop, or score it zero", ["stop", "zero"])
     thinking: bool = option(False, "the model thinks first; the answer follows </think>")
-    task: str = option("recall", "without --data: recall or track facts", list(tasks.TASKS))
+    task: str = option(
+        "recall", "without --data: recall, tracking or chain, see prompts/tasks.py", list(tasks.TASKS)
+    )
     facts: int = option(17, "task: facts in a passage")
     filler: int = option(17, "task: filler sentences in a passage", least=0, most=10**5)
     # The seed's limit: vLLM gets it times 2^32.
