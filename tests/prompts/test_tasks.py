@@ -1,26 +1,14 @@
 """prompts/tasks.py: a reader without a model finds every answer in its passage."""
 
 import random
-import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passages import TOLD, read
 
 from base.cli import BadInput
 from prompts import tasks
-
-TOLD = re.compile(r"The code for (\w+) is (?:the code for (\w+)|([a-z]+ [a-z]+ [a-z]+))\.")
-
-
-def read(passage, name):
-    """Follow a name through the passage -> its code, and the hops it took. The last sentence about a name is
-    right."""
-    told = {who: (other, code) for who, other, code in TOLD.findall(passage)}
-    hops = 0
-    while told[name][0]:
-        name, hops = told[name][0], hops + 1
-    return told[name][1], hops
 
 
 @settings(max_examples=60, deadline=None)
