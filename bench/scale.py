@@ -5,9 +5,8 @@ vLLM.
     python bench/scale.py --shape laptop --prompts 512 1024 --completion 64
 
 Weights and gradients are in bf16 and there is no optimizer: one GPU cannot hold the fp32 weights and moments
-of a 4B model, which FSDP2 shards. FLOPs are the model's: 6 per weight and token (head: completion tokens
-only) and 12 per head size, head and pair of tokens that attend; what --checkpointing computes again is not
-counted.
+of a 4B model, which FSDP2 shards. FLOPs are the model's (bench/shapes.py): what --checkpointing computes
+again is not counted.
 """
 
 import json
@@ -20,15 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from measure import peak_bytes, seconds
-from shapes import build, card, draw_group, train_on
+from shapes import build, card, draw_group, model_flops, peak_flops, train_on
 from tqdm import tqdm
 
 from base import processes
 from base.cli import one_line_errors, option, parse
 from model import Qwen3
-from run import memory_plan
-
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bf16, from NVIDIA's data sheets
 
 
 @dataclass
@@ -40,6 +36,7 @@ class Config:
     tokens_per_pass: int = option(8192, "completion tokens that train at once", least=1)
     checkpointing: bool = option(True, "recompute blocks in backward")
     rounds: int = option(3, "timed rounds", least=1)
+    least: float = option(4.0, "time more rounds until so many seconds have passed", least=0)
     out: str = option("", "file for the results as JSON lines")
 
 
@@ -51,9 +48,7 @@ dtype = processes.compute_dtype()
 shape = build(config.shape)
 model = Qwen3.from_config(shape, dtype, device)
 model.checkpointing = config.checkpointing
-block, _ = memory_plan.parameter_counts(shape)
-name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-peak_flops = next((1e12 * tflops for card_name, tflops in PEAK_TFLOPS.items() if card_name in name), None)
+peak = peak_flops()
 G, R = config.completions, config.completion
 weights = [torch.full((R,), 1e-3, device=device) for _ in range(G)]
 
@@ -69,10 +64,8 @@ bar = tqdm(config.prompts, unit="length")
 for P in bar:
     prompt, completions = draw_group(shape, P, [R] * G, device)
     step = partial(run, prompt, completions)
-    (taken,) = seconds(step, rounds=config.rounds)
-    tokens, pairs = P + G * R, P * P / 2 + G * R * (P + R / 2)
-    linear = 6 * (block * shape.num_hidden_layers * tokens + shape.vocab_size * shape.hidden_size * G * R)
-    attention = 12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * pairs
+    (taken,) = seconds(step, rounds=config.rounds, least=config.least)
+    tokens, flops = P + G * R, model_flops(shape, P, [R] * G)
     result = {
         "card": card(shape),
         "P": P,
@@ -81,11 +74,11 @@ for P in bar:
         "seconds": taken,
         "tokens_per_second": tokens / taken,
         "unshared_tokens_per_second": G * (P + R) / taken,
-        "flops_utilisation": (linear + attention) / taken / peak_flops if peak_flops else None,
-        "tflops": (linear + attention) / taken / 1e12,
+        "flops_utilisation": flops / taken / peak if peak else None,
+        "tflops": flops / taken / 1e12,
         "peak_bytes": peak_bytes(step),
     }
-    utilisation = f"{result['flops_utilisation']:.1%}" if peak_flops else "unknown for this device"
+    utilisation = f"{result['flops_utilisation']:.1%}" if peak else "unknown for this device"
     bar.write(
         f"P {P:6} G {G} R {R}: {taken:.3f} s, {tokens / taken:,.0f} tokens/s (unshared it would take "
         f"{G * (P + R) / taken:,.0f}), {result['tflops']:.2f} TFLOP/s, utilisation {utilisation}, "

@@ -7,6 +7,9 @@ import torch
 
 from core import schedule
 from core.checkpoint import Qwen3Config
+from run import memory_plan
+
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bf16, from NVIDIA's data sheets
 
 # 4 layers, 256 wide, 8 query and 2 key heads of 32: small enough that one row per completion still fits two
 # cores.
@@ -27,6 +30,22 @@ def card(config):
         f"Qwen3 with {c.num_hidden_layers} layers, {c.hidden_size} wide, {c.num_attention_heads} query and "
         f"{c.num_key_value_heads} key heads of {c.head_dim}, vocabulary {c.vocab_size:,}"
     )
+
+
+def peak_flops():
+    """Dense bf16 FLOPs a second of this GPU by its data sheet; None for one that is not listed, or a CPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((1e12 * tflops for card, tflops in PEAK_TFLOPS.items() if card in name), None)
+
+
+def model_flops(config, prompt, lengths):
+    """FLOPs of a group's forward and backward by a Qwen3Config: 6 per weight and token (head: completion
+    tokens only) and 12 per head size, head and pair of tokens that attend. Recomputation is not counted."""
+    block, _ = memory_plan.parameter_counts(config)
+    pairs = prompt**2 / 2 + sum(n * (prompt + n / 2) for n in lengths)
+    linear = block * config.num_hidden_layers * (prompt + sum(lengths))
+    linear += config.vocab_size * config.hidden_size * sum(lengths)
+    return 6 * linear + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
 
 
 def transformers_twin(model, dtype, device):

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, make_small
 from torch.profiler import ProfilerActivity, profile
 
+from base import environment
 from core.attention import GroupAttention, Layout, causal_attention
 from core.parallel import Share
 from model import Qwen3, Qwen3Config
@@ -98,3 +99,9 @@ def test_a_checkpoint_loads_on_the_gpu(tmp_path):
     make_small().save_pretrained(tmp_path)
     model = Qwen3.from_pretrained(tmp_path, torch.bfloat16, "cuda")
     assert model(torch.arange(10, device="cuda")[None]).isfinite().all()
+
+
+def test_a_run_notes_what_it_computes_with():
+    versions = environment.describe()["versions"]
+    assert versions["cuda"] == torch.version.cuda and versions["cudnn"] > 9000
+    assert versions["nccl"].count(".") == 2

@@ -3,10 +3,16 @@ refuses."""
 
 import ast
 import json
+import os
 import random
 import re
+import shlex
 import signal
+import socket
+import subprocess
+import sys
 
+import forks
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -105,9 +111,76 @@ def test_a_run_leaves_what_it_promises(runs):
     assert len(samples[0]["text"]) < len(samples[1]["text"])  # the shortest and the longest of the step
 
 
-def test_two_ranks_small_passes_and_recomputed_blocks_give_the_metrics_of_one_process(runs):
-    result = run_ranks(2, *command(runs, "two", "--tokens-per-pass", 250, "--checkpointing"))
-    assert result.returncode == 0, result.stderr[-3000:]
+SIGNALLED = """
+import os, runpy, signal, sys, time
+from base import durable
+del sys.argv[0]
+append = durable.append
+def signalled(file, *rows):
+    append(file, *rows)
+    if file.name.endswith("metrics.jsonl"):
+        os.kill(int(os.environ["BATCH_SCRIPT"]), signal.SIGUSR1)
+        while signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL:  # it has come here
+            time.sleep(0.01)
+durable.append = signalled
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+SRUN = """#!/bin/bash
+# The command on each of SLURM_NNODES nodes, which are this machine; a signal goes to each.
+while [[ $1 == --* ]]; do shift; done
+export BATCH_SCRIPT=$PPID
+trap 'kill -USR1 "${nodes[@]}"' USR1
+for ((i = 0; i < SLURM_NNODES; i++)); do "$@" & nodes[i]=$!; done
+code=0
+for node in "${nodes[@]}"; do
+    wait "$node"; ended=$?
+    while kill -0 "$node" 2>/dev/null; do wait "$node"; ended=$?; done
+    ((ended > code)) && code=$ended
+done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> "${0%/*}/requeued"; fi
+"""
+# torchrun and its ranks as forks (forks.py)
+TORCHRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do flags+=("$1"); shift; done
+exec {python} -m torch.distributed.run "${{flags[@]}}" --no-python {python} "$@"
+"""
+
+
+def batch_job(directory, number, restarts, *arguments):
+    """recipes/slurm.sh as Slurm starts it on the first of two nodes -> its exit code and what it printed."""
+    (directory / "bin").mkdir(exist_ok=True)
+    start = shlex.join([sys.executable, forks.__file__])
+    for name, text in ("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TORCHRUN.format(python=start)):
+        (directory / "bin" / name).write_text(text)
+        (directory / "bin" / name).chmod(0o755)
+    slurm = {"NNODES": 2, "JOB_ID": number, "RESTART_COUNT": restarts, "JOB_NODELIST": "node[1-2]"}
+    slurm |= {"GPUS_ON_NODE": 1, "SUBMIT_DIR": ROOT}
+    environment = {f"SLURM_{key}": str(value) for key, value in slurm.items()}
+    environment |= {"VENV": str(directory), "PYTHONPATH": str(ROOT)}
+    command = ["bash", ROOT / "recipes" / "slurm.sh", *arguments]
+    how = {"env": {**os.environ, **environment}, "capture_output": True, "text": True, "timeout": 600}
+    result = subprocess.run(list(map(str, command)), **how)
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_a_job_on_two_nodes_whose_time_ends_is_requeued_and_gives_the_metrics_of_one_process(runs):
+    """Small passes, blocks recomputed. Slurm's signal comes with the first line of metrics.jsonl; no
+    checkpoint was due."""
+    (runs / "signalled.py").write_text(SIGNALLED)
+    script, *flags = command(runs, "two", "--tokens-per-pass", 250, "--checkpointing", "--save-every", 9)
+    with socket.socket() as free:
+        unused = (n for n in random.sample(range(10000), 99) if free.connect_ex(("127.0.0.1", 20000 + n)))
+        job = 120000 + next(unused)
+    code, printed = batch_job(runs, job, 0, runs / "signalled.py", script, *flags)
+    assert code == 75, printed
+    assert "interrupted after step 1" in printed and len(read_metrics(runs / "two")) == 1
+    assert (runs / "bin" / "requeued").read_text() == f"requeue {job}\n"
+    code, printed = batch_job(runs, job, 1, script, *flags)
+    assert code == 0 and "going on after step 1" in printed, printed
+    assert (runs / "bin" / "requeued").read_text() == f"requeue {job}\n"
     for one, two in zip(read_metrics(runs / "whole"), read_metrics(runs / "two"), strict=True):
         assert two.pop("passes") > one.pop("passes")
         assert two == pytest.approx(one, rel=1e-4)

@@ -122,8 +122,8 @@ def files(tmp_path_factory):
 
 
 def test_there_is_a_recipe_for_every_row_and_each_value_says_where_it_is_from():
-    assert {path.stem for path in (ROOT / "recipes").iterdir()} == {"sft", "rl", *ROWS}
-    for path in (ROOT / "recipes").iterdir():
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == {"sft", "rl", *ROWS}
+    for path in (ROOT / "recipes").glob("*.toml"):
         lines = ["", *path.read_text().splitlines()]
         for above, line in itertools.pairwise(lines):
             assert not re.match(r"\w+ =", line) or " # " in line or above.startswith("# "), line

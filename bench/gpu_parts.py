@@ -1,0 +1,277 @@
+"""The parts of bench/gpu.py that measure. Each yields rows of its results.jsonl, without "part" and "state".
+
+python bench/gpu_parts.py PART RESULTS    # what bench/gpu.py starts; appends to RESULTS
+"""
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.distributed as dist
+from measure import peak_bytes, seconds, synchronize
+from shapes import LAPTOP, build, card, draw_group, model_flops, peak_flops, train_on
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.profiler import ProfilerActivity, profile
+
+import saliency
+from base import environment, processes
+from core.attention import GroupAttention, Layout, flash, flash_backward
+from core.parallel import Share
+from model import HEAD_CHUNK_ELEMENTS, Qwen3, Qwen3Config
+from run import memory_plan
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = torch.device("cuda" if CUDA else "cpu"), processes.compute_dtype()
+GIB = 2**30
+
+
+@dataclasses.dataclass
+class Sizes:
+    """What is measured: a model, a group in passes, and the sides of a matrix product M x K x N."""
+
+    model: Qwen3Config
+    prompt: int
+    lengths: list
+    tokens_per_pass: int
+    product: tuple
+    copied: int  # bytes
+
+
+# Layers of 8B, so few that fp32 weights, gradients and moments fit one GPU beside the activations.
+CARD = Sizes(
+    dataclasses.replace(build("8B"), num_hidden_layers=6), 28672, [4096] * 4, 8192, (8192, 4096, 12288), 2**31
+)
+SMALL = Sizes(
+    dataclasses.replace(LAPTOP, num_hidden_layers=2, vocab_size=512),
+    96,
+    [16, 9, 16, 7],
+    32,
+    (64, 64, 64),
+    2**20,
+)
+SIZES = CARD if CUDA else SMALL
+
+
+def per_second(flops, taken):
+    """FLOPs in `taken` seconds -> the keys tflops and, for a card whose peak is known, mfu."""
+    peak = peak_flops()
+    return {"tflops": flops / taken / 1e12} | ({"mfu": flops / taken / peak} if peak else {})
+
+
+def fill(model):
+    """Random weights on the model's own device; returns the model."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if name.endswith("norm.weight"):
+                shard.fill_(1)
+            else:
+                shard.normal_(0, model.config.initializer_range)
+    return model
+
+
+def machine(sizes):
+    """The card, its memory, and the versions of what runs on it."""
+    found = environment.describe()
+    memory = f"{torch.cuda.get_device_properties(0).total_memory / GIB:.2f} GiB, " if CUDA else ""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    yield {"what": "card", "note": f"{found['machine']['device']}, {memory}{versions}"}
+    yield {"what": "model", "note": card(sizes.model)}
+
+
+def ceilings(sizes):
+    """What the card gives at best to what a step is made of: a matrix product of the MLP's shape, one of the
+    head's, a copy."""
+    M, K, N = sizes.product
+    V, C = sizes.model.vocab_size, sizes.model.hidden_size
+    chunk = max(1, min(M, HEAD_CHUNK_ELEMENTS // V))
+    for what, m, k, n in (
+        ("matrix product, MLP", M, K, N),
+        ("matrix product, a chunk of the head", chunk, C, V),
+    ):
+        a, b = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in ((m, k), (k, n)))
+        (taken,) = seconds(partial(torch.mm, a, b), rounds=10, least=0)
+        yield {"what": f"{what}, {m} x {k} x {n}", "seconds": taken, **per_second(2 * m * k * n, taken)}
+    source = torch.empty(sizes.copied, dtype=torch.uint8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    (taken,) = seconds(partial(target.copy_, source), rounds=10, least=0)
+    yield {"what": "copy", "seconds": taken, "terabytes_per_second": 2 * sizes.copied / taken / 1e12}
+
+
+def cudnn(q, k, v, causal):
+    """flash and flash_backward (core/attention.py) by cuDNN's kernels: the same arguments and results."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, lse, *rest = operator(q, k, v, None, True, 0.0, causal)
+    return out.transpose(1, 2), lse, rest[:6]
+
+
+def cudnn_backward(grad, q, k, v, out, lse, rest, causal):
+    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+    *lengths, seed, offset = rest
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    gradients = operator(grad, q, k, v, out, lse, seed, offset, None, *lengths, 0.0, causal)
+    return tuple(x.transpose(1, 2) for x in gradients)
+
+
+def there_and_back(tensors, layout, grad):
+    GroupAttention.apply(*tensors, layout).backward(grad)
+
+
+def attention(sizes):
+    """The kernels of a pass's queries to the prompt's keys, and of the prompt to itself; then GroupAttention
+    whole, with completions of equal and of unequal lengths. Backward gets an output and a log-sum-exp that
+    are not this softmax's own, as GroupAttention gives it: `difference` is flash's gradients to cuDNN's."""
+    c, P, R = sizes.model, sizes.prompt, sizes.lengths[0]
+    H, Hk, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+
+    def draw(tokens, heads):
+        return torch.randn(1, tokens, heads, D, device=DEVICE, dtype=DTYPE)
+
+    kernels = {"flash": (flash, flash_backward)} | ({"cuDNN": (cudnn, cudnn_backward)} if CUDA else {})
+    for N, causal in (sizes.tokens_per_pass, False), (P, True):
+        q, k, v, grad, foreign = draw(N, H), draw(P, Hk), draw(P, Hk), draw(N, H), draw(N, H)
+        flops, gradients = 4 * D * H * N * P / (1 + causal), {}
+        for name, (forward, backward) in kernels.items():
+            _, lse, rest = forward(q, k, v, causal)
+            go_back = partial(backward, grad, q, k, v, foreign, lse + 1, rest, causal)
+            gradients[name] = go_back()
+            where = f"{name}, {N:,} queries, {P:,} keys" + causal * ", causal"
+            times = seconds(partial(forward, q, k, v, causal), go_back, rounds=5, least=0)
+            for direction, work, taken in zip(("forward", "backward"), (flops, 2.5 * flops), times):
+                yield {"what": f"{where}, {direction}", "seconds": taken, **per_second(work, taken)}
+        if CUDA:
+            for x, a, b in zip("qkv", gradients["flash"], gradients["cuDNN"]):
+                difference = ((a - b).float().norm() / a.float().norm()).item()
+                yield {"what": f"gradient of {x}, flash and cuDNN", "difference": difference}
+    for lengths in [R] * (sizes.tokens_per_pass // R), [R, *range(1, R, max(1, R // 3))]:
+        N = sum(lengths)
+        layout = Layout(P, lengths, DEVICE, Share(N))
+        tensors = [x.requires_grad_() for x in (draw(N, H), *(draw(n, Hk) for n in (N, N, P, P)))]
+        grad = draw(N, H)
+        (taken,) = seconds(partial(there_and_back, tensors, layout, grad), rounds=3, least=0)
+        flops = 14 * D * H * sum(n * (P + n / 2) for n in lengths)
+        what = f"GroupAttention, completions of {min(lengths):,} to {max(lengths):,}"
+        yield {"what": what, "seconds": taken, **per_second(flops, taken)}
+
+
+KINDS = {  # of kernels, by their names: the first that fits
+    "attention backward": "flash.*(bwd|bprop|backward)",
+    "attention forward": "flash",
+    "matrix products": "gemm|nvjet|cutlass|xmma|::mm|::addmm",
+    "communication": "nccl",
+    "copies": "memcpy|memset|copy_",
+    "other": "",
+}
+
+
+def shares(function):
+    """Of what function() runs on the device, the share of time of each of KINDS -> {kind: share}; prints the
+    25 longest."""
+    with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as record:
+        function()
+        synchronize()
+    which = "self_device_time_total" if CUDA else "self_cpu_time_total"
+    averages, times = record.key_averages(), dict.fromkeys(KINDS, 0)
+    print(averages.table(sort_by=which, row_limit=25, max_name_column_width=90), flush=True)
+    for event in averages:
+        kind = next(kind for kind, names in KINDS.items() if re.search(names, event.key.lower()))
+        times[kind] += getattr(event, which)
+    return {kind: time / sum(times.values()) for kind, time in times.items() if time}
+
+
+def group(sizes):
+    """-> train_on's arguments but the model."""
+    prompt, completions = draw_group(sizes.model, sizes.prompt, sizes.lengths, DEVICE)
+    return (
+        prompt,
+        completions,
+        [torch.full((n,), 1e-3, device=DEVICE) for n in sizes.lengths],
+        sizes.tokens_per_pass,
+    )
+
+
+def of_step(sizes, taken):
+    """Seconds of a group's forward and backward -> the keys that follow."""
+    tokens = sizes.prompt + sum(sizes.lengths)
+    flops = model_flops(sizes.model, sizes.prompt, sizes.lengths)
+    return {"seconds": taken, "tokens_per_second": tokens / taken, **per_second(flops, taken)}
+
+
+def step(sizes):
+    """A group's forward and backward in the compute dtype, weights and gradients in it, too; where its time
+    goes; its peak beside the plan."""
+    model = fill(Qwen3.empty(sizes.model, DTYPE, DEVICE))
+    model.checkpointing = True
+    run = partial(train_on, model, *group(sizes))
+    (taken,) = seconds(run, rounds=2, least=0)
+    moments = memory_plan.activations(sizes.model, sizes.prompt, sizes.tokens_per_pass, True, DTYPE.itemsize)
+    planned = max(sum(lines.values()) for lines in moments.values())
+    memory = {"gib": peak_bytes(run) / GIB, "planned_gib": planned / GIB}
+    yield {"what": "forward and backward", **of_step(sizes, taken), **memory}
+    yield {"what": "where its time goes", "shares": shares(run)}
+
+
+def update(sizes):
+    """A whole update as in train.py, on FSDP2 with one rank: fp32 masters, LongAct's mask, clipping, AdamW;
+    each stage's time, and the peak of all memory beside the plan."""
+    processes.rank_and_device()
+    processes.connect(DEVICE)
+    mesh = dist.init_device_mesh(DEVICE.type, (1,))
+    model = fill(Qwen3.empty(sizes.model, torch.float32, DEVICE, mesh, DTYPE))
+    model.checkpointing = True
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=CUDA)
+    arguments, best = group(sizes), {}
+    stages = "forward and backward", "magnitudes, rows, mask", "clipping", "AdamW"
+
+    def run():
+        times = [now()]
+        with saliency.Tracker(model) as tracker:
+            train_on(model, *arguments)
+        times.append(now())
+        masks = saliency.select_rows(tracker.magnitudes())
+        saliency.mask_gradients(model, masks)
+        times.append(now())
+        clip_grad_norm_(model.parameters(), 1.0)
+        times.append(now())
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(now())
+        for stage, begin, end in zip(stages, times, times[1:]):
+            best[stage] = min(best.get(stage, end - begin), end - begin)
+
+    def now():
+        synchronize()
+        return time.perf_counter()
+
+    run()
+    best.clear()
+    run()
+    run()
+    held = 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # masters and two moments
+    how = sizes.model, sizes.prompt, sizes.tokens_per_pass, True, 1, DTYPE.itemsize
+    planned, moment = memory_plan.training_memory(*how)
+    memory = {"gib": (held + peak_bytes(run)) / GIB, "planned_gib": sum(planned.values()) / GIB}
+    yield {"what": "the whole", **of_step(sizes, sum(best.values())), **memory, "note": f"worst: {moment}"}
+    yield {"what": stages[0], **of_step(sizes, best[stages[0]])}
+    for stage in stages[1:]:
+        yield {"what": stage, "seconds": best[stage]}
+    (taken,) = seconds(partial(train_on, model, *arguments), rounds=2, least=0)
+    yield {"what": "forward and backward without magnitudes", **of_step(sizes, taken)}
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    part, results = sys.argv[1:]
+    torch.manual_seed(0)
+    with open(results, "a") as file:
+        for row in globals()[part](SIZES):
+            print(json.dumps({"part": part, "state": "ok", **row}), file=file, flush=True)

@@ -1,0 +1,96 @@
+"""bench/gpu.sh without a GPU: its parts in small shapes, and what becomes of one that fails or hangs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_here, run_script
+
+sys.path.insert(0, str(ROOT / "bench"))
+import gpu
+import gpu_parts
+import shapes
+
+
+def check(rows):
+    """Keys are those of the docstring, numbers make sense."""
+    documented = set(re.findall(r"^    ((?:\w+, )*\w+)  ", gpu.__doc__, re.M))
+    keys = {key for keys in documented for key in keys.split(", ")}
+    for row in rows:
+        assert row.keys() <= keys and row["what"] and gpu.line(row)
+        for key in row.keys() & {"seconds", "tflops", "tokens_per_second", "gib", "planned_gib"}:
+            assert row[key] > 0, row
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("part", ["machine", "ceilings", "attention", "step"])
+def test_a_part_yields_documented_rows(part):
+    rows = list(getattr(gpu_parts, part)(gpu_parts.SMALL))
+    check({"part": part, "state": "ok", **row} for row in rows)
+    if part == "step":
+        [whole, times] = rows
+        assert whole["planned_gib"] == pytest.approx(whole["gib"], rel=0.25)
+        assert sum(times["shares"].values()) == pytest.approx(1)
+        assert {"attention forward", "attention backward", "matrix products"} <= times["shares"].keys()
+
+
+def test_a_whole_update_on_fsdp(tmp_path):
+    result = run_script(ROOT / "bench" / "gpu_parts.py", "update", tmp_path / "rows")
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = read(tmp_path / "rows")
+    check(rows)
+    assert 0.7 < rows[0]["planned_gib"] / rows[0]["gib"] < 1.5  # of one rank: nothing is sharded
+    assert rows[0]["seconds"] > sum(row["seconds"] for row in rows[1:4])
+
+
+def test_scales_lines_become_rows(tmp_path):
+    config = gpu.Config(str(tmp_path), "cpu")
+    _, script, *flags = gpu.command("scale-4B", config)
+    run_here(ROOT / script, *flags)
+    rows = list(gpu.scale_rows("scale-4B", tmp_path / "scale-4B.jsonl"))
+    assert [row["what"] for row in rows] == ["prompt 32 + 4 x 16"]
+    check(rows)
+
+
+def test_flops_are_those_of_every_matrix_product_and_score():
+    """A prompt of 3, completions of 2 and 1 tokens: 6 tokens in all layers, 3 in the head, and half of each
+    causal square."""
+    c = shapes.LAPTOP
+    products = 4 * (2 * 256 * 8 * 32 + 2 * 256 * 2 * 32 + 3 * 256 * 768)  # q, o; k, v; gate, up, down
+    norms = 4 * (2 * 256 + 2 * 32)  # counted as if they were products
+    pairs = 3 * 3 / 2 + (2 * 3 + 2 * 2 / 2) + (1 * 3 + 1 / 2)
+    expected = 6 * ((products + norms) * 6 + 3 * 8192 * 256) + 12 * 4 * 8 * 32 * pairs
+    assert shapes.model_flops(c, 3, [2, 1]) == expected
+
+
+def test_a_part_that_hangs_is_ended(tmp_path):
+    with open(tmp_path / "log", "wb") as log:
+        assert gpu.run(["sleep", "600"], 0.01, log, os.environ) == "out of time"
+        assert gpu.run(["true"], 60, log, os.environ) == "ok"
+
+
+def test_a_part_that_fails_does_not_stop_the_rest(tmp_path):
+    """The whole command, on a machine without pytest."""
+    (tmp_path / "pytest.py").write_text("raise ModuleNotFoundError('no pytest here')\n")
+    command = ["bash", ROOT / "bench" / "gpu.sh", "out", "--device", "cpu", "--parts", "tests", "machine"]
+    how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path)}, "timeout": 600}
+    result = subprocess.run(command, **how, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = read(tmp_path / "out" / "results.jsonl")
+    assert [(row["part"], row["what"], row["state"]) for row in rows] == [
+        ("tests", "the part", "failed"),
+        ("machine", "card", "ok"),
+        ("machine", "model", "ok"),
+        ("machine", "the part", "ok"),
+    ]
+    assert rows[0]["note"] == "ModuleNotFoundError: no pytest here"
+    check(rows)
+    table = (tmp_path / "out" / "table.txt").read_text()
+    assert table.splitlines() == result.stdout.splitlines()[:-1]
+    assert "==== machine" in (tmp_path / "out" / "log.txt").read_text()
