@@ -25,6 +25,7 @@ results.jsonl one object a line; a key that does not apply is absent:
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from base.cli import one_line_errors, option, parse  # noqa: E402
+from base.cli import BadInput, one_line_errors, option, parse  # noqa: E402
 
 # Seconds that each may take, the most wanted first.
 PARTS = {
@@ -131,6 +132,8 @@ def last_line(path, start):
 
 def main():
     config = parse(Config, __doc__)
+    if config.device == "cuda" and not shutil.which("nvidia-smi"):
+        raise BadInput("there is no NVIDIA GPU here (no nvidia-smi); --device cpu tries it in small shapes")
     out, end = Path(config.out), time.monotonic() + 60 * config.minutes
     out.mkdir(parents=True, exist_ok=True)
     results, log = out / "results.jsonl", out / "log.txt"

@@ -29,7 +29,7 @@ from model import HEAD_CHUNK_ELEMENTS, Qwen3, Qwen3Config
 from run import memory_plan
 
 CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = torch.device("cuda" if CUDA else "cpu"), processes.compute_dtype()
+DEVICE, DTYPE = torch.device("cuda", 0) if CUDA else torch.device("cpu"), processes.compute_dtype()
 GIB = 2**30
 
 

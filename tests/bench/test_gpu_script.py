@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_here, run_script
+import torch
+from conftest import ROOT, refusal, run_here, run_script
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu
@@ -67,6 +69,23 @@ def test_flops_are_those_of_every_matrix_product_and_score():
     pairs = 3 * 3 / 2 + (2 * 3 + 2 * 2 / 2) + (1 * 3 + 1 / 2)
     expected = 6 * ((products + norms) * 6 + 3 * 8192 * 256) + 12 * 4 * 8 * 32 * pairs
     assert shapes.model_flops(c, 3, [2, 1]) == expected
+
+
+def test_cudnns_kernels_take_what_flashs_do():
+    """On tensors of device cuda that have no values."""
+    with FakeTensorMode():
+        q, k, v, grad = (
+            torch.empty(1, T, heads, 64, device="cuda") for T, heads in ((9, 4), (7, 2), (7, 2), (9, 4))
+        )
+        out, lse, rest = gpu_parts.cudnn(q, k, v, False)
+        gradients = gpu_parts.cudnn_backward(grad, q, k, v, out, lse + 1, rest, False)
+    assert out.shape == q.shape and [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+
+
+def test_it_wants_a_gpu_or_to_be_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    assert "--device cpu" in refusal(ROOT / "bench" / "gpu.py", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_part_that_hangs_is_ended(tmp_path):
