@@ -177,20 +177,17 @@ def masked_step(optimizer, model, masks, squares, unselected="grad"):
     """
     kept = []
     for parameter, mask in masked_parameters(model, masks):
-        moments = (
-            [x for x in optimizer.state[parameter].values() if x.shape == parameter.shape]
-            if parameter in optimizer.state
-            else []
-        )
-        tensors = [local_part(x) for x in (parameter, *(moments if unselected == "frozen" else ()))]
+        state = optimizer.state.get(parameter, {}) if unselected == "frozen" else {}
+        moments = [x for x in state.values() if x.dim()]  # all but the count of steps; they have its rows
+        tensors = [local_part(x) for x in (parameter, *moments)]
         kept.append((mask_rows(mask, parameter), tensors, [x.clone() for x in tensors]))
     optimizer.step()
     changes, weights = torch.zeros_like(squares), torch.zeros_like(squares)  # squared; how many
     for rows, tensors, before in kept:
         if unselected == "frozen":
             for now, old in zip(tensors, before):
-                now.copy_(torch.where(rows, now, old))
-        change = (tensors[0] - before[0]).square()
+                now.copy_(torch.where(rows.to(now.device), now, old))
+        change = (tensors[0].float() - before[0].float()).square()
         changes += sums(change, rows)
         weights += sums(torch.ones_like(change), rows)
     totals = torch.cat((changes, weights, squares))

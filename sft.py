@@ -43,6 +43,7 @@ from torch.nn.utils import clip_grad_norm_
 from base import durable, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from core import hub, memory, parallel, schedule
+from core.optimizer import MASTERS, make_optimizer
 from model import Qwen3
 from prompts import chat, load, sources
 from run import defaults, dry_run, plan, resume, samples
@@ -122,7 +123,7 @@ if main:
 
 # --------------------------------------------------------------------------------------- model and optimizer
 
-if world > 1 or device.type == "cuda":
+if world > 1 or device.type == "cuda" or config.masters == "bf16":
     processes.connect(device)
 if config.dry_run:
     config, encode = dry_run.of_sft(config, model_config, tokenizer, world), dry_run.endings(encode)
@@ -138,11 +139,11 @@ if config.resume:
 
 mesh = None
 if dist.is_initialized():
-    mesh = parallel.weight_mesh(device.type, processes.nodes())  # each node holds a replica
-model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype)
+    # Each node holds a replica.
+    mesh = parallel.weight_mesh(device.type, processes.nodes(), config.masters == "bf16")
+model = Qwen3.from_pretrained(config.model, MASTERS[config.masters], device, mesh, compute_dtype)
 model.checkpointing = config.checkpointing
-adam = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
-optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, **adam)
+optimizer = make_optimizer(config, model.parameters())
 
 if checkpoint:
     resume.load(checkpoint, model, optimizer)

@@ -33,6 +33,7 @@ import saliency
 from base import processes
 from base.cli import BadInput, one_line_errors, parse
 from core import hub, memory, parallel, schedule
+from core.optimizer import MASTERS, make_optimizer
 from model import Qwen3
 from prompts import chat, load, scoring
 from run import defaults, dry_run, metrics, plan, resume, samples
@@ -96,18 +97,17 @@ from rollout import Group, Rollout  # noqa: E402  (after the checks above: impor
 
 dtype = str(compute_dtype).removeprefix("torch.")
 engine = Rollout(config.model, config.context, dtype, config.seed, config.tensor_parallel, config.vllm_share)
-mesh = parallel.weight_mesh(device.type, config.replicate)
+mesh = parallel.weight_mesh(device.type, config.replicate, config.masters == "bf16")
 context = parallel.context_group(device.type, config.context_parallel)
 # work(groups) -> [(group, passes), ...]: what this rank trains, alone or with those of its context group.
 who = {"rank": rank // config.context_parallel, "ranks": world // config.context_parallel}
 work = partial(schedule.work_for_rank, **who, budget=config.tokens_per_pass)
-model = Qwen3.from_pretrained(config.model, torch.float32, device, mesh, compute_dtype, context)
+model = Qwen3.from_pretrained(config.model, MASTERS[config.masters], device, mesh, compute_dtype, context)
 model.checkpointing = config.checkpointing
 reference = None  # of the KL term
 if config.beta:
     reference = Qwen3.from_pretrained(config.model, compute_dtype, device, mesh, compute_dtype, context)
-adam = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
-optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, **adam)
+optimizer = make_optimizer(config, model.parameters())
 config.epsilon_low, config.epsilon_high = losses.epsilons(config)
 policy_loss, marked_tokens = losses.choose(config)  # dapo.loss, unless --algorithm says otherwise
 keep = dapo.keep_group if config.algorithm in losses.DYNAMIC_SAMPLING else lambda rewards: True

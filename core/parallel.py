@@ -25,12 +25,12 @@ import torch.distributed as dist
 from base.cli import BadInput
 
 
-def weight_mesh(device_type, replicate=1):
+def weight_mesh(device_type, replicate=1, bf16_masters=False):
     """-> the DeviceMesh of all ranks for fully_shard: (ranks,), or (replicate, ranks / replicate), of which
     FSDP2 shards over the second dimension and averages gradients over both. None for one process on a CPU,
-    where nothing is sharded."""
+    where nothing is sharded; with bf16 masters it is needed there too, to compute in fp32 from them."""
     world = dist.get_world_size()
-    if device_type == "cpu" and world == 1:
+    if device_type == "cpu" and world == 1 and not bf16_masters:
         return None
     if replicate == 1:
         return dist.init_device_mesh(device_type, (world,))

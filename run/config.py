@@ -8,6 +8,7 @@ import losses
 import saliency
 from base import processes
 from base.cli import BadInput, option
+from core.optimizer import MASTERS, OPTIMIZERS
 from prompts import scoring, tasks
 from run import tracker
 
@@ -25,6 +26,8 @@ class Shared:
     tracker: str = option("none", "metrics go to this program, too, see run/tracker.py", tracker.KINDS)
     report_every: int = option(10, "steps between writings of report.html; 0: none is written", least=0)
     resume: str = option("", "go on with the run: auto, from its newest whole checkpoint, or the path of one")
+    optimizer: str = option("adamw", "or 8-bit moments, or on the CPU: docs/optimizers.md", list(OPTIMIZERS))
+    masters: str = option("fp32", "weights that the optimizer updates; bf16 rounds at random", list(MASTERS))
     max_skips: int = option(3, "updates skipped in a row (not finite); one more ends the run", least=0)
     checkpointing: bool = option(None, "recompute blocks in backward (default: of more than 4,096 tokens)")
     deterministic: bool = option(False, "the same bits in every run, where possible: docs/interrupted.md")

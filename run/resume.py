@@ -34,7 +34,7 @@ import numpy
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
 from base import durable, limits
@@ -130,7 +130,8 @@ def contents(config):
 
 
 def tensors_of(model, optimizer, extra):
-    """{name: tensor} for torch.distributed.checkpoint, and the two state dicts that some of them are from."""
+    """{name: tensor} for torch.distributed.checkpoint. They are the model's and the optimizer's own: what is
+    read into them is there."""
     fresh = not optimizer.state
     weights, moments = get_state_dict(model, optimizer)
     if fresh:  # it has taken a step without gradients to have states
@@ -139,7 +140,7 @@ def tensors_of(model, optimizer, extra):
     tensors = {f"weight {name}": tensor for name, tensor in weights.items()}
     for name, values in moments["state"].items():
         tensors |= {f"{key} {name}": value for key, value in values.items()}
-    return tensors | {f"extra {name}": tensor for name, tensor in extra.items()}, weights, moments
+    return tensors | {f"extra {name}": tensor for name, tensor in extra.items()}
 
 
 # ----------------------------------------------------------------------------------------------------- save
@@ -158,7 +159,7 @@ def save(directory, step, model, optimizer, state, extra, keep):
     rank = rank_and_world()[0]
     final = directory / f"step-{step:06d}"
     partial = final.with_name(final.name + ".partial")
-    tensors = tensors_of(model, optimizer, extra)[0]
+    tensors = tensors_of(model, optimizer, extra)
 
     def begin():
         if rank == 0:
@@ -365,7 +366,7 @@ def load(path, model, optimizer):
         for name, tensor in stored.items()
         if name.startswith("extra ")
     }
-    tensors, weights, moments = tensors_of(model, optimizer, extra)
+    tensors = tensors_of(model, optimizer, extra)
     for name in sorted(tensors.keys() | stored.keys()):
         if name not in tensors or name not in stored or tensors[name].shape != stored[name].size:
             raise BadInput(f"{path} is of another model: {name.split(' ', 1)[1]} differs")
@@ -377,7 +378,6 @@ def load(path, model, optimizer):
                 raise BadInput(f"{path}: {name} has values that are not finite")
 
     gather_or_fail(fill)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return extra
 
 
