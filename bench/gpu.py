@@ -16,7 +16,8 @@ results.jsonl one object a line; a key that does not apply is absent:
                           dense bf16 peak by its data sheet
     tokens_per_second     of prompt and completions, each once
     gib, planned_gib      peak of allocated memory, and by run/memory_plan.py: in "step" and "scale" of what
-                          comes on top of weights and gradients, in "update" of everything
+                          comes on top of weights and gradients, in "update" of everything, in "optimizers"
+                          of what a step adds
     terabytes_per_second  of memory, read and written
     difference            of two kernels' gradients, |a - b| / |a|
     shares                of GPU time, by kind of kernel
@@ -49,6 +50,7 @@ PARTS = {
     "scale-0.6B": 60,
     "scale-1.7B": 60,
     "scale-4B": 100,
+    "optimizers": 60,
 }
 SCALE = {
     "cuda": "--prompts 8192 16384 32768 --completions 16 --completion 512 --rounds 1 --least 1".split(),
@@ -101,7 +103,7 @@ def scale_rows(part, path):
         }
 
 
-HEAD = f"{'part':11}{'what':50}{'seconds':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>8}{'planned':>9}{'tokens/s':>10}"
+HEAD = f"{'part':11}{'what':53}{'seconds':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>8}{'planned':>9}{'tokens/s':>10}"
 
 
 def line(row):
@@ -110,7 +112,7 @@ def line(row):
     def cell(key, form, width):
         return f"{row[key]:{form}}".rjust(width) if row.get(key) is not None else " " * width
 
-    text = f"{row['part']:11}{row['what']:50}" + cell("seconds", ".4g", 9) + cell("tflops", ".4g", 9)
+    text = f"{row['part']:11}{row['what']:53}" + cell("seconds", ".3g", 9) + cell("tflops", ".3g", 9)
     text += cell("mfu", ".1%", 7) + cell("gib", ".2f", 8) + cell("planned_gib", ".2f", 9)
     text += cell("tokens_per_second", ",.0f", 10) + "  " + (row["state"] if row["state"] != "ok" else "")
     if "terabytes_per_second" in row:

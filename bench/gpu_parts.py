@@ -18,15 +18,17 @@ import torch.distributed as dist
 from measure import peak_bytes, seconds, synchronize
 from shapes import LAPTOP, build, card, draw_group, model_flops, peak_flops, train_on
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.profiler import ProfilerActivity, profile
 
 import saliency
 from base import environment, processes
 from core.attention import GroupAttention, Layout, flash, flash_backward
+from core.optimizer import OPTIMIZERS, make_optimizer
 from core.parallel import Share
 from model import HEAD_CHUNK_ELEMENTS, Qwen3, Qwen3Config
 from run import memory_plan
+from run.config import Config
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda", 0) if CUDA else torch.device("cpu"), processes.compute_dtype()
@@ -94,8 +96,8 @@ def ceilings(sizes):
     V, C = sizes.model.vocab_size, sizes.model.hidden_size
     chunk = max(1, min(M, HEAD_CHUNK_ELEMENTS // V))
     for what, m, k, n in (
-        ("matrix product, MLP", M, K, N),
-        ("matrix product, a chunk of the head", chunk, C, V),
+        ("product of the MLP", M, K, N),
+        ("product of a chunk of the head", chunk, C, V),
     ):
         a, b = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in ((m, k), (k, n)))
         (taken,) = seconds(partial(torch.mm, a, b), rounds=10, least=0)
@@ -220,29 +222,34 @@ def step(sizes):
     yield {"what": "where its time goes", "shares": shares(run)}
 
 
+def sharded(sizes):
+    """-> the model on FSDP2 as train.py has it, but for one rank: fp32 masters, the compute dtype."""
+    _, _, device = processes.rank_and_device()
+    processes.connect(device)
+    mesh = dist.init_device_mesh(device.type, (1,))
+    return fill(Qwen3.empty(sizes.model, torch.float32, device, mesh, DTYPE))
+
+
 def update(sizes):
-    """A whole update as in train.py, on FSDP2 with one rank: fp32 masters, LongAct's mask, clipping, AdamW;
+    """A whole update as in train.py: forward and backward with magnitudes, LongAct's mask, clipping, AdamW;
     each stage's time, and the peak of all memory beside the plan."""
-    processes.rank_and_device()
-    processes.connect(DEVICE)
-    mesh = dist.init_device_mesh(DEVICE.type, (1,))
-    model = fill(Qwen3.empty(sizes.model, torch.float32, DEVICE, mesh, DTYPE))
+    model = sharded(sizes)
     model.checkpointing = True
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=CUDA)
+    optimizer = make_optimizer(Config(learning_rate=1e-6), model.parameters())
     arguments, best = group(sizes), {}
-    stages = "forward and backward", "magnitudes, rows, mask", "clipping", "AdamW"
+    stages = "forward and backward", "norm, magnitudes, rows, mask", "clipping and AdamW"
 
     def run():
         times = [now()]
         with saliency.Tracker(model) as tracker:
             train_on(model, *arguments)
         times.append(now())
+        get_total_norm([parameter.grad for parameter in model.parameters()]).item()
         masks = saliency.select_rows(tracker.magnitudes())
-        saliency.mask_gradients(model, masks)
+        squares = saliency.mask_gradients(model, masks)
         times.append(now())
-        clip_grad_norm_(model.parameters(), 1.0)
-        times.append(now())
-        optimizer.step()
+        clip_grad_norm_(model.parameters(), 1.0).item()
+        saliency.masked_step(optimizer, model, masks, squares)
         optimizer.zero_grad()
         times.append(now())
         for stage, begin, end in zip(stages, times, times[1:]):
@@ -252,21 +259,40 @@ def update(sizes):
         synchronize()
         return time.perf_counter()
 
-    run()
+    run()  # the optimizer has its moments now
     best.clear()
     run()
     run()
-    held = 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # masters and two moments
+    taken = sum(best.values())
+    held = 3 * sum(parameter.numel() * 4 for parameter in model.parameters())  # masters and two moments
     how = sizes.model, sizes.prompt, sizes.tokens_per_pass, True, 1, DTYPE.itemsize
     planned, moment = memory_plan.training_memory(*how)
     memory = {"gib": (held + peak_bytes(run)) / GIB, "planned_gib": sum(planned.values()) / GIB}
-    yield {"what": "the whole", **of_step(sizes, sum(best.values())), **memory, "note": f"worst: {moment}"}
+    yield {"what": "the whole", **of_step(sizes, taken), **memory, "note": f"the plan's worst: {moment}"}
     yield {"what": stages[0], **of_step(sizes, best[stages[0]])}
     for stage in stages[1:]:
         yield {"what": stage, "seconds": best[stage]}
     (taken,) = seconds(partial(train_on, model, *arguments), rounds=2, least=0)
     yield {"what": "forward and backward without magnitudes", **of_step(sizes, taken)}
     dist.destroy_process_group()
+
+
+def optimizers(sizes):
+    """A step of each --optimizer, on gradients that are there; the memory of what it adds to them."""
+    model = sharded(sizes)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    for kind in OPTIMIZERS:
+        times = []
+        memory = peak_bytes(partial(steps_of, kind, model, times))
+        yield {"what": f"--optimizer {kind}", "seconds": times[0], "gib": memory / GIB}
+    dist.destroy_process_group()
+
+
+def steps_of(kind, model, times):
+    """A new optimizer's steps; appends their seconds."""
+    optimizer = make_optimizer(Config(optimizer=kind, learning_rate=1e-6), model.parameters())
+    times += seconds(optimizer.step, rounds=2, least=0)
 
 
 if __name__ == "__main__":
