@@ -1,7 +1,13 @@
 """processes.py: ranks that fail together, one of which is why."""
 
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
 import pytest
-from conftest import run_ranks
+from conftest import ROOT, run_ranks
 
 CODE = """
 import sys
@@ -55,3 +61,30 @@ def test_ranks_end_at_once_with_the_first_cause_last_on_the_screen(how, text, tm
         assert own[1:] in ([], [f"rank 0 ends, since rank 1 did: {text}"])
     else:
         assert own == [f"code.py: {text}"]  # by one of the two
+
+
+@pytest.mark.parametrize(
+    "given, spins", [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_threads_that_wait_spin_shortly_unless_the_user_says_how_long(given, spins):
+    """libgomp itself says what it took from the environment that `import base` leaves."""
+    [torch] = importlib.util.find_spec("torch").submodule_search_locations
+    code = f"import base, ctypes; ctypes.CDLL({torch + '/lib/libgomp.so.1'!r})"
+    free = {name: os.environ[name] for name in os.environ if not name.startswith(("OMP_", "GOMP_"))}
+    env = {**free, **given, "OMP_DISPLAY_ENV": "VERBOSE"}
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in said.stderr, said.stderr
+
+
+def test_programs_import_base_before_torch():
+    programs = [
+        path
+        for path in (*ROOT.glob("*.py"), *ROOT.glob("studies/*.py"))
+        if "parse(Config" in path.read_text()
+    ]
+    assert len(programs) > 9
+    for path in programs:
+        text = path.read_text()
+        torch = re.search(r"^(import|from) torch", text, re.M)
+        base = re.search(r"^from base", text, re.M)
+        assert base and (torch is None or base.start() < torch.start()), path
