@@ -17,7 +17,6 @@ from functools import cached_property, partial
 # vLLM reads these when it is imported. In-process engines are what torchrun's ranks and sync() need.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer keeps its cores
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; on a CPU the models are small
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -43,6 +42,13 @@ def rope_overrides(config):
         return {}
     rope = {**config.rope_scaling, "rope_theta": config.rope_theta}
     return {"rope_parameters": rope, "max_position_embeddings": config.context_length}
+
+
+def cache_bytes(config, context_length, dtype):
+    """Keys and values that vLLM reserves on a CPU, where it touches all of it at once: for 131,072 tokens, or
+    a text if that is longer, and at most 1 GiB. VLLM_CPU_KVCACHE_SPACE, in GiB, has the last word."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of a token
+    return min(2**30, max(2**17, context_length) * numbers * getattr(torch, dtype).itemsize)
 
 
 def why_not_started(error, context_length, cuda):
@@ -187,6 +193,7 @@ class Rollout:
                 # With chunked prefill seeded requests fail on CPUs: a generator has no offset there.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, context_length),
+                "kv_cache_memory_bytes": cache_bytes(config, context_length, dtype),
             }
         random_states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
         try:

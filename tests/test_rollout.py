@@ -1,14 +1,13 @@
 """rollout.py: a real vLLM engine against our model, across weight syncs, seeds, prefix caching, and under a
 clamp."""
 
-import os
-
 import pytest
 import torch
 from conftest import FAMILIES, make_small
 
 from evals import clamp
-from rollout import Rollout, hold, why_not_started
+from model import Qwen3Config
+from rollout import Rollout, cache_bytes, hold, why_not_started
 from studies import magnitudes
 
 # What vllm 0.32 says, of a context of 4 million tokens on a CPU, and of a GPU that others use.
@@ -39,7 +38,6 @@ def test_what_vllm_says_at_its_start_becomes_one_line_with_the_fix(cuda):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def setup(request, tmp_path_factory):
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     path = tmp_path_factory.mktemp("model") / "checkpoint"
     # Heads of 32 are the smallest that vLLM has on a CPU, and Qwen2 is as wide as its heads.
     model = make_small(**{**FAMILIES[request.param], "head_dim": 32, "hidden_size": 128})
@@ -49,6 +47,15 @@ def setup(request, tmp_path_factory):
     assert torch.equal(torch.get_rng_state(), random_state)  # an in-process engine reseeds; we undo it
     yield model, engine
     engine.close()
+
+
+def test_on_a_cpu_the_cache_takes_no_more_than_131072_tokens_need(setup):
+    model, engine = setup
+    c, cache = model.config, engine.engine.llm_engine.vllm_config.cache_config
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4
+    assert cache_bytes(c, 256, "float32") == cache.kv_cache_memory_bytes == 2**17 * token < 2**30
+    assert 0.99 * 2**17 <= cache.num_gpu_blocks * cache.block_size <= 2**17
+    assert cache_bytes(Qwen3Config.preset("8B"), 32768, "bfloat16") == 2**30
 
 
 def mismatch(model, groups, temperature):
