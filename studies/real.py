@@ -9,8 +9,8 @@ It runs the commands of this repository one after the other, and prints each: st
 of a package), sft.py, train.py, eval_data.py and eval_ruler.py. Each goes on where it was interrupted, so
 does this one. The settings are in recipes/smollm2/sft.toml and rl.toml.
 
-The task is prompts/tasks.py's "chain": the code that is asked for is told by reference, over two hops, among
-filler sentences. SFT sees one hop in passages of 3 to 8 facts; RL has two hops in passages of 24.
+SFT sees recall, and chains of one hop (prompts/tasks.py), in passages of 3 to 8 facts. RL has passages of 20
+facts and the task "tracking", which SFT has never shown: a code is told twice, and the later one is right.
 
 Left in runs/real/
 
@@ -42,7 +42,7 @@ from prompts import tasks
 
 OUT = Path("runs/real")
 SMOLLM2 = Path("runs/smollm2/checkpoint")
-TASK = "--task chain --facts 24 --filler 12 --samples 64 --max-tokens 24"  # as recipes/smollm2/rl.toml
+TASK = "--task tracking --facts 20 --filler 10 --samples 64 --max-tokens 24"  # as recipes/smollm2/rl.toml
 # RULER's tasks that need no files and fit in the shortest length.
 RULER = "niah_single_1 niah_multikey_2 niah_multikey_3 vt fwe"
 
@@ -105,7 +105,8 @@ def seconds_of(directory):
 def table_of(results):
     """results.json -> rows for a table, the head first."""
     lengths = results["untouched"]["ruler"]
-    rows = [["", "chain, greedy, %", *[f"RULER at {length}, %" for length in lengths], "minutes of training"]]
+    ruler = [f"RULER at {length}, %" for length in lengths]
+    rows = [["", "tracking, greedy, %", *ruler, "minutes of training"]]
     for stage, each in results.items():
         cells = [stats.shown(cell, 1) for cell in (each["task"], *each["ruler"].values())]
         rows.append([stage, *cells, f"{each['seconds'] / 60:.0f}" if each["seconds"] else "-"])
