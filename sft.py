@@ -75,7 +75,7 @@ class Config(Shared):
 # What may differ when the run goes on; the data's and the model's files are compared by what is in them.
 MAY_CHANGE = (
     "out data model resume save_every keep log_groups report_every max_skips deterministic tokens_per_pass "
-    "checkpointing dry_run plan ranks gpu_memory tracker"
+    "checkpointing dry_run plan ranks gpu gpu_memory tracker"
 ).split()
 
 one_line_errors()

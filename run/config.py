@@ -10,7 +10,7 @@ from base import processes
 from base.cli import BadInput, option
 from core.optimizer import MASTERS, OPTIMIZERS
 from prompts import scoring, tasks
-from run import tracker
+from run import roofline, tracker
 
 
 @dataclass
@@ -34,7 +34,8 @@ class Shared:
     plan: bool = option(False, "print the memory and tokens that a step needs on GPUs, and stop")
     dry_run: bool = option(False, "check everything, then one step of a small random model (run/dry_run.py)")
     ranks: int = option(0, "--plan: number of GPUs to plan for (0: as many as torchrun started)", least=0)
-    gpu_memory: float = option(80.0, "--plan: GiB of a GPU, to say whether it fits", above=0)
+    gpu: str = option("", "--plan: the card, for its memory and speed (default: an H100)", roofline.NAMES)
+    gpu_memory: float = option(None, "--plan: GB of a card, if not --gpu's; chooses one if none is", above=0)
 
 
 @dataclass
@@ -116,6 +117,7 @@ class Config(Shared):
     # the machine
     mismatch_limit: float = option(0.0, "largest mismatch_mean (0: 0.001 in fp32, 0.1 in bf16)", least=0)
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
+    find: bool = option(False, "--plan: what fits, for every size of Qwen3 on 1 to 8 cards of three kinds")
     vllm_share: float = option(0.5, "share of GPU memory for vLLM; freed while training", above=0, most=1)
     tokens_per_pass: int = option(8192, "completion tokens that train at once; sets peak memory", least=1)
     context_parallel: int = option(1, "ranks that share a group's tokens, for very long prompts", least=1)
@@ -128,12 +130,14 @@ MAY_CHANGE = (
     "name model data eval_data reward_workers reward_timeout reward_on_timeout steps save_every keep "
     "log_groups resume report_every max_skips max_rounds underfull eval_before eval_every mismatch_limit "
     "tensor_parallel deterministic vllm_share tokens_per_pass checkpointing context_parallel replicate plan "
-    "dry_run ranks gpu_memory tracker"
+    "dry_run ranks gpu gpu_memory find tracker"
 ).split()
 
 
 def check(config, world, cuda):
     """Raises BadInput for settings that contradict each other or the number of ranks."""
+    if config.find and not config.plan:
+        raise BadInput("--find is for --plan: give both")
     if world % config.context_parallel:
         raise BadInput(f"--context-parallel {config.context_parallel} does not divide the {world} ranks")
     if config.replicate and world % config.replicate:

@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 from base.cli import parse
 from model import Qwen3, Qwen3Config
 from prompts import chat
+from run import find, plan, roofline
 from run.config import Config, check
 from run.dry_run import PASSED, small_sizes
+from run.memory_plan import GIB, Step
 from saliency import select_rows
 
 TINY = ROOT / "assets" / "tiny"
@@ -36,6 +38,8 @@ ROWS = {
     "fraction-0.2": ("dapo", "top", 25),
     "fraction-0.4": ("dapo", "top", 51),
 }
+# recipe for one card -> GB of that card
+ONE_GPU = {"4b": 80, "24gb-1.7b": 24}
 
 
 SFT = ["--config", "recipes/sft.toml"]
@@ -123,7 +127,8 @@ def files(tmp_path_factory):
 
 def test_there_is_a_recipe_for_every_row_and_each_value_says_where_it_is_from():
     assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == {"sft", "rl", *ROWS}
-    for path in (ROOT / "recipes").glob("*.toml"):
+    assert {path.stem for path in (ROOT / "recipes" / "one-gpu").iterdir()} == {*ONE_GPU}
+    for path in [*(ROOT / "recipes").glob("*.toml"), *(ROOT / "recipes" / "one-gpu").iterdir()]:
         lines = ["", *path.read_text().splitlines()]
         for above, line in itertools.pairwise(lines):
             assert not re.match(r"\w+ =", line) or " # " in line or above.startswith("# "), line
@@ -168,10 +173,13 @@ def dry_run(script, files, size, directory, *flags):
     return printed, directory / "kept" / "run"
 
 
-@pytest.mark.parametrize("row, size", [("dapo-longact", "8B"), ("grpo-longact", "4B")])
-def test_a_dry_run_of_an_rl_recipe_takes_a_step(row, size, files, tmp_path):
+@pytest.mark.parametrize(
+    "row, size, one_gpu, rate", [("dapo-longact", "8B", "4b", 1e-6), ("grpo-longact", "4B", "4b", 1e-6)]
+)
+def test_a_dry_run_of_an_rl_recipe_takes_a_step(row, size, one_gpu, rate, files, tmp_path):
+    flags = *rl(row), f"recipes/one-gpu/{one_gpu}.toml", "--data"
     data = [files / "docqa.parquet", files / "memagent.parquet"]
-    printed, run = dry_run("train.py", files, size, tmp_path, *rl(row), "--data", *data)
+    printed, run = dry_run("train.py", files, size, tmp_path, *flags, *data)
     assert "8 of 9 rows of docqa.parquet, 1 over 28,672 tokens dropped" in printed
     assert "1,000 of 1,001 rows of memagent.parquet" in printed
     assert run.name not in names_of_runs()  # its run was in the temporary directory
@@ -179,7 +187,7 @@ def test_a_dry_run_of_an_rl_recipe_takes_a_step(row, size, files, tmp_path):
     assert (settings["algorithm"], settings["rule"]) == ROWS[row][:2]
     [metrics] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert metrics["reward"] == 0.5 and metrics["mismatch_mean"] < 1e-4
-    assert metrics["learning_rate"] == pytest.approx(1e-6 / 20)  # the first of 20 steps of warm-up
+    assert metrics["learning_rate"] == pytest.approx(rate / 20)  # the first of 20 steps of warm-up
     tensors = load_file(run / "magnitudes.safetensors").items()
     masks = {name: t for name, t in tensors if t.dtype == torch.bool}
     assert len(masks) == 4 and all((mask.view(-1, 128).sum(1) == 38).all() for mask in masks.values())
@@ -233,7 +241,31 @@ def test_the_plans_in_the_docs_are_what_the_commands_print():
     assert plans == dict(blocks) and len(plans) == 4
     for row in ROWS:
         plan = run_here("train.py", "--plan", *rl(row), "--model", "Qwen3-8B-Base", "--ranks", 8)
-        assert plan in plans.values() and "fits 80 GiB (less 2 for CUDA): yes" in plan
+        assert plan in plans.values() and "stay free: yes" in plan
+
+
+@pytest.mark.parametrize("name", ONE_GPU)
+def test_a_recipe_for_one_gpu_fits_it_as_the_docs_say(name):
+    config = parse(Config, "", [*rl("dapo-longact"), f"recipes/one-gpu/{name}.toml"])
+    config.replicate = 1
+    check(config, world=1, cuda=True)
+    c, context = plan.model_and_context(config)
+    card = roofline.card_of("", ONE_GPU[name])
+    weighed = find.weigh(c, Step.of(config, 1, context), card)
+    assert weighed.over <= 0
+    [(_, found)] = find.ladder(c, weighed.step, card)
+    assert found == weighed  # there is nothing cheaper
+    held = f"{sum(weighed.lines.values()) / GIB:.1f}, {(weighed.asleep + weighed.share) / GIB:.1f}"
+    spent = f"{roofline.total(weighed.training):.0f} s, {sum(weighed.sampling.values()):.0f} s"
+    row = f"| `recipes/one-gpu/{name}.toml` | {card.sold} GB | {context:,} | {held} | {spent} |"
+    assert row in (ROOT / "docs" / "recipes.md").read_text(), row
+
+
+def test_8b_trains_every_weight_on_two_cards():
+    config = parse(Config, "", [*rl("dapo-longact"), "recipes/one-gpu/4b.toml", "--model", "Qwen3-8B"])
+    card = roofline.card_of("H100", None)
+    weighed = find.weigh(Qwen3Config.preset("8B"), Step.of(config, 2, 32768)._replace(replicate=1), card)
+    assert weighed.over <= 0
 
 
 def commands(base, *variables):
