@@ -31,7 +31,7 @@ import grpo
 import losses
 import saliency
 from base import processes
-from base.cli import BadInput, one_line_errors, parse
+from base.cli import one_line_errors, parse
 from core import hub, memory, parallel, schedule
 from core.optimizer import MASTERS, make_optimizer
 from model import Qwen3
@@ -89,9 +89,7 @@ directory = Path("runs") / config.name
 lock = resume.lock_run(directory, config.resume, "train.py", "--name") if main else None
 fixed = resume.settings(config, MAY_CHANGE)
 progress = Progress(torch.Generator().manual_seed(config.seed))
-checkpoint = progress.find(directory, config.resume, fixed, Config())
-if progress.step > config.steps:
-    raise BadInput(f"--steps {config.steps}: the run has made {progress.step} already")
+checkpoint = progress.find(directory, config.resume, fixed, Config(), config.steps)
 
 from rollout import Group, Rollout  # noqa: E402  (after the checks above: importing vLLM takes seconds)
 
@@ -114,6 +112,7 @@ keep = dapo.keep_group if config.algorithm in losses.DYNAMIC_SAMPLING else lambd
 least = 1 if config.underfull == "train" else config.prompts
 if checkpoint:
     progress.load(checkpoint, model, optimizer, device)
+if checkpoint or config.masters == "bf16":  # else vLLM has read the very weights
     engine.sleep()  # sync wakes it up
     engine.sync(model)
 clock = metrics.Clock(device)

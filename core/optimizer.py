@@ -88,8 +88,8 @@ class SlicedAdamW(torch.optim.Optimizer):
             return state
         host = self.kind == "adamw-offload"
         how = {"device": "cpu", "pin_memory": parameter.is_cuda} if host else {}
-        moments = (torch.zeros_like(parameter, dtype=torch.float32, **how) for _ in range(2))
-        return dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments), strict=True))
+        first, second = (torch.zeros_like(parameter, dtype=torch.float32, **how) for _ in range(2))
+        return {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
     def step_of(self, group, parameter, state, number):
         weight, grad = local(parameter), local(parameter.grad)
@@ -98,6 +98,7 @@ class SlicedAdamW(torch.optim.Optimizer):
         how = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": False, "maximize": False}
         how |= {"lr": group["lr"], "weight_decay": group["weight_decay"]}
         how |= {"foreach": False, "fused": weight.is_cuda}
+        row_numbers = local(as_rows_of(parameter, torch.arange(parameter.size(0))))
         count = max(1, SLICE // math.prod(parameter.shape[1:]))
         for start in range(0, len(weight), count):
             rows = slice(start, start + count)
@@ -108,7 +109,7 @@ class SlicedAdamW(torch.optim.Optimizer):
             adamw([wide], [grad[rows].float()], [first], [second], [], steps, **how)
             pack_moments(own, first, second)
             if weight.dtype == torch.bfloat16:
-                bits = random_16_bits(places(parameter)[rows], int(state["step"]), number)
+                bits = random_16_bits(places(row_numbers[rows], wide), state["step"].long(), number)
                 weight[rows] = round_at_random(wide, bits)
         state["step"] += 1
 
@@ -191,12 +192,12 @@ def round_at_random(values, bits):
     return ((values.view(torch.int32) + bits) & -(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
-def places(parameter):
-    """-> int64 of the shape of this rank's rows: the place of each element in the whole parameter."""
-    width = math.prod(parameter.shape[1:])
-    rows = local(as_rows_of(parameter, torch.arange(parameter.size(0))))
-    within = torch.arange(width, device=rows.device).view(parameter.shape[1:])
-    return rows.view(-1, *[1] * within.dim()) * width + within
+def places(numbers, rows):
+    """The numbers (n,) of some rows of a parameter, and these rows -> int64 of the rows' shape: the place of
+    each element in the parameter."""
+    width = math.prod(rows.shape[1:])
+    within = torch.arange(width, device=rows.device).view(rows.shape[1:])
+    return numbers.view(-1, *[1] * within.dim()) * width + within
 
 
 def random_16_bits(places, step, number):

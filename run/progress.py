@@ -78,9 +78,10 @@ class Progress:
         self.saved = self.step
         resume.save(directory, self.step, model, optimizer, state, tensors, keep)
 
-    def find(self, directory, which, settings, usual):
+    def find(self, directory, which, settings, usual, steps):
         """The checkpoint of a run that --resume `which` goes on from, or None; its counters are taken over at
-        once. settings, usual: see resume.find."""
+        once. settings, usual: see resume.find. Raises BadInput as it does, and if there are more than `steps`
+        steps in it."""
         found = resume.find(directory / "checkpoints", which, settings, usual) if which else (None, None)
         path, state = found
         if path:
@@ -88,6 +89,8 @@ class Progress:
                 setattr(self, name, state[name])
             self.saved, self.random = self.step, state["random"]
             self.random_rows.set_state(torch.tensor(state["random_rows"], dtype=torch.uint8))
+        if self.step > steps:
+            raise BadInput(f"--steps {steps}: the run has made {self.step} already")
         return path
 
     def load(self, path, model, optimizer, device):

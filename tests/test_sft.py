@@ -167,10 +167,11 @@ def batch_job(directory, number, restarts, *arguments):
 
 
 def test_a_job_on_two_nodes_whose_time_ends_is_requeued_and_gives_the_metrics_of_one_process(runs):
-    """Small passes, blocks recomputed. Slurm's signal comes with the first line of metrics.jsonl; no
-    checkpoint was due."""
+    """Small passes, blocks recomputed, an --optimizer that computes the same. Slurm's signal comes with the
+    first line of metrics.jsonl; no checkpoint was due."""
     (runs / "signalled.py").write_text(SIGNALLED)
-    script, *flags = command(runs, "two", "--tokens-per-pass", 250, "--checkpointing", "--save-every", 9)
+    more = "--tokens-per-pass 250 --checkpointing --save-every 9 --optimizer adamw-offload"
+    script, *flags = command(runs, "two", *more.split())
     with socket.socket() as free:
         unused = (n for n in random.sample(range(10000), 99) if free.connect_ex(("127.0.0.1", 20000 + n)))
         job = 120000 + next(unused)
