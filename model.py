@@ -253,7 +253,7 @@ class Qwen3(nn.Module):
     def forward(self, input_ids):
         """input_ids (B, T) -> logits (B, T, V), each row a sequence of its own."""
         hidden = self.model.norm(self._rows(input_ids))
-        return self.lm_head(hidden, tied=self.model.embed_tokens.weight)
+        return self.lm_head(hidden, tied=self._tied)
 
     def logprobs(self, input_ids, mask, lengths=None):
         """input_ids (B, T), mask (B, T) bool -> log-probabilities (N,) fp32 of the masked tokens, row by row.
@@ -264,7 +264,7 @@ class Qwen3(nn.Module):
         """
         hidden = self._rows(input_ids, lengths)
         hidden = self.model.norm(hidden[:, :-1][mask[:, 1:]])  # (N, C)
-        return self.lm_head(hidden, input_ids[mask], tied=self.model.embed_tokens.weight)[0]
+        return self.lm_head(hidden, input_ids[mask], tied=self._tied)[0]
 
     def group_logprobs(self, prompt_ids, completions, temperature=1.0, entropy=False):
         """log pi(token | prompt, earlier tokens) of every completion token, by one forward of P + N tokens.
@@ -307,8 +307,14 @@ class Qwen3(nn.Module):
         hidden = self.model.norm(
             torch.cat((prompt.last, x[0]))[layout.predictors]
         )  # (N, C), a rank's share of it
-        results = self.lm_head(hidden, targets[layout.predicted], temperature, self.model.embed_tokens.weight)
+        results = self.lm_head(hidden, targets[layout.predicted], temperature, self._tied)
         return tuple(share.whole(result, layout.predicted) for result in results)
+
+    @property
+    def _tied(self):
+        """The embedding, for a head without a weight of its own. Others get None: FSDP2 would make a gradient
+        of zeros of it in every pass, 1.2 GiB at 8B."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else None
 
     def _rows(self, input_ids, lengths=None):
         """input_ids (B, T), each row a sequence of its own, or (1, T) of documents of `lengths` -> hidden

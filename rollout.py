@@ -31,6 +31,7 @@ from vllm import LLM, SamplingParams  # noqa: E402
 
 from base import bars  # noqa: E402
 from base.cli import BadInput  # noqa: E402
+from core import memory  # noqa: E402
 from core.checkpoint import Qwen3Config, full_tensor  # noqa: E402
 
 
@@ -177,7 +178,7 @@ class Rollout:
     ):
         config = Qwen3Config.from_pretrained(checkpoint)
         config = replace(config, rope_scaling=rope_scaling or config.rope_scaling)
-        self.cuda = torch.cuda.is_available()
+        self.cuda, self.share = torch.cuda.is_available(), share
         self.clampable, self.clamped = tensor_parallel == 1 and (eager or not self.cuda), []
         rank = dist.get_rank() if dist.is_initialized() else 0
         if self.cuda:
@@ -249,13 +250,16 @@ class Rollout:
 
     def sync(self, model):
         """Give the engine `model`'s weights, one parameter at a time (gathered from FSDP2 shards; every rank
-        must call) and forget the KV cache of the old ones."""
+        must call) and forget the KV cache of the old ones. Raises BadInput where the GPU has too little
+        memory for both."""
         weights = ((name, full_tensor(parameter)) for name, parameter in model.named_parameters())
-        if self.cuda:
-            self.engine.wake_up(tags=["weights"])
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if self.cuda:
-            self.engine.wake_up(tags=["kv_cache"])
+        what = "waking vLLM up beside the trainer's weights and moments"
+        with memory.explain(what, f"--vllm-share ({self.share:g})"):
+            if self.cuda:
+                self.engine.wake_up(tags=["weights"])
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if self.cuda:
+                self.engine.wake_up(tags=["kv_cache"])
         if model.config.tie_word_embeddings:
             self.engine.apply_model(repack_tied_head)
         self.engine.reset_prefix_cache()

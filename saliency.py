@@ -91,9 +91,11 @@ class Tracker:
             counted = 0 if self.tokens == "prompt" else 1
             shared = (each for layer in prompt for each in (layer.q, layer.k))
             totals = [counted * each + of_prompt for each, of_prompt in zip(totals, shared, strict=True)]
-            if self.model.context:  # each of its ranks has counted its own tokens
-                for each in totals:
-                    dist.all_reduce(each, group=self.model.context)
+            if self.model.context:  # each of its ranks has counted its own tokens; one message, not 72
+                flat = torch.cat([each.flatten() for each in totals])
+                dist.all_reduce(flat, group=self.model.context)
+                parts = flat.split([each.numel() for each in totals])
+                totals = [part.view_as(each) for part, each in zip(parts, totals)]
         norms = [each.sqrt().sum(0) * self.counts for each in totals]  # of each sequence, added up
         if self.norms:
             norms = [before + now for before, now in zip(self.norms, norms, strict=True)]

@@ -177,7 +177,7 @@ with journal:
                 torch.tensor([list(itertools.chain(*part))], device=device) for part in zip(*documents)
             )
             lengths = [rows[i]["tokens"] for i in packs[k]]
-            what = f"{ids.numel()} tokens, the longest document {max(lengths)}"
+            what = f"training on {ids.numel()} tokens, the longest document {max(lengths)}"
             flags = f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context})"
             with memory.explain(what, f"{flags}, or use --checkpointing or more ranks"):
                 loss = -model.logprobs(ids, mask, lengths).sum() / trained

@@ -77,8 +77,10 @@ def deterministic(cuda):
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def connect(device, timeout=timedelta(minutes=30)):
-    """init_process_group, to be called on every rank. timeout: how long a rank waits for the others.
+def connect(device, timeout=timedelta(hours=2)):
+    """init_process_group, to be called on every rank. timeout: how long a rank waits for the others, which
+    may generate 128K tokens, or ask a slow judge. torchrun ends all at once when a rank has died, so only one
+    that hangs is waited for that long.
 
     From here on only the first error of any rank is printed in full. The others, which fail because that rank
     is gone, print one line each that names it.

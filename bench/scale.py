@@ -19,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from measure import peak_bytes, seconds
-from shapes import build, card, draw_group, model_flops, peak_flops, train_on
+from shapes import build, card, draw_group, model_flops, peak_flops, random_model, train_on
 from tqdm import tqdm
 
 from base import processes
 from base.cli import one_line_errors, option, parse
-from model import Qwen3
 
 
 @dataclass
@@ -46,7 +45,7 @@ torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 dtype = processes.compute_dtype()
 shape = build(config.shape)
-model = Qwen3.from_config(shape, dtype, device)
+model = random_model(shape, dtype, device)
 model.checkpointing = config.checkpointing
 peak = peak_flops()
 G, R = config.completions, config.completion

@@ -7,6 +7,7 @@ import torch
 
 from core import schedule
 from core.checkpoint import Qwen3Config
+from model import Qwen3
 from run import memory_plan
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bf16, from NVIDIA's data sheets
@@ -19,6 +20,18 @@ LAPTOP = Qwen3Config(256, 4, 8, 768, True, vocab_size=8192, num_key_value_heads=
 def build(name):
     """The Qwen3Config of "laptop" or of a published size ("0.6B", "4B", ...)."""
     return LAPTOP if name == "laptop" else Qwen3Config.preset(name)
+
+
+def random_model(config, dtype, device):
+    """Qwen3 of random weights, drawn on the device itself: one CPU thread takes three minutes for 8B."""
+    model = Qwen3.empty(config, dtype, device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1)
+            else:
+                parameter.normal_(0, config.initializer_range)
+    return model
 
 
 def card(config):

@@ -13,6 +13,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
+FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
 # ------------------------------------------------------------------------------------------- rotary positions
 
 
@@ -89,14 +92,18 @@ def causal_attention(q, k, v, lengths=None):
 
     lengths: token counts of the documents that follow each other in a row; each attends to itself only. One
     call for each document needs no mask of T x T, does no work between documents, and runs everywhere
-    (PyTorch's varlen_attn is for CUDA only). SDPA uses flash kernels on CPU and GPU.
+    (PyTorch's varlen_attn is for CUDA only).
+
+    The flash kernel is called by name. SDPA would choose: from torch 2.11 on an H100 it prefers cuDNN's,
+    which plans for 30 ms for each new length, unless vLLM was imported, which turns them off.
     """
     if lengths:
         documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
         return torch.cat([causal_attention(*document) for document in documents], dim=1)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    gqa = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+    if q.is_cuda and q.dtype == torch.float32:  # for which there is no flash kernel; nothing trains in it
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return flash(q, k, v, causal=True)[0]
 
 
 class Layout:
@@ -184,15 +191,15 @@ def flash(q, k, v, causal):
     scores (B, T, H) fp32, and a list of what else the kernel's backward needs.
 
     PyTorch's public attention call does not return the log-sum-exp, so this calls the operators behind it.
-    They take grouped queries (Hk < H) as they are.
+    They take grouped queries (Hk < H) as they are, and autograd knows `out`'s derivative.
     """
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    if q.is_cuda:
-        out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, 0.0, causal)
-        rest = rest[:6]  # lengths (none), longest T and S, state of the dropout that is not used
-    else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal)
+    if q.is_cpu:
+        out, lse = FLASH_ON_CPU(*heads_first, 0.0, causal)
         rest = []
+    else:
+        out, lse, *rest = FLASH(*heads_first, 0.0, causal)
+        rest = rest[:6]  # lengths (none), longest T and S, state of the dropout that is not used
     return out.transpose(1, 2), lse.transpose(1, 2), rest
 
 
@@ -201,11 +208,11 @@ def flash_backward(grad, q, k, v, out, lse, rest, causal):
     `out` and `lse` may be those of a softmax over more keys than k."""
     heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out, lse)]
     heads_first[5] = heads_first[5].contiguous()  # (B, H, T), the kernel's layout
-    if q.is_cuda:
+    if q.is_cpu:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        gradients = backward(*heads_first, 0.0, causal)
+    else:
         *lengths, state, unused = rest
         backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
         gradients = backward(*heads_first, *lengths, 0.0, causal, state, unused)
-    else:
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        gradients = backward(*heads_first, 0.0, causal)
     return tuple(gradient.transpose(1, 2) for gradient in gradients)

@@ -10,20 +10,22 @@ from core import schedule
 
 @contextmanager
 def explain(what, fix):
-    """Context manager: an out-of-memory error inside it, CUDA's or a CPU's, becomes a BadInput. what: what
-    was being trained on; fix: the flags to lower."""
+    """Context manager: an out-of-memory error inside it, CUDA's, vLLM's or a CPU's, becomes a BadInput. what:
+    what was being done; fix: the flags to lower."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        ours = "allocate memory", "out of memory"  # a CPU's; what vLLM raises when it wakes up
+        if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in ours):
             raise
         plan = "--plan shows what takes the memory"
-        raise BadInput(f"out of memory in training on {what}: lower {fix}; {plan}") from error
+        raise BadInput(f"out of memory in {what}: lower {fix}; {plan}") from error
 
 
 def explained(config, prompt_tokens):
     """`explain` for a group of train.py. config: train.py's Config."""
-    what = f"{prompt_tokens} prompt tokens and up to {config.tokens_per_pass} completion tokens a pass"
+    most = f"up to {config.tokens_per_pass} completion tokens a pass"
+    what = f"training on {prompt_tokens} prompt tokens and {most}"
     flags = f"--tokens-per-pass or --context ({config.context})"
     return explain(what, f"{flags}, or use --checkpointing, more ranks or --context-parallel")
 
