@@ -1,5 +1,7 @@
 """DAPO (arXiv 2503.14476): clip-higher with a token mean, dynamic sampling, soft overlong punishment."""
 
+import math
+
 import torch
 
 import grpo
@@ -25,12 +27,14 @@ def keep_group(rewards):
     return bool((rewards != rewards[0]).any())
 
 
-def fill_batch(draw, keep, wanted, least, max_rounds, interrupted):
+def fill_batch(draw, keep, wanted, least, max_rounds, interrupted, oversample=1.0):
     """Dynamic sampling (section 3.2): draw rounds of groups until `wanted` of them pass `keep`; the surplus
     is dropped -> groups to train on, all groups that were sampled, rounds.
 
-    draw(number) -> groups with .rewards; keep(rewards) -> bool, keep_group in DAPO; interrupted() -> whether
-    to end early, with fewer. After `max_rounds` it makes do with `least`. Raises BadInput for fewer.
+    draw(start, count) -> groups with .rewards, of `count` prompts from the step's `start`-th on;
+    keep(rewards) -> bool, keep_group in DAPO; interrupted() -> whether to end early, with fewer. The first
+    round draws oversample * wanted prompts, rounded up, the others `wanted`. Trained on are the first that
+    pass, in the order of prompts. After `max_rounds` it makes do with `least`. Raises BadInput for fewer.
     """
     batch, sampled, rounds = [], [], 0
     while len(batch) < wanted and not interrupted():
@@ -39,11 +43,17 @@ def fill_batch(draw, keep, wanted, least, max_rounds, interrupted):
                 tried = f"after --max-rounds {rounds} of {wanted} prompts"
                 raise BadInput(f"{tried} {too_few(batch, sampled, least)}")
             break
-        groups = draw(rounds)
+        count = wanted if rounds else first_round(wanted, oversample)
+        groups = draw(len(sampled), count)
         batch += [group for group in groups if keep(group.rewards)]
         sampled += groups
         rounds += 1
     return batch[:wanted], sampled, rounds
+
+
+def first_round(wanted, oversample):
+    """Prompts of a step's first round: oversample * wanted, rounded up."""
+    return math.ceil(oversample * wanted - 1e-9)  # 1.1 * 10 is 11.000000000000002
 
 
 def too_few(batch, sampled, least):

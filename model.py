@@ -29,9 +29,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from core.attention import GroupAttention, Layout, causal_attention, rope_tables, rotate
+from core.attention import (
+    FLASH,
+    FLASH_ON_CPU,
+    GroupAttention,
+    Layout,
+    causal_attention,
+    rope_tables,
+    rotate,
+)
 from core.checkpoint import Qwen3Config, check_weights, load_weights, save_checkpoint
 from core.parallel import Share
 
@@ -41,17 +49,40 @@ HEAD_CHUNK_ELEMENTS = 2**27  # logits that exist at a time: 512 MiB in fp32, 883
 # ----------------------------------------------------------------------------------------------------- layers
 
 
+def rms_norm(x, weight, eps):
+    """x (..., size), weight (size,) -> as x."""
+    wide = x.float()  # statistics in fp32, the product in the compute dtype, as Hugging Face and vLLM do
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def swiglu(gate, up):
+    """(..., F), (..., F) -> (..., F)."""
+    return F.silu(gate) * up
+
+
+def compile_elementwise():
+    """From here on norms, rotation and SwiGLU are one kernel each, forward and backward, in every model of
+    this process. torch.compile makes them when they are first called, with Triton, on a CPU with a C++
+    compiler. Up to rounding they compute the same: where bf16 is rounded several times on the way, they round
+    once."""
+    for owner, name in ((RMSNorm, "norm"), (Attention, "rotate"), (MLP, "gate")):
+        setattr(owner, name, staticmethod(torch.compile(getattr(owner, name), dynamic=True)))
+
+
 class RMSNorm(nn.Module):
+    norm = staticmethod(rms_norm)
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        wide = x.float()  # statistics in fp32, the product in the compute dtype, as Hugging Face and vLLM do
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
+    rotate = staticmethod(rotate)
+
     def __init__(self, config):
         super().__init__()
         C, H, Hk, D = (
@@ -80,7 +111,7 @@ class Attention(nn.Module):
             measured = (q, k) if squares.site == "proj" else (q_normed, k_normed)
             measured = (x.detach() for x in measured)
             squares.fill(*(layout.pad(x, share.own) if layout else x for x in measured))
-        q, k = rotate(q_normed, cos, sin), rotate(k_normed, cos, sin)
+        q, k = self.rotate(q_normed, cos, sin), self.rotate(k_normed, cos, sin)
         q, k, values = share.to_heads(q), share.to_heads(k), share.to_heads(values)
         v = values.unflatten(*heads)
         if prompt is None:
@@ -95,6 +126,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    gate = staticmethod(swiglu)
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -102,7 +135,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gate(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -235,12 +268,13 @@ class Qwen3(nn.Module):
     """A model of any of core.checkpoint's FAMILIES.
 
     `tracker`: set by saliency.Tracker, receives every layer's sums of squares. `checkpointing`: recompute
-    blocks in backward. `context`: the ProcessGroup whose ranks share a group's tokens (core/parallel.py), or
-    None."""
+    blocks in backward, with `attention_recompute` attention too; without it, its results are kept. `context`:
+    the ProcessGroup whose ranks share a group's tokens (core/parallel.py), or None."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.tracker, self.checkpointing, self.context = config, None, False, None
+        self.config, self.tracker, self.context = config, None, None
+        self.checkpointing, self.attention_recompute = False, True
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -249,6 +283,12 @@ class Qwen3(nn.Module):
             }
         )
         self.lm_head = Head(config)
+
+    def compute_as(self, config):
+        """Take what changes only speed, memory and rounding from a script's Config."""
+        self.checkpointing, self.attention_recompute = config.checkpointing, config.attention_recompute
+        if config.compile:
+            compile_elementwise()
 
     def forward(self, input_ids):
         """input_ids (B, T) -> logits (B, T, V), each row a sequence of its own."""
@@ -337,11 +377,13 @@ class Qwen3(nn.Module):
             squares = self.tracker.new_squares(
                 len(self.model.layers), has_first=not prompt and share.start == 0
             )
-        recompute = self.checkpointing and torch.is_grad_enabled()
+        recompute, how = self.checkpointing and torch.is_grad_enabled(), {"use_reentrant": False}
+        if not self.attention_recompute:
+            how["context_fn"] = partial(create_selective_checkpoint_contexts, [FLASH, FLASH_ON_CPU])
         for i, block in enumerate(self.model.layers):
             past = (prompt.keys[i], prompt.values[i]) if prompt else None
             if recompute:
-                x, k, v = checkpoint(block, x, cos, sin, squares[i], past, layout, share, use_reentrant=False)
+                x, k, v = checkpoint(block, x, cos, sin, squares[i], past, layout, share, **how)
             else:
                 x, k, v = block(x, cos, sin, squares[i], past, layout, share)
             if cache is not None:

@@ -66,6 +66,19 @@ def why_not_started(error, context_length, cuda):
     return f"{start}: {reason}"
 
 
+def cuda_options(share, eager, sequences, kv_cache, offload_graphs):
+    """vLLM's settings on a GPU, see Rollout. By default it generates 1,024 completions at once on an H100 and
+    keeps a CUDA graph for each of 51 batch sizes, also while it sleeps; for 64 it keeps 19."""
+    return {
+        "enable_sleep_mode": True,
+        "gpu_memory_utilization": share,
+        "enforce_eager": eager,
+        "max_num_seqs": sequences or None,
+        "kv_cache_dtype": kv_cache,
+        "sleep_mode_offload_cudagraph": offload_graphs,
+    }
+
+
 def repack_tied_head(vllm_model):
     """On a CPU vLLM multiplies by a packed copy of the head; reload_weights renews it only for tensors it is
     given, and a tied head's is the embedding, so the copy would stay the old one."""
@@ -162,7 +175,9 @@ class Rollout:
     context_length: most tokens of prompt + completion. dtype: "float32" or "bfloat16". tensor_parallel: ranks
     that share one engine. share: of the GPU's memory that vLLM may use in total (weights, KV cache; freed by
     `sleep`). rope_scaling: a YaRN dictionary instead of the one in the checkpoint's config.json. eager: no
-    compiled graphs, which `clamp` needs. Raises BadInput if vLLM cannot start.
+    compiled graphs, which `clamp` needs. Only on a GPU: sequences, most completions that generate at once (0:
+    vLLM's default); kv_cache "fp8" halves keys and values; offload_graphs: CUDA graphs sleep in the CPU's
+    memory. Raises BadInput if vLLM cannot start.
     """
 
     def __init__(
@@ -175,6 +190,9 @@ class Rollout:
         share=0.5,
         rope_scaling=None,
         eager=False,
+        sequences=0,
+        kv_cache="auto",
+        offload_graphs=False,
     ):
         config = Qwen3Config.from_pretrained(checkpoint)
         config = replace(config, rope_scaling=rope_scaling or config.rope_scaling)
@@ -182,11 +200,7 @@ class Rollout:
         self.clampable, self.clamped = tensor_parallel == 1 and (eager or not self.cuda), []
         rank = dist.get_rank() if dist.is_initialized() else 0
         if self.cuda:
-            device_options = {
-                "enable_sleep_mode": True,
-                "gpu_memory_utilization": share,
-                "enforce_eager": eager,
-            }
+            device_options = cuda_options(share, eager, sequences, kv_cache, offload_graphs)
         else:
             device_options = {
                 "enforce_eager": True,

@@ -75,7 +75,7 @@ class Config(Shared):
 # What may differ when the run goes on; the data's and the model's files are compared by what is in them.
 MAY_CHANGE = (
     "out data model resume save_every keep log_groups report_every max_skips deterministic tokens_per_pass "
-    "checkpointing dry_run plan ranks gpu gpu_memory tracker"
+    "checkpointing attention_recompute flash_attention compile dry_run plan ranks gpu gpu_memory tracker"
 ).split()
 
 one_line_errors()
@@ -142,7 +142,7 @@ if dist.is_initialized():
     # Each node holds a replica.
     mesh = parallel.weight_mesh(device.type, processes.nodes(), config.masters == "bf16")
 model = Qwen3.from_pretrained(config.model, MASTERS[config.masters], device, mesh, compute_dtype)
-model.checkpointing = config.checkpointing
+model.compute_as(config)
 optimizer = make_optimizer(config, model.parameters())
 
 if checkpoint:

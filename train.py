@@ -38,7 +38,7 @@ from model import Qwen3
 from prompts import chat, load, scoring
 from run import defaults, dry_run, metrics, plan, resume, samples
 from run.best import Best
-from run.config import MAY_CHANGE, Config, check
+from run.config import MAY_CHANGE, Config, check, of_engine
 from run.held_out import evaluate
 from run.journal import Journal
 from run.preflight import check_model, prompt_room
@@ -93,15 +93,14 @@ checkpoint = progress.find(directory, config.resume, fixed, Config(), config.ste
 
 from rollout import Group, Rollout  # noqa: E402  (after the checks above: importing vLLM takes seconds)
 
-dtype = str(compute_dtype).removeprefix("torch.")
-engine = Rollout(config.model, config.context, dtype, config.seed, config.tensor_parallel, config.vllm_share)
+engine = Rollout(**of_engine(config, compute_dtype, world))
 mesh = parallel.weight_mesh(device.type, config.replicate, config.masters == "bf16")
 context = parallel.context_group(device.type, config.context_parallel)
 # work(groups) -> [(group, passes), ...]: what this rank trains, alone or with those of its context group.
 who = {"rank": rank // config.context_parallel, "ranks": world // config.context_parallel}
 work = partial(schedule.work_for_rank, **who, budget=config.tokens_per_pass)
 model = Qwen3.from_pretrained(config.model, MASTERS[config.masters], device, mesh, compute_dtype, context)
-model.checkpointing = config.checkpointing
+model.compute_as(config)
 reference = None  # of the KL term
 if config.beta:
     reference = Qwen3.from_pretrained(config.model, compute_dtype, device, mesh, compute_dtype, context)
@@ -162,10 +161,10 @@ def sample(rows, *how, **more):
     return score(generate(rows, *how, **more), rows)
 
 
-def sample_round(number):
-    """-> the groups of round `number` of this step's sampling."""
-    first = progress.prompts_drawn + number * config.prompts
-    indices = list(range(first, first + config.prompts))
+def sample_round(start, count):
+    """-> the groups of `count` prompts, from the `start`-th of this step's sampling on."""
+    first = progress.prompts_drawn + start
+    indices = list(range(first, first + count))
     rows = [source[i] for i in indices]
     shown.rounds.append(generate(rows, indices, config.completions, config.temperature))
     shown.rounds[-1] = score(shown.rounds[-1], rows)
@@ -266,7 +265,7 @@ if held_out and config.eval_before and not checkpoint:
 # ------------------------------------------------------------------------------------------------------ loop
 
 first, G, interrupt = progress.step + 1, config.completions, Interrupt()
-filling = keep, config.prompts, least, config.max_rounds, interrupt.asked
+filling = keep, config.prompts, least, config.max_rounds, interrupt.asked, config.oversample
 line = {}  # of metrics.jsonl, of the step before
 with journal:
     for step in range(first, config.steps + 1):
@@ -317,7 +316,7 @@ with journal:
         with clock.stage("sync"):
             engine.sync(model)
 
-        progress.finish_step(step, rounds * config.prompts)
+        progress.finish_step(step, len(sampled))
         line = metrics.of_step(config, progress, clock, batch, sampled, rounds, updates, learning_rate)
         lines, selection = shown.of_step(step, batch, sampled), (progress.magnitudes, progress.masks)
         with progress.saved_before_it_stops(f"held out, after step {step}", save):

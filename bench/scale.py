@@ -11,7 +11,7 @@ again is not counted.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from base import processes
 from base.cli import one_line_errors, option, parse
+from core.attention import use_flash_attention_3
 
 
 @dataclass
@@ -34,6 +35,11 @@ class Config:
     completion: int = option(512, "tokens of each", least=1)
     tokens_per_pass: int = option(8192, "completion tokens that train at once", least=1)
     checkpointing: bool = option(True, "recompute blocks in backward")
+    attention_recompute: bool = option(True, "attention too; --no-attention-recompute keeps its results")
+    flash_attention: int = option(
+        2, "attention kernels; 3 needs a Hopper GPU and flash_attn_interface", [2, 3]
+    )
+    compile: bool = option(False, "norms, rotation and SwiGLU by torch.compile")
     rounds: int = option(3, "timed rounds", least=1)
     least: float = option(4.0, "time more rounds until so many seconds have passed", least=0)
     out: str = option("", "file for the results as JSON lines")
@@ -46,7 +52,9 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 dtype = processes.compute_dtype()
 shape = build(config.shape)
 model = random_model(shape, dtype, device)
-model.checkpointing = config.checkpointing
+model.compute_as(config)
+if config.flash_attention == 3:
+    use_flash_attention_3()
 peak = peak_flops()
 G, R = config.completions, config.completion
 weights = [torch.full((R,), 1e-3, device=device) for _ in range(G)]
@@ -67,6 +75,7 @@ for P in bar:
     tokens, flops = P + G * R, model_flops(shape, P, [R] * G)
     result = {
         "card": card(shape),
+        "settings": asdict(config),
         "P": P,
         "G": G,
         "R": R,

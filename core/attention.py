@@ -12,6 +12,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import activate_flash_attention_impl
+
+from base.cli import BadInput
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -184,6 +187,20 @@ class GroupAttention(torch.autograd.Function):
         own = flash_backward(pad(grad), pad(q), pad(k), pad(v), pad(out), pad(lse), own_rest, causal=True)
         own_grad_q, grad_k, grad_v = map(unpad, own)
         return far_grad_q + own_grad_q, grad_k, grad_v, grad_prompt_k, grad_prompt_v, None
+
+
+def use_flash_attention_3():
+    """From here on PyTorch's flash operators, which `flash` calls, are FlashAttention 3's on a GPU. Raises
+    BadInput without a Hopper GPU, or without its package."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        raise BadInput("--flash-attention 3 needs a Hopper GPU (H100, H200, GH200), and there is none")
+    try:
+        activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError) as error:
+        fix = "install flash-attn-3, docs/scale.md says from where"
+        raise BadInput(
+            f"--flash-attention 3 needs the module flash_attn_interface: {fix} ({error})"
+        ) from error
 
 
 def flash(q, k, v, causal):

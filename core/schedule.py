@@ -25,6 +25,12 @@ def assign(tokens, ranks):
     return assignments
 
 
+def sequences(prompts, completions, engines):
+    """Completions that an engine generates at once: all that it has of a round, and not fewer than 64, which
+    held-out prompts use; not more than 1,024, vLLM's own limit on an H100."""
+    return max(64, min(1024, -(-prompts // engines) * completions))
+
+
 def passes(lengths, budget, at_least=1):
     """Divide completions into passes of at most `budget` tokens -> lists of indices, the longest first.
 

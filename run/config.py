@@ -3,14 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import dapo
 import grpo
 import losses
 import saliency
 from base import processes
 from base.cli import BadInput, option
+from core import attention, schedule
 from core.optimizer import MASTERS, OPTIMIZERS
 from prompts import scoring, tasks
 from run import roofline, tracker
+
+KV_CACHES = ("auto", "fp8")
 
 
 @dataclass
@@ -30,6 +34,13 @@ class Shared:
     masters: str = option("fp32", "weights that the optimizer updates; bf16 rounds at random", list(MASTERS))
     max_skips: int = option(3, "updates skipped in a row (not finite); one more ends the run", least=0)
     checkpointing: bool = option(None, "recompute blocks in backward (default: of more than 4,096 tokens)")
+    attention_recompute: bool = option(
+        True, "--checkpointing: attention too; --no-...: keep its results, which takes memory (docs/scale.md)"
+    )
+    flash_attention: int = option(
+        2, "kernels on a GPU; 3 needs a Hopper GPU and flash_attn_interface", [2, 3]
+    )
+    compile: bool = option(False, "norms, rotation, SwiGLU by torch.compile: fewer kernels (docs/scale.md)")
     deterministic: bool = option(False, "the same bits in every run, where possible: docs/interrupted.md")
     plan: bool = option(False, "print the memory and tokens that a step needs on GPUs, and stop")
     dry_run: bool = option(False, "check everything, then one step of a small random model (run/dry_run.py)")
@@ -95,6 +106,9 @@ class Config(Shared):
     aggregation: str = option("sequence", "grpo only; the others have their own", list(grpo.AGGREGATIONS))
     beta: float = option(0.0, "grpo only: weight of the KL term to the start (GRPO's paper 0.04)", least=0)
     max_rounds: int = option(10, "dynamic sampling: most rounds of prompts to fill a batch", least=1)
+    oversample: float = option(
+        1.0, "dynamic sampling: the first round draws this times --prompts, rounded up", least=1, most=10
+    )
     underfull: str = option(
         "train", "a batch not full by then: train on its groups, or stop", ["train", "stop"]
     )
@@ -119,6 +133,8 @@ class Config(Shared):
     tensor_parallel: int = option(1, "ranks that share one vLLM engine", least=1)
     find: bool = option(False, "--plan: what fits, for every size of Qwen3 on 1 to 8 cards of three kinds")
     vllm_share: float = option(0.5, "share of GPU memory for vLLM; freed while training", above=0, most=1)
+    kv_cache: str = option("auto", "vLLM's keys and values: as computed, or fp8, half as large", KV_CACHES)
+    vllm_offload_graphs: bool = option(False, "CUDA graphs of vLLM go to the CPU's memory while training")
     tokens_per_pass: int = option(8192, "completion tokens that train at once; sets peak memory", least=1)
     context_parallel: int = option(1, "ranks that share a group's tokens, for very long prompts", least=1)
     replicate: int = option(0, "copies of the model, each sharded (0: one a node)", least=0)
@@ -129,9 +145,27 @@ class Config(Shared):
 MAY_CHANGE = (
     "name model data eval_data reward_workers reward_timeout reward_on_timeout steps save_every keep "
     "log_groups resume report_every max_skips max_rounds underfull eval_before eval_every mismatch_limit "
-    "tensor_parallel deterministic vllm_share tokens_per_pass checkpointing context_parallel replicate plan "
-    "dry_run ranks gpu gpu_memory find tracker"
+    "tensor_parallel deterministic vllm_share vllm_offload_graphs tokens_per_pass checkpointing "
+    "attention_recompute flash_attention compile context_parallel replicate plan dry_run ranks gpu gpu_memory "
+    "find tracker"
 ).split()
+
+
+def of_engine(config, dtype, world):
+    """train.py's Config, the dtype to compute in, the number of ranks -> the arguments of rollout.Rollout."""
+    prompts = dapo.first_round(config.prompts, config.oversample)
+    engines = world // config.tensor_parallel
+    return {
+        "checkpoint": config.model,
+        "context_length": config.context,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": config.seed,
+        "tensor_parallel": config.tensor_parallel,
+        "share": config.vllm_share,
+        "sequences": schedule.sequences(prompts, config.completions, engines),
+        "kv_cache": config.kv_cache,
+        "offload_graphs": config.vllm_offload_graphs,
+    }
 
 
 def check(config, world, cuda):
@@ -161,6 +195,12 @@ def check(config, world, cuda):
         raise BadInput(f"--tensor-parallel {config.tensor_parallel} does not divide the {world} ranks")
     if config.tensor_parallel > 1 and not cuda and not config.plan:
         raise BadInput(f"--tensor-parallel {config.tensor_parallel} needs a GPU per rank, and there is none")
+    for flag, given in (
+        ("--kv-cache fp8", config.kv_cache),
+        ("--vllm-offload-graphs", config.vllm_offload_graphs),
+    ):
+        if given not in ("auto", False) and not cuda and not config.plan:
+            raise BadInput(f"{flag} needs a GPU, and there is none")
     if (config.data_rows or config.data_weights or config.truncate_prompts) and not config.data:
         raise BadInput("--data-rows, --data-weights and --truncate-prompts need --data")
     if config.eval_data and not config.data:
@@ -172,6 +212,11 @@ def check(config, world, cuda):
         raise BadInput("--eval-every needs held-out prompts: --eval-data, or a task's --eval-prompts")
     if config.best and not config.eval_every:
         raise BadInput("--best needs --eval-every: it is what best/ goes by")
+    if config.oversample > 1 and config.algorithm not in losses.DYNAMIC_SAMPLING:
+        what = f"{config.algorithm} trains on every group that it draws"
+        raise BadInput(
+            f"--oversample {config.oversample:g} needs dynamic sampling (--algorithm dapo): {what}"
+        )
     if config.beta and config.algorithm != "grpo":
         raise BadInput(f"--beta needs --algorithm grpo: {config.algorithm} has no KL term")
     if config.aggregation != Config.aggregation and config.algorithm != "grpo":
@@ -202,5 +247,7 @@ def check_shared(config, resume_flags):
         raise BadInput(f"--ranks {config.ranks} is for --plan; {what}")
     if not 0 <= config.adam_beta2 < 1:
         raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
+    if config.flash_attention == 3 and not config.plan:
+        attention.use_flash_attention_3()
     tracker.check(config.tracker)
     processes.check_restarts(config.resume, resume_flags)

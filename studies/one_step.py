@@ -83,7 +83,7 @@ def take_step(config, engine):
     defaults.fill(config, model_config, bf16=False)
     room = prompt_room(config.context, config.max_completion)
 
-    def draw(number):
+    def draw(number, _):
         row, seed = source[number], config.seed * 2**32 + number * config.completions
         prompt = chat.encode_prompt(tokenizer, row, config.thinking, room)
         how = config.completions, config.temperature, config.max_completion, [seed], chat.stop_ids(tokenizer)

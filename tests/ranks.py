@@ -47,6 +47,7 @@ def step(model, indices, scale, checkpointing, two_stage):
     """Leaves masked gradients of `indices` of the groups -> their log-probabilities and entropies {group: (N,
     2)}, magnitudes, masks, mask_gradients' result, the norm that clipping saw."""
     model.checkpointing, values = checkpointing, {}
+    model.attention_recompute = not two_stage
     with Tracker(model, tokens="not-first") as tracker:
         for i in indices:
             prompt, completions = groups[i]

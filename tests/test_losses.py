@@ -37,7 +37,8 @@ RIGHT, WRONG, MIXED = [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]
 
 def fill(rounds, wanted, least):
     how = dapo.keep_group, wanted, least, len(rounds), lambda: False
-    batch, sampled, count = dapo.fill_batch(lambda number: groups_of(*rounds[number]), *how)
+    coming = iter(rounds)
+    batch, sampled, count = dapo.fill_batch(lambda start, count: groups_of(*next(coming)), *how)
     return len(batch), len(sampled), count
 
 
@@ -54,6 +55,19 @@ def test_a_batch_is_filled_or_trains_on_what_it_has():
     hard = r"of 0 groups differ \(1 needed\), 1 are all right, 2 all wrong: the task is too hard: give easier"
     with pytest.raises(BadInput, match=hard):
         fill([[WRONG, WRONG, RIGHT]], 3, 1)
+
+
+def test_an_oversampled_first_round_draws_more_prompts_and_trains_on_the_first_that_differ():
+    groups, asked = groups_of(*[WRONG, MIXED] * 5), []
+
+    def draw(start, count):
+        asked.append((start, count))
+        return groups[start : start + count]
+
+    batch, sampled, rounds = dapo.fill_batch(draw, dapo.keep_group, 4, 1, 9, lambda: False, oversample=1.4)
+    assert asked == [(0, 6), (6, 4)] and rounds == 2  # 5.6 prompts, of which 3 groups differ
+    assert batch == groups[1:8:2] and sampled == groups
+    assert [dapo.first_round(10, times) for times in (1, 1.1, 1.11, 2.5)] == [10, 11, 12, 25]
 
 
 def test_advantages_of_equal_rewards_and_of_one_completion_are_zero():

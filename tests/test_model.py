@@ -352,7 +352,7 @@ def test_two_stage_backward_equals_one_pass(prompt_length, lengths, passes, chec
         loss(range(len(lengths)), expected, entropies).backward()
     expected_gradients, expected_magnitudes = outcome(tracker)
 
-    model.checkpointing = checkpointing
+    model.checkpointing, model.attention_recompute = checkpointing, rng.random() < 0.5
     order = rng.sample(range(len(lengths)), len(lengths))
     parts = [part for i in range(passes) if (part := order[i::passes])]
     with Tracker(model, site) as tracker:
@@ -371,6 +371,31 @@ def test_two_stage_backward_equals_one_pass(prompt_length, lengths, passes, chec
         torch.testing.assert_close(
             gradient / scale, expected_gradients[name] / scale, atol=1e-5, rtol=1e-4, msg=name
         )
+
+
+def test_attention_that_is_kept_changes_no_bit_of_a_gradient():
+    """It is the same kernel's result, the second time from memory."""
+    gradients = []
+    for again in (True, False):
+        model = make_small()
+        model.checkpointing, model.attention_recompute = True, again
+        completions = [torch.arange(n) + 3 for n in (7, 1, 12)]
+        torch.cat(model.group_logprobs(torch.arange(60), completions)).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_an_untied_head_gets_no_embedding():
+    """FSDP2 makes a gradient of zeros of whatever a module is given and does not use."""
+    given = []
+    for tied in (True, False):
+        model = make_small(tied)
+        model.lm_head.register_forward_pre_hook(
+            lambda module, args, named: given.extend([*args, named]), with_kwargs=True
+        )
+        model.group_logprobs(torch.arange(5), [torch.arange(3)])
+        has = [x for x in given if x is model.model.embed_tokens.weight]
+        assert len(has) == tied
 
 
 def test_logprobs_of_masked_tokens_equal_full_logits(small):

@@ -1,13 +1,18 @@
 """rollout.py: a real vLLM engine against our model, across weight syncs, seeds, prefix caching, and under a
 clamp."""
 
+from dataclasses import fields
+from typing import get_args
+
 import pytest
 import torch
 from conftest import FAMILIES, make_small
 
+from base.cli import BadInput
 from evals import clamp
 from model import Qwen3Config
-from rollout import Rollout, cache_bytes, hold, why_not_started
+from rollout import Rollout, cache_bytes, cuda_options, hold, why_not_started
+from run.config import KV_CACHES
 from studies import magnitudes
 
 # What vllm 0.32 says, of a context of 4 million tokens on a CPU, and of a GPU that others use.
@@ -34,6 +39,32 @@ def test_what_vllm_says_at_its_start_becomes_one_line_with_the_fix(cuda):
     for text, expected in SAID.items():
         line = why_not_started(ValueError(text), 9, cuda)
         assert expected[cuda] in line and "\n" not in line and len(line) < 500
+
+
+def test_settings_for_a_gpu_are_vllms():
+    """None of them can act here; but vLLM has them, by these names and with these values."""
+    from vllm.config.cache import CacheDType  # after rollout.py, which sets what vLLM reads when imported
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = cuda_options(0.5, eager=False, sequences=64, kv_cache="fp8", offload_graphs=True)
+    assert settings.keys() <= {field.name for field in fields(EngineArgs)}
+    assert {*KV_CACHES} <= {*get_args(CacheDType)} and settings["kv_cache_dtype"] in KV_CACHES
+    unlimited = cuda_options(0.5, eager=False, sequences=0, kv_cache="auto", offload_graphs=False)
+    defaults = {field.name: field.default for field in fields(EngineArgs)}
+    for name in ("max_num_seqs", "kv_cache_dtype", "sleep_mode_offload_cudagraph"):
+        assert unlimited[name] == defaults[name]
+
+
+def test_too_little_memory_beside_the_trainer_is_one_line_with_the_fix(setup, monkeypatch):
+    """What vLLM's allocator raises when it wakes up."""
+    model, engine = setup
+
+    def wake(*arguments, **keywords):
+        raise RuntimeError("CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62")
+
+    monkeypatch.setattr(engine.engine, "collective_rpc", wake)
+    with pytest.raises(BadInput, match="out of memory in waking vLLM up .*: lower --vllm-share \\(0.5\\)"):
+        engine.sync(model)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -74,7 +74,7 @@ def equal_but_for_rounding(one, two):
 
 
 def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit(runs):
-    run, printed = train(runs("first"), "--eval-every", 1)
+    run, printed = train(runs("first"), "--eval-every", 1, "--oversample", 1.5)
     config = json.loads((run / "config.json").read_text())
     assert (config["steps"], config["rule"], config["fraction"], config["context"]) == (2, "top", 0.3, 4096)
     assert config["learning_rate"] == 3e-4 and config["checkpointing"] is False
@@ -87,6 +87,8 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     assert "train.py --name test-first" in json.loads((run / "environment.json").read_text())["command"]
     metrics = read_metrics(run)
     assert [m["step"] for m in metrics] == [1, 2]
+    rounds = [m["rounds"] for m in metrics]  # a step's first draws 6 prompts, each other one 4
+    assert [m["prompts_drawn"] for m in metrics] == [2 + 4 * rounds[0], 4 + 4 * sum(rounds)]
     for m in metrics:
         assert m["mismatch_mean"] < 1e-5
         assert 0.3 < m["selected_share"] <= 1 and m["grad_norm_masked"] < m["grad_norm"]
@@ -120,6 +122,7 @@ def test_a_run_leaves_what_it_promises_and_a_killed_one_the_same_to_the_last_bit
     name = runs("second")
     killed = ROOT / "runs" / name
     flags = [*SHORT, "--save-every", 1, "--eval-every", 1, "--reward", "kill:exact", "--resume", "auto"]
+    flags += ["--oversample", 1.5]
     for place, code, left in (
         ("save 10", -signal.SIGKILL, ["LATEST", "LATEST.partial", "step-000001"]),
         ("rollout 1 0 SIGTERM", 75, ["LATEST", "step-000001"]),

@@ -199,11 +199,12 @@ def test_a_forward_mixes_no_devices(cuda, monkeypatch):
     assert {mask.device.type for mask in masks.values()} == {"cuda"}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_whole_step_goes_back_through_flash_kernels(checkpointing):
-    """Reading, two passes, loss, backward, mask, norm and clipping, in bf16 at the size of the recipes."""
+@pytest.mark.parametrize("checkpointing, again", [(False, True), (True, True), (True, False)])
+def test_a_whole_step_goes_back_through_flash_kernels(checkpointing, again):
+    """Reading, two passes, loss, backward, mask, norm and clipping, in bf16 at the size of the recipes.
+    again: whether attention is computed once more in backward."""
     model, layers = Qwen3.empty(SHAPE, torch.bfloat16, "meta"), SHAPE.num_hidden_layers
-    model.checkpointing = checkpointing
+    model.checkpointing, model.attention_recompute = checkpointing, again
     parts = [[4096, 4096], [4096, 3000, 1]]
     with Called() as called, saliency.Tracker(model) as tracker:
         prompt = model.read(torch.zeros(28672, dtype=int, device="meta"))
@@ -217,7 +218,8 @@ def test_a_whole_step_goes_back_through_flash_kernels(checkpointing):
             loss.backward()
         prompt.backward(leaves)
     calls = (1 + 2 * len(parts)) * layers  # the prompt's own; a pass's to the prompt and to itself
-    assert called.attention() == {FLASH: calls * (1 + checkpointing), FLASH_BACKWARD: calls}
+    times = 2 if checkpointing and again else 1
+    assert called.attention() == {FLASH: times * calls, FLASH_BACKWARD: calls}
     parameters = list(model.parameters())
     assert looks(p.grad for p in parameters) == looks(parameters)
     saliency.mask_gradients(model, saliency.select_rows(tracker.magnitudes()))

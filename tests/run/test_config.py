@@ -3,10 +3,11 @@
 import re
 
 import pytest
+import torch
 from conftest import ROOT
 
 from base.cli import BadInput, parse
-from run.config import MAY_CHANGE, Config, check
+from run.config import MAY_CHANGE, Config, check, of_engine
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -24,6 +25,10 @@ from run.config import MAY_CHANGE, Config, check
     ({"reward_weights": [1.0, 1.0]}, "--reward-weights has 2 numbers for 1 rewards"),
     ({"reward": ["rewards:exact"] * 2}, "--reward rewards:exact rewards:exact names a function twice"),
     ({"reward_on_timeout": "zero"}, "--reward-on-timeout zero needs --reward-timeout"),
+    ({"algorithm": "grpo", "overlong_cache": 4, "oversample": 1.5}, "--oversample 1.5 needs dynamic samp"),
+    ({"kv_cache": "fp8"}, "--kv-cache fp8 needs a GPU, and there is none"),
+    ({"vllm_offload_graphs": True}, "--vllm-offload-graphs needs a GPU, and there is none"),
+    ({"flash_attention": 3}, r"--flash-attention 3 needs a Hopper GPU \(H100, H200, GH200\), and there"),
     ({"overlong_cache": 25}, "--overlong-cache 25 is more than --max-completion 24: it is the last of"),
 ])  # fmt: skip
 def test_flags_of_another_algorithm_are_refused(settings, message):
@@ -37,6 +42,15 @@ def test_the_docs_say_what_is_free_to_change():
     elsewhere = {"model", "data", "eval_data"}  # "where these files lie"
     of_a_start = {"resume", "plan", "dry_run", "ranks", "gpu_memory"}  # say what to do, not how to train
     assert listed == set(MAY_CHANGE) - elsewhere - of_a_start
+
+
+@pytest.mark.parametrize("ranks, tensor_parallel, sequences", [(1, 1, 96), (8, 1, 64), (8, 4, 64)])
+def test_an_engine_is_made_for_the_completions_of_a_round(ranks, tensor_parallel, sequences):
+    """Of 4 prompts x 1.5 x 16, by the engines there are, and not for 1,024, which vLLM would prepare for."""
+    config = Config(prompts=4, oversample=1.5, tensor_parallel=tensor_parallel, kv_cache="fp8")
+    made = of_engine(config, torch.bfloat16, ranks)
+    assert (made["sequences"], made["dtype"], made["kv_cache"]) == (sequences, "bfloat16", "fp8")
+    assert of_engine(Config(prompts=1000), torch.float32, 1)["sequences"] == 1024
 
 
 def test_a_dual_clip_that_would_clip_every_loss_is_refused():
