@@ -312,6 +312,7 @@ def test_a_wrong_name_is_found():
 def test_tables_of_flags_are_of_train(path):
     """A flag of some script is not enough where a table's left column lists train.py's."""
     listed = set(re.findall(r"^\| `--([\w-]+)` \|", path.read_text(), re.M))
+    listed = {flag.removeprefix("no-") for flag in listed}  # that turn off what is on
     assert {flag.replace("-", "_") for flag in listed} <= set(config_of("train.py").__dataclass_fields__)
     assert listed or path.name != "README.md"
 

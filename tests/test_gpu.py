@@ -1,14 +1,16 @@
 """What only a GPU can show. GPU_TESTS=1 python -m pytest tests/test_gpu.py; skipped everywhere else."""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 from conftest import ROOT, make_small
+from torch.nn.attention import restore_flash_attention_impl
 from torch.profiler import ProfilerActivity, profile
 
 from base import environment
-from core.attention import GroupAttention, Layout, causal_attention
+from core.attention import GroupAttention, Layout, causal_attention, use_flash_attention_3
 from core.parallel import Share
 from model import Qwen3, Qwen3Config
 
@@ -62,6 +64,27 @@ def test_completions_attend_to_a_longer_prompt_by_flash_kernels_and_rightly(leng
         torch.testing.assert_close(
             gradient.double(), x.grad, atol=3e-2 * x.grad.abs().max().item(), rtol=2e-2
         )
+
+
+@pytest.mark.skipif(not find_spec("flash_attn_interface"), reason="needs FlashAttention 3")
+def test_flash_attention_3_agrees_with_2():
+    lengths = [5, 200, 33]
+    layout, weights = Layout(700, lengths, "cuda", Share(238)), torch.randn(1, 238, 8, 128, device="cuda")
+    tensors = heads(238, 8), heads(238, 2), heads(238, 2), heads(700, 2), heads(700, 2)
+
+    def run():
+        out = GroupAttention.apply(*tensors, layout)
+        return [out, *torch.autograd.grad((out * weights).sum(), tensors)]
+
+    two = run()
+    use_flash_attention_3()
+    try:
+        three, names = run(), kernels(run)
+    finally:
+        restore_flash_attention_impl()
+    assert names != kernels(run)
+    for a, b in zip(two, three):
+        torch.testing.assert_close(b, a, atol=3e-2 * a.abs().max().item(), rtol=2e-2)
 
 
 def test_group_logprobs_in_bf16_are_near_the_dense_layout_in_fp32():
