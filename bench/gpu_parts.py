@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 from measure import peak_bytes, seconds, synchronize
-from shapes import LAPTOP, build, card, draw_group, model_flops, peak_flops, train_on
-from torch.distributed.tensor import DTensor
+from shapes import LAPTOP, build, card, draw_group, fill, model_flops, peak_flops, train_on
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.profiler import ProfilerActivity, profile
 
@@ -66,18 +65,6 @@ def per_second(flops, taken):
     """FLOPs in `taken` seconds -> the keys tflops and, for a card whose peak is known, mfu."""
     peak = peak_flops()
     return {"tflops": flops / taken / 1e12} | ({"mfu": flops / taken / peak} if peak else {})
-
-
-def fill(model):
-    """Random weights on the model's own device; returns the model."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if name.endswith("norm.weight"):
-                shard.fill_(1)
-            else:
-                shard.normal_(0, model.config.initializer_range)
-    return model
 
 
 def machine(sizes):

@@ -19,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from measure import peak_bytes, seconds
-from shapes import build, card, draw_group, model_flops, peak_flops, random_model, train_on
+from shapes import build, card, draw_group, fill, model_flops, peak_flops, train_on
 from tqdm import tqdm
 
 from base import processes
 from base.cli import one_line_errors, option, parse
 from core.attention import use_flash_attention_3
+from model import Qwen3
 
 
 @dataclass
@@ -51,7 +52,7 @@ torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 dtype = processes.compute_dtype()
 shape = build(config.shape)
-model = random_model(shape, dtype, device)
+model = fill(Qwen3.empty(shape, dtype, device))
 model.compute_as(config)
 if config.flash_attention == 3:
     use_flash_attention_3()

@@ -4,10 +4,10 @@ train.py."""
 import platform
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from core import schedule
 from core.checkpoint import Qwen3Config
-from model import Qwen3
 from run import memory_plan
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bf16, from NVIDIA's data sheets
@@ -22,15 +22,15 @@ def build(name):
     return LAPTOP if name == "laptop" else Qwen3Config.preset(name)
 
 
-def random_model(config, dtype, device):
-    """Qwen3 of random weights, drawn on the device itself: one CPU thread takes three minutes for 8B."""
-    model = Qwen3.empty(config, dtype, device)
+def fill(model):
+    """Random weights on the model's own device (one CPU thread takes three minutes for 8B) -> the model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if name.endswith("norm.weight"):
-                parameter.fill_(1)
+                shard.fill_(1)
             else:
-                parameter.normal_(0, config.initializer_range)
+                shard.normal_(0, model.config.initializer_range)
     return model
 
 
