@@ -146,8 +146,8 @@ MAY_CHANGE = (
     "name model data eval_data reward_workers reward_timeout reward_on_timeout steps save_every keep "
     "log_groups resume report_every max_skips max_rounds underfull eval_before eval_every mismatch_limit "
     "tensor_parallel deterministic vllm_share vllm_offload_graphs tokens_per_pass checkpointing "
-    "attention_recompute flash_attention compile context_parallel replicate plan dry_run ranks gpu gpu_memory "
-    "find tracker"
+    "attention_recompute flash_attention compile context_parallel replicate plan dry_run ranks gpu find "
+    "gpu_memory tracker"
 ).split()
 
 
