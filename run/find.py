@@ -23,9 +23,9 @@ SHORTER = 2048  # a shorter context is found in such steps
 # memory of the CPU; exactness of weights; training every weight.
 RUNGS = {
     "what you asked for": {},
-    "moments in 8 bits": {"optimizer": "adamw8bit"},
+    "8-bit moments": {"optimizer": "adamw8bit"},
     "moments in the CPU's memory": {"optimizer": "adamw-offload"},
-    "weights in bf16, moments in 8 bits": {"masters": "bf16", "optimizer": "adamw8bit"},
+    "bf16 weights, 8-bit moments": {"masters": "bf16", "optimizer": "adamw8bit"},
 }
 NAMES = dict(zip(RUNGS, ("all", "8bit", "cpu", "bf16"), strict=True))  # in cells of the table
 
@@ -135,7 +135,7 @@ def ladder(c, step, card, samples=True):
     for context in range(step.context - SHORTER, step.completion, -SHORTER):
         found = arranged(c, tried[-1]._replace(prompt=context - step.completion), card)
         if found.over <= 0:
-            yield f"{rung}, a shorter context", found
+            yield f"{rung}, shorter context", found
             return
 
 

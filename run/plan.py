@@ -76,7 +76,7 @@ def listed(kinds):
 
 def ladder(c, step, card, samples=True):
     """Lines of text: what was tried until something fitted, and the flags for that."""
-    text = [f"what fits, what changes least first:{'training':>20}"]
+    text = [f"what fits, what changes least first:{'training':>24}"]
     text[0] += f"{'rollout':>13}{'train':>10}{'sample':>9}" if samples else ""
     for rung, found in find.ladder(c, step, card, samples):
         says = "fits" if found.over <= 0 else f"{found.over / GIB:.1f} GiB too much"
@@ -86,7 +86,7 @@ def ladder(c, step, card, samples=True):
                 f"{(found.asleep + found.share) / GIB:9.1f} GiB{short(roofline.total(found.training)):>10}"
             )
             sizes += f"{short(sum(found.sampling.values())):>9}"
-        text.append(f"  {rung:42}{sizes}   {says}")
+        text.append(f"  {rung:46}{sizes}   {says}")
     if found.over > 0:
         return [*text, "nothing fits: use more GPUs (--ranks), larger ones (--gpu), or a smaller model"]
     changed = find.flags(step, found.step)
