@@ -28,8 +28,8 @@ from measure import peak_bytes, seconds
 from shapes import LAPTOP, card, draw_group, train_on
 from tqdm import tqdm
 
-from base import durable, plot
-from base.cli import one_line_errors, option, parse
+from base import durable, plot, processes
+from base.cli import BadInput, one_line_errors, option, parse
 from core import attention
 from core.checkpoint import Qwen3Config
 from model import Qwen3
@@ -98,6 +98,8 @@ def measured(prompts):
     """-> [{"prompt": tokens, "training": s, "prefill": s, "decoding": s, "bytes": peak}, ...]"""
     from rollout import Rollout  # importing vLLM takes seconds
 
+    _, _, device = processes.rank_and_device()
+    processes.connect(device)
     model = Qwen3.from_config(LAPTOP, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
@@ -261,6 +263,8 @@ def main(config):
     torch.manual_seed(0)
     file = out / "results.json"
     if config.measure:
+        if torch.cuda.is_available():
+            raise BadInput("a CPU is measured here, and there is a GPU: use --no-measure, or bench/gpu.sh")
         measuring = [prompt for prompt in PROMPTS if prompt <= config.longest]
         results = {"card": card(LAPTOP), "rates": rates(), "small": measured(measuring)}
         durable.write_json(file, results)
