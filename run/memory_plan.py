@@ -4,6 +4,7 @@ It counts the tensors that the code holds, at the moments at which memory peaks;
 it against measured peaks. `reserve` is for the rest: CUDA, NCCL, fragmentation.
 """
 
+import math
 from typing import NamedTuple
 
 from core import schedule
@@ -36,6 +37,11 @@ class Step(NamedTuple):
     optimizer: str = "adamw"
     masters: str = "fp32"
     lora: int = 0
+    attention_recompute: bool = True
+    flash_attention: int = 2
+    compile: bool = False
+    kv_cache: str = "auto"
+    oversample: float = 1.0
 
     @classmethod
     def of(cls, config, ranks, context):
@@ -55,6 +61,11 @@ class Step(NamedTuple):
             config.beta,
             config.optimizer,
             config.masters,
+            attention_recompute=config.attention_recompute,
+            flash_attention=config.flash_attention,
+            compile=config.compile,
+            kv_cache=config.kv_cache,
+            oversample=config.oversample,
         )
 
     @classmethod
@@ -139,20 +150,24 @@ def block_bytes(c, size, exchanged=False, lora=0):
     return norms + projections + attention + mlp + low_rank, size * (C + 2 * F)
 
 
-def activations(c, prompt, pass_tokens, checkpointing, size, context_parallel=1, lora=0):
+def activations(
+    c, prompt, pass_tokens, checkpointing, size, context_parallel=1, lora=0, attention_recompute=True
+):
     """{moment: {line: bytes}}: what there is while a pass's head, a pass's block, or the prompt goes back."""
     prompt, pass_tokens = -(-prompt // context_parallel), -(-pass_tokens // context_parallel)  # of one rank
     L, C, kv = c.num_hidden_layers, c.hidden_size, 2 * c.num_key_value_heads * c.head_dim
     kept, transient = block_bytes(c, size, context_parallel > 1, lora)
-    per_layer = size * C if checkpointing else kept
+    per_layer, attended = (size * C if checkpointing else kept), 0
+    if checkpointing and not attention_recompute:  # the output of an attention and its log-sum-exp
+        attended = L * c.num_attention_heads * (size * c.head_dim + 4)
     cache = prompt * size * kv * L
     prompt_lines = {
-        "prompt, kept for its backward": prompt * (L * per_layer + 2 * size * c.head_dim),
+        "prompt, kept for its backward": prompt * (L * per_layer + attended + 2 * size * c.head_dim),
         # Without checkpointing they are among what blocks keep.
         "prompt's keys and values": cache if checkpointing else 0,
         "their gradients": cache,
     }
-    pass_kept = {"tokens of a pass, kept": pass_tokens * (L * per_layer + 5 * size * C)}
+    pass_kept = {"tokens of a pass, kept": pass_tokens * (L * per_layer + 2 * attended + 5 * size * C)}
     chunk = min(pass_tokens, max(1, HEAD_CHUNK_ELEMENTS // c.vocab_size)) * c.vocab_size
     head = {"head: a chunk of logits and their gradient": chunk * (8 + (2 if size == 2 else 0))}
     # What is frozen has none; those of LoRA are small.
@@ -221,6 +236,7 @@ def training_memory(
     optimizer="adamw",
     masters="fp32",
     lora=0,
+    attention_recompute=True,
 ):
     """{line: bytes} of one rank at the worst moment of an update, and that moment's name.
 
@@ -241,7 +257,8 @@ def training_memory(
         cache = prompt * 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers / context_parallel
         gathered = rest + 2 * block if sharded else 0
         lines["reference model at work"] = size * (trained_parameters(c, 0) / ranks + gathered + cache)
-    moments = activations(c, prompt, pass_tokens, checkpointing, size, context_parallel, lora)
+    how = context_parallel, lora, attention_recompute
+    moments = activations(c, prompt, pass_tokens, checkpointing, size, *how)
     moments["the optimizer's step"] = update_memory(c, ranks, optimizer, masters, lora, prompt > 0)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     return lines | moments[worst], worst
@@ -255,6 +272,7 @@ def step_memory(c, step):
     if reference:
         asleep += 2 * trained_parameters(c, 0) / step.shards
     shared = {"reference": reference, "context_parallel": step.context_parallel}
+    shared["attention_recompute"] = step.attention_recompute
     return *training_memory(c, *tokens, step.shards, 2, **shared, **kept), asleep
 
 
@@ -269,11 +287,13 @@ class Engine(NamedTuple):
 
 def engine_memory(c, step, memory):
     """-> Engine on a GPU of `memory` GiB, by which vLLM 0.32 chooses its batch (engine/arg_utils.py)."""
-    tokens, sequences = (16384, 1024) if memory >= 70 else (8192, 256)
+    tokens, engines = 16384 if memory >= 70 else 8192, max(1, step.ranks // step.tensor_parallel)
+    sequences = schedule.sequences(math.ceil(step.prompts * step.oversample), step.completions, engines)
     weights = 2 * trained_parameters(c, 0) / step.tensor_parallel
     batch = 2 * tokens * (2 * c.hidden_size + 3 * c.intermediate_size / step.tensor_parallel)
     sampler = sequences * c.vocab_size * (2 + 3 * 4)
-    token = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim / step.tensor_parallel
+    size = 1 if step.kv_cache == "fp8" else 2
+    token = size * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim / step.tensor_parallel
     return Engine(
         weights, max(batch, sampler) + GRAPHS, token * step.context, token * (step.prompt + step.own)
     )

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from run.memory_plan import low_rank_parameters, parameter_counts, trained_parameters
 
 GIGA, TERA = 1e9, 1e12
+FLASH_3 = 1.6  # times as fast as flash attention 2, on Hopper
+COMPILED = 0.4  # what is left of the bytes of norms, rotation and SwiGLU, compiled
 
 
 class Card(NamedTuple):
@@ -80,27 +82,25 @@ def training_seconds(c, step, card, size=2):
     beside the rest (see `total`). Backward is two forwards, in attention two and a half; LoRA's needs no
     gradients of what is frozen. size: bytes of the compute dtype."""
     (block, _), low_rank = parameter_counts(c), low_rank_parameters(c, step.lora)
-    L, head = c.num_hidden_layers, c.vocab_size * c.hidden_size
+    L = c.num_hidden_layers
     tokens, forwards = step.prompt + step.own, 2 if step.checkpointing else 1
     back = 1 if step.lora else 2
     matrices = 2 * L * tokens * ((forwards + back) * block + (forwards + 2) * low_rank)
     attention = 4 * L * c.num_attention_heads * c.head_dim * pairs(step)  # FLOPs of a forward
+    head = (4 + 2 * back) * c.vocab_size * c.hidden_size * step.own
     logits = 130 * c.vocab_size * step.own  # bytes: a table in fp32, read and written some 30 times
     groups = step.prompts / step.ranks  # a rank's, or as much work in parts of more
+    faster = FLASH_3 if step.flash_attention == 3 else 1
+    again = forwards if step.attention_recompute else 1
+    attention *= (again / card.attention + 2.5 / card.attention_back) / faster
+    other = L * tokens * (forwards + 2) * streamed(c, step.lora, size) * (COMPILED if step.compile else 1)
     update = {"adamw": 28, "adamw8bit": 16, "adamw-offload": 28}[step.optimizer] / TERA / card.stream
     update += 16 / GIGA / card.host if step.optimizer == "adamw-offload" else 0
     return {
         "matrices": groups * matrices / TERA / card.matrices,
-        "attention": groups * attention / TERA * (forwards / card.attention + 2.5 / card.attention_back),
-        "head": groups
-        * ((4 + 2 * back) * head * step.own / TERA / card.matrices + logits / TERA / card.stream),
-        "other kernels": groups
-        * (forwards + 2)
-        * L
-        * streamed(c, step.lora, size)
-        * tokens
-        / TERA
-        / card.stream,
+        "attention": groups * attention / TERA,
+        "head": groups * (head / card.matrices + logits / card.stream) / TERA,
+        "other kernels": groups * other / TERA / card.stream,
         "optimizer": update * trained_parameters(c, step.lora) / step.shards,
         "communication": sent(c, step) / GIGA / card.link,
     }
@@ -129,7 +129,7 @@ def sampling_seconds(c, step, card, engine, room):
     what a prompt takes, not its reading. What does not fit waits for its turn."""
     block, _ = parameter_counts(c)
     L = c.num_hidden_layers
-    groups = step.prompts / step.ranks  # of a rank; an engine's ranks have its part of more
+    groups = step.oversample * step.prompts / step.ranks  # of a rank; an engine's ranks have its part of more
     attention = 4 * L * c.num_attention_heads * c.head_dim * step.prompt**2 / 2
     prefill = 2 * block * L * step.prompt / TERA / card.matrices + attention / TERA / card.attention
     turns = max(1, groups * step.tensor_parallel * engine.group / max(room, engine.one))

@@ -301,11 +301,33 @@ def test_the_roofline_gives_what_was_worked_out_by_hand(how, expected):
 def test_decoding_takes_what_reading_weights_and_cache_takes():
     c, how = Qwen3Config.preset("8B"), step(1, 32768)
     engine = memory_plan.engine_memory(c, how, H100.memory)
-    assert engine.working == pytest.approx(4 * GIB, rel=0.15)  # as vLLM's log says for 8B
+    many = memory_plan.engine_memory(c, how._replace(prompts=64), H100.memory)
+    assert many.working == pytest.approx(4 * GIB, rel=0.15)  # of 1,024 sequences
+    assert memory_plan.engine_memory(c, how._replace(kv_cache="fp8"), 80).group == engine.group / 2
     seconds = roofline.sampling_seconds(c, how, H100, engine, engine.group)
     assert sum(seconds.values()) - seconds["prefill"] == pytest.approx(4096 * 0.031, rel=0.03)
     waiting = roofline.sampling_seconds(c, how, H100, engine, engine.group / 2)
     assert waiting["reading weights"] == pytest.approx(2 * seconds["reading weights"])
+
+
+@pytest.mark.parametrize(
+    "change, gain",
+    [({"attention_recompute": False}, 3.9), ({"flash_attention": 3}, 8), ({"compile": True}, 3)],
+)
+def test_options_gain_what_docs_scale_says(change, gain):
+    c, how = Qwen3Config.preset("8B"), step(1, 32768)
+    before, after = (roofline.training_seconds(c, each, H100) for each in (how, how._replace(**change)))
+    assert roofline.total(before) - roofline.total(after) == pytest.approx(gain, rel=0.25)
+
+
+def test_kept_attention_takes_what_docs_scale_says():
+    c = Qwen3Config.preset("8B")
+    recomputed, kept = (
+        memory_plan.activations(c, 28672, 8192, True, 2, attention_recompute=again)["a block of a pass"]
+        for again in (True, False)
+    )
+    for line, gib in (("prompt, kept for its backward", 8.0), ("tokens of a pass, kept", 4.6)):
+        assert kept[line] - recomputed[line] == pytest.approx(gib * GIB, rel=0.02)
 
 
 def test_more_gpus_never_train_slower_and_sent_bytes_are_counted():
