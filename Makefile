@@ -6,6 +6,7 @@
 #              cores; another checkpoint: make real ARGS="--model HuggingFaceTB/SmolLM2-135M-Instruct"
 # make row     a row of the paper's table, from data to evaluation, on eight GPUs:
 #              make row ROW=dapo-longact SIZE=8B
+# make peers   TRL's and verl's trainers beside ours, on the CPU
 # Each sets up .venv first: with an NVIDIA GPU from requirements.txt at the versions of
 # constraints-gpu.txt, without one from requirements-cpu.txt.
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0+cpu
 GPU := $(shell command -v nvidia-smi)
 
-.PHONY: train eval real row test lint format setup clean
+.PHONY: train eval real row peers test lint format setup clean
 train: .venv/ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/torchrun --standalone train.py $(ARGS)
 
@@ -31,6 +32,17 @@ endif
 
 real: .venv/ready $(if $(findstring --model,$(ARGS)),,.venv/ready-smollm2)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/python -m studies.real $(ARGS)
+
+# Others' trainers beside ours (docs/peers.md), in an environment of their own.
+peers: .venv/ready .venv-peers/ready
+	$(BIN)/python bench/peers.py $(ARGS)
+
+.venv-peers/ready: requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -q --no-deps '$(TORCH)' || \
+	.venv-peers/bin/pip install -q --no-deps --index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
+	.venv-peers/bin/pip install -q --no-deps -r requirements-peers.txt
+	touch $@
 
 # A row of the paper's table (docs/recipes.md): SFT, RL, LongBench v2 of the checkpoint, and a comparison with
 # the row AGAINST. ROW is sft or a recipe that follows rl.toml. Results that exist are not made again. Our
@@ -115,4 +127,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .hypothesis

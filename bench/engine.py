@@ -1,10 +1,13 @@
-"""What takes which share of a training step with the real engine: saliency, weight sync, prefill. Needs vLLM.
+"""What takes which share of a training step with the real engine: saliency, weight sync, prefill; and how
+near to the machine's peak forward and backward are. Needs vLLM.
 
     python bench/engine.py                        # assets/tiny, 16 prompts x 16 completions of recall
-    python bench/engine.py --model path/to/Qwen3
+    python bench/engine.py --model DIRECTORY --prompts 8 --completions 8 --context 1024 --rounds 1
 
 Saliency is the time inside its own functions (sums of squares, magnitudes, rows, masks). The memory of the
-sync is the peak of what is allocated during it. Prefill is what vLLM's own counters say.
+sync is the peak of what is allocated during it. Prefill is what vLLM's own counters say. The peak is that of
+a product of two square matrices of 2,048, FLOPs are the model's (shapes.model_flops), shares of forward and
+backward are of operators' own time, by the profiler.
 """
 
 import sys
@@ -16,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from measure import peak_bytes, seconds, synchronize
-from shapes import card, train_on
+from shapes import card, model_flops, train_on
+from torch.profiler import ProfilerActivity, profile
 
 import saliency
 from base import processes
@@ -51,7 +55,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 tokenizer = chat.load_tokenizer(config.model, model.config.vocab_size)
 rows = tasks.Source("recall", "bench", 17, 17)
 prompts = [chat.encode_prompt(tokenizer, rows[i], False, config.context) for i in range(config.prompts)]
-stop = [tokenizer.token_to_id("<|im_end|>")]
+stop = chat.stop_ids(tokenizer)
 
 
 def counters():
@@ -103,6 +107,21 @@ def timed(function):
     return run
 
 
+def kinds():
+    """-> {kind of operator: its share of train()'s time}"""
+    which = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as record:
+        train()
+        synchronize()
+    times = dict.fromkeys(("matrix products", "attention kernels", "the rest"), 0.0)
+    for event in record.key_averages():
+        product = any(name in event.key for name in ("aten::mm", "aten::addmm", "gemm", "nvjet"))
+        kind = "matrix products" if product else "attention kernels" if "flash" in event.key else "the rest"
+        times[kind] += getattr(event, which)
+    return {kind: time / sum(times.values()) for kind, time in times.items()}
+
+
 def step_optimizer():
     for parameter in model.parameters():
         parameter.grad = gradients[parameter]
@@ -118,6 +137,9 @@ def sync():
     engine.sync(model)
 
 
+square = torch.randn(2048, 2048, device=device, dtype=dtype)
+(square_seconds,) = seconds(lambda: square @ square, rounds=3, least=1.0)
+peak = 2 * 2048**3 / square_seconds
 train()
 gradients = {parameter: parameter.grad for parameter in model.parameters()}
 rollout_seconds, tracked_seconds, step_seconds, sync_seconds = seconds(
@@ -145,6 +167,15 @@ print(card(model.config), dtype)
 print(
     f"step {step:.3f} s: rollout {rollout_seconds:.3f}, forward and backward {tracked_seconds:.3f}, "
     f"AdamW {step_seconds:.4f}"
+)
+lengths = [[len(c.ids) for c in group] for group in groups]
+flops = sum(model_flops(model.config, len(prompt), own) for prompt, own in zip(prompts, lengths))
+tokens = sum(map(len, prompts)), sum(map(sum, lengths))
+print(
+    f"forward and backward: {tokens[0]:,} prompt and {tokens[1]:,} completion tokens, "
+    f"{flops / 1e12:.3f} TFLOP, "
+    f"{flops / tracked_seconds / 1e9:,.0f} GFLOP/s, {flops / tracked_seconds / peak:.0%} of the peak, "
+    f"{peak / 1e9:,.0f}; " + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds().items())
 )
 print(
     f"saliency (tracking, selecting, masking): {saliency_seconds:.4f} s, "
