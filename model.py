@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import lora
 from core.attention import (
     FLASH,
     FLASH_ON_CPU,
@@ -40,7 +41,7 @@ from core.attention import (
     rope_tables,
     rotate,
 )
-from core.checkpoint import Qwen3Config, check_weights, load_weights, save_checkpoint
+from core.checkpoint import Qwen3Config, check_weights, full_tensor, load_weights, save_checkpoint
 from core.parallel import Share
 
 HEAD_CHUNK_ELEMENTS = 2**27  # logits that exist at a time: 512 MiB in fp32, 883 tokens of Qwen3's vocabulary
@@ -223,6 +224,8 @@ class TokenLogprobs(torch.autograd.Function):
             grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
             grad, table = grad.div_(ctx.temperature).to(weight.dtype), None
             torch.mm(grad, weight, out=grad_hidden[rows])
+            if not ctx.needs_input_grad[1]:  # a frozen head
+                continue
             if grad_weight is None:
                 grad_weight = grad.t() @ hidden[rows]
             else:
@@ -261,7 +264,21 @@ class Prompt(NamedTuple):
     def backward(self, leaves):
         """Backpropagate what gathered in `leaves`, which `detach` gave, through the prompt's forward."""
         outputs, ends = [self.last, *self.keys, *self.values], [leaves.last, *leaves.keys, *leaves.values]
-        torch.autograd.backward(outputs, [end.grad for end in ends])
+        pairs = [(output, end.grad) for output, end in zip(outputs, ends) if output.requires_grad]
+        torch.autograd.backward(*zip(*pairs))  # without those of frozen weights alone
+
+
+@torch.no_grad()
+def logprobs_in_passes(model, prompt_ids, completions, passes, temperature=1.0):
+    """A prompt's completions through a model, Qwen3 or lora.Base, without training it. prompt_ids (P,),
+    completions: G times (R_i,), both int64; passes: lists of their indices -> G times (R_i,) fp32."""
+    prompt, result = model.read(prompt_ids), [None] * len(completions)
+    for part in passes:
+        own = [completions[i] for i in part]
+        logprobs, _ = model.completion_logprobs(prompt, own, temperature)
+        for i, each in zip(part, logprobs.split([len(completion) for completion in own])):
+            result[i] = each
+    return result
 
 
 class Qwen3(nn.Module):
@@ -269,11 +286,12 @@ class Qwen3(nn.Module):
 
     `tracker`: set by saliency.Tracker, receives every layer's sums of squares. `checkpointing`: recompute
     blocks in backward, with `attention_recompute` attention too; without it, its results are kept. `context`:
-    the ProcessGroup whose ranks share a group's tokens (core/parallel.py), or None."""
+    the ProcessGroup whose ranks share a group's tokens (core/parallel.py), or None. `low_rank`: the
+    lora.Settings of what trains instead of the weights, or None."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.tracker, self.context = config, None, None
+        self.config, self.tracker, self.context, self.low_rank = config, None, None, None
         self.checkpointing, self.attention_recompute = False, True
         self.model = nn.ModuleDict(
             {
@@ -400,18 +418,29 @@ class Qwen3(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory, dtype=torch.float32, device="cpu", mesh=None, compute_dtype=None, context=None
+        cls,
+        directory,
+        dtype=torch.float32,
+        device="cpu",
+        mesh=None,
+        compute_dtype=None,
+        context=None,
+        low_rank=None,
     ):
         """Build the model and fill it from safetensors, tensor by tensor (never two copies in memory).
 
         With a DeviceMesh, parameters are sharded over it by FSDP2 before a weight is read, and each rank
         reads only its own rows; `compute_dtype` is then what forward and backward run in, `dtype` that of the
-        masters and gradients. `context`: the ProcessGroup that shares prompts. Raises BadInput for a missing
-        directory, another architecture, missing, misshapen or unexpected tensors.
+        masters and gradients. `context`: the ProcessGroup that shares prompts. `low_rank`: lora.Settings;
+        the weights are then frozen, with a mesh in compute_dtype, and masters are those of the update. Raises
+        BadInput for a missing directory, another architecture, missing, misshapen or unexpected tensors.
         """
-        model = cls.empty(Qwen3Config.from_pretrained(directory), dtype, device, mesh, compute_dtype)
+        config = Qwen3Config.from_pretrained(directory)
+        model = cls.empty(config, dtype, device, mesh, compute_dtype, low_rank)
         model.context = context
         load_weights(model, directory)
+        if low_rank:
+            lora.start(model)
         return model
 
     @classmethod
@@ -430,10 +459,12 @@ class Qwen3(nn.Module):
         return model
 
     @classmethod
-    def empty(cls, config, dtype=torch.float32, device="cpu", mesh=None, compute_dtype=None):
+    def empty(cls, config, dtype=torch.float32, device="cpu", mesh=None, compute_dtype=None, low_rank=None):
         """The modules with uninitialised memory, sharded over `mesh` if given."""
         with torch.device("meta"):
-            model = cls(config).to(dtype)
+            model = cls(config).to(compute_dtype if low_rank and mesh is not None else dtype)
+            if low_rank:
+                lora.add(model, low_rank, dtype)
         if mesh is not None:
             policy = MixedPrecisionPolicy(
                 compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -452,5 +483,9 @@ class Qwen3(nn.Module):
         return model.to_empty(device=device)
 
     def save_pretrained(self, directory, dtype=None, companions_from=None, notes=None, read=None):
-        """Write a Hugging Face directory, see checkpoint.save_checkpoint. Every rank must call it."""
-        save_checkpoint(self, directory, dtype, companions_from, notes, read)
+        """Write a Hugging Face directory, see checkpoint.save_checkpoint; with LoRA the weights have their
+        update, and adapter/ in it is the update alone, as PEFT's. read(name) -> a whole parameter, in place
+        of the model's own, which may then be on the meta device. Every rank must call it."""
+        read = read or (lambda name: full_tensor(self.get_parameter(name)))
+        merged, adapter = partial(lora.merged, self, read=read), lora.adapter(self, companions_from, read)
+        save_checkpoint(self, directory, merged, dtype, companions_from, notes, adapter)

@@ -29,10 +29,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
+import lora  # noqa: E402
 from base import bars  # noqa: E402
 from base.cli import BadInput  # noqa: E402
 from core import memory  # noqa: E402
-from core.checkpoint import Qwen3Config, full_tensor  # noqa: E402
+from core.checkpoint import Qwen3Config  # noqa: E402
 
 
 def rope_overrides(config):
@@ -263,10 +264,10 @@ class Rollout:
         return Completion(ids, logprobs, sample.finish_reason == "stop")
 
     def sync(self, model):
-        """Give the engine `model`'s weights, one parameter at a time (gathered from FSDP2 shards; every rank
-        must call) and forget the KV cache of the old ones. Raises BadInput where the GPU has too little
-        memory for both."""
-        weights = ((name, full_tensor(parameter)) for name, parameter in model.named_parameters())
+        """Give the engine `model`'s weights, with LoRA's update if it has one, one at a time (gathered from
+        FSDP2 shards; every rank must call) and forget the KV cache of the old ones. Raises BadInput where the
+        GPU has too little memory for both."""
+        weights = lora.all_merged(model)
         what = "waking vLLM up beside the trainer's weights and moments"
         with memory.explain(what, f"--vllm-share ({self.share:g})"):
             if self.cuda:

@@ -151,14 +151,15 @@ def select_rows(magnitudes, fraction=0.3, rule="top", generator=None):
 @torch.no_grad()
 def mask_gradients(model, masks):
     """Zero the gradient rows outside the masks, in place (Algorithm 1, step 4), those of a projection's bias,
-    if it has one, with those of its weight; nothing else is touched. -> the squared gradient as it was, added
-    up over the selected rows and over the others that this rank holds, (2,) fp64; masked_step wants it.
+    if it has one, with those of its weight; with LoRA, rows of its factor B (lora.py). Nothing else is
+    touched. -> the squared gradient as it was, added up over the selected rows and over the others that this
+    rank holds, (2,) fp64; masked_step wants it.
 
     Gradients may be plain tensors or FSDP2 DTensors with uneven or empty shards; nothing is communicated.
     Call it after the last backward of a step and before clipping. KeyError for a mask without a parameter.
     """
     squares = []
-    for parameter, mask in masked_parameters(model, masks):
+    for parameter, mask, _ in masked_parameters(model, masks):
         gradient, rows = local_part(parameter.grad), mask_rows(mask, parameter.grad)
         squares.append(sums(gradient.float().square(), rows))
         gradient.mul_(rows)
@@ -168,28 +169,34 @@ def mask_gradients(model, masks):
 @torch.no_grad()
 def masked_step(optimizer, model, masks, squares, unselected="grad"):
     """optimizer.step() after mask_gradients, whose result is `squares`, and how far it moved W_Q and W_K (and
-    their biases) -> moved_selected, moved_unselected, gradient_share, three 0-dim fp64 tensors: root mean
-    square change of a weight in selected rows and in the others, NaN where there are no such rows; share of
-    the squared gradient that lay in selected rows before the mask, NaN if all of it was 0. Of all ranks.
+    their biases; with LoRA the whole W + scale * B A) -> moved_selected, moved_unselected, gradient_share,
+    three 0-dim fp64 tensors: root mean square change of a weight in selected rows and in the others, NaN
+    where there are no such rows; share of the squared gradient (with LoRA, B's) that lay in selected rows
+    before the mask, NaN if all of it was 0. Of all ranks.
 
     unselected "grad": the optimizer moves a row without gradient as it does, AdamW by the momentum of steps
     that had selected it and by weight decay. "frozen": the row and its moments are afterwards what they were
-    before. Every rank must call it. It holds a copy of W_Q and W_K ("frozen": and of their moments) during
-    the step.
+    before; with LoRA the row of B, which A still turns. Every rank must call it. It holds a copy of W_Q and
+    W_K, or their factors ("frozen": and of their moments) during the step.
     """
     kept = []
-    for parameter, mask in masked_parameters(model, masks):
+    for parameter, mask, update in masked_parameters(model, masks):
         state = optimizer.state.get(parameter, {}) if unselected == "frozen" else {}
         moments = [x for x in state.values() if x.dim()]  # all but the count of steps; they have its rows
         tensors = [local_part(x) for x in (parameter, *moments)]
-        kept.append((mask_rows(mask, parameter), tensors, [x.clone() for x in tensors]))
+        A = whole(update.lora_A.weight).float().clone() if update else None
+        kept.append((mask_rows(mask, parameter), tensors, [x.clone() for x in tensors], update, A))
     optimizer.step()
     changes, weights = torch.zeros_like(squares), torch.zeros_like(squares)  # squared; how many
-    for rows, tensors, before in kept:
+    for rows, tensors, before, update, A in kept:
         if unselected == "frozen":
             for now, old in zip(tensors, before):
                 now.copy_(torch.where(rows.to(now.device), now, old))
-        change = (tensors[0].float() - before[0].float()).square()
+        change = tensors[0].float() - before[0].float()
+        if update:  # B' A' - B A, without the difference of two numbers that are nearly equal
+            A_now = whole(update.lora_A.weight).float()
+            change = update.scale * (change @ A_now + before[0].float() @ (A_now - A))
+        change = change.square()
         changes += sums(change, rows)
         weights += sums(torch.ones_like(change), rows)
     totals = torch.cat((changes, weights, squares))
@@ -206,19 +213,29 @@ def sums(values, rows):
 
 
 def masked_parameters(model, masks):
-    """select_rows' masks -> yields (parameter, its mask): each weight, and its projection's bias if there is
-    one, whose elements belong to the weight's rows. KeyError for a mask without a parameter."""
-    parameters = dict(model.named_parameters())
+    """select_rows' masks -> yields (parameter, its mask, update): each weight, and its projection's bias if
+    there is one, whose elements belong to the weight's rows; update is None. With LoRA the factor B of each
+    projection, of whose update row r is row r of B times A; update is the projection. KeyError for a mask
+    without a parameter."""
+    modules = dict(model.named_modules())
     for name, mask in masks.items():
-        yield parameters[name], mask
-        bias = name.removesuffix("weight") + "bias"
-        if bias in parameters:
-            yield parameters[bias], mask
+        projection = modules[name.removesuffix(".weight")]
+        if hasattr(projection, "lora_B"):
+            yield projection.lora_B.weight, mask, projection
+            continue
+        yield projection.weight, mask, None
+        if projection.bias is not None:
+            yield projection.bias, mask, None
 
 
 def local_part(tensor):
     """This rank's part of a DTensor; a plain tensor is its own."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor):
+    """A DTensor's whole value, for which every rank must call it; a plain tensor is its own."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mask_rows(mask, tensor):

@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
+import lora
 from base import durable, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
 from core import hub, memory, parallel, schedule
@@ -63,7 +64,9 @@ class Config(Shared):
     steps: int = option(0, "steps; the schedule is made for this number (default: one epoch)", least=0)
     context: int = option(0, "tokens of the longest document (0: what the model's config allows)", least=0)
     tokens_per_pass: int = option(16384, "tokens of documents that train at once; sets peak memory", least=1)
-    learning_rate: float = option(1e-5, "AdamW's peak learning rate", above=0, most=1)
+    learning_rate: float = option(
+        None, "AdamW's peak learning rate (default: 1e-5; with --lora 1e-4)", above=0, most=1
+    )
     schedule: str = option("cosine", "after warm-up: down to a tenth, or constant", ["cosine", "constant"])
     warmup: int = option(50, "steps of linear warm-up; at most a tenth of all", least=1)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", least=0)
@@ -114,6 +117,7 @@ files, _, lines = load.rows_of_files(config.data, sources.messages_row, *how, pr
 source = sources.Mixture(files, config.data_weights, config.seed)
 row_count = sum(map(len, files))
 config.steps = config.steps or math.ceil(row_count / config.batch)
+config.learning_rate = config.learning_rate or defaults.SFT_LEARNING_RATE * defaults.lora_times(config)
 lines += defaults.fill_checkpointing(config, max(context, config.tokens_per_pass))
 if config.warmup > (most := max(1, config.steps // 10)):
     lines.append(f"warm-up: cut from {config.warmup} steps to {most} of {config.steps}, at most a tenth")
@@ -141,9 +145,11 @@ mesh = None
 if dist.is_initialized():
     # Each node holds a replica.
     mesh = parallel.weight_mesh(device.type, processes.nodes(), config.masters == "bf16")
-model = Qwen3.from_pretrained(config.model, MASTERS[config.masters], device, mesh, compute_dtype)
+how = device, mesh, compute_dtype
+model = Qwen3.from_pretrained(config.model, MASTERS[config.masters], *how, low_rank=lora.of_config(config))
 model.compute_as(config)
-optimizer = make_optimizer(config, model.parameters())
+trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+optimizer = make_optimizer(config, trained_parameters)
 
 if checkpoint:
     resume.load(checkpoint, model, optimizer)
@@ -187,7 +193,7 @@ with journal:
             loss_sum += loss.detach()
         if mesh:
             dist.all_reduce(loss_sum)
-        norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        norm = clip_grad_norm_(trained_parameters, config.max_grad_norm).item()
         schedule.set_rate(optimizer, rate)
         skips = 0 if math.isfinite(norm) and loss_sum.isfinite() else skips + 1  # of all ranks, so they agree
         if skips > config.max_skips:

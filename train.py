@@ -28,13 +28,14 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import dapo
 import grpo
+import lora
 import losses
 import saliency
 from base import processes
 from base.cli import one_line_errors, parse
 from core import hub, memory, parallel, schedule
 from core.optimizer import MASTERS, make_optimizer
-from model import Qwen3
+from model import Qwen3, logprobs_in_passes
 from prompts import chat, load, scoring
 from run import defaults, dry_run, metrics, plan, resume, samples
 from run.best import Best
@@ -99,12 +100,14 @@ context = parallel.context_group(device.type, config.context_parallel)
 # work(groups) -> [(group, passes), ...]: what this rank trains, alone or with those of its context group.
 who = {"rank": rank // config.context_parallel, "ranks": world // config.context_parallel}
 work = partial(schedule.work_for_rank, **who, budget=config.tokens_per_pass)
-model = Qwen3.from_pretrained(config.model, MASTERS[config.masters], device, mesh, compute_dtype, context)
+how = device, mesh, compute_dtype, context
+model = Qwen3.from_pretrained(config.model, MASTERS[config.masters], *how, lora.of_config(config))
 model.compute_as(config)
 reference = None  # of the KL term
 if config.beta:
-    reference = Qwen3.from_pretrained(config.model, compute_dtype, device, mesh, compute_dtype, context)
-optimizer = make_optimizer(config, model.parameters())
+    reference = lora.Base(model) if config.lora else Qwen3.from_pretrained(config.model, compute_dtype, *how)
+trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+optimizer = make_optimizer(config, trained)
 config.epsilon_low, config.epsilon_high = losses.epsilons(config)
 policy_loss, marked_tokens = losses.choose(config)  # dapo.loss, unless --algorithm says otherwise
 keep = dapo.keep_group if config.algorithm in losses.DYNAMIC_SAMPLING else lambda rewards: True
@@ -181,17 +184,11 @@ def set_advantages(group):
 # --------------------------------------------------------------------------------------- training one group
 
 
-@torch.no_grad()
 def logprobs_of(policy, group, passes):
     """The group's completions through a policy without training it, in passes -> G times (R_i,) fp32."""
-    prompt = policy.read(torch.tensor(group.prompt, device=device))
-    result = [None] * len(group.completions)
-    for part in passes:
-        completions = group.completion_ids(part, device)
-        logprobs, _ = policy.completion_logprobs(prompt, completions, config.temperature)
-        for i, own in zip(part, logprobs.split([group.lengths[i] for i in part])):
-            result[i] = own
-    return result
+    prompt = torch.tensor(group.prompt, device=device)
+    completions = group.completion_ids(range(len(group.completions)), device)
+    return logprobs_in_passes(policy, prompt, completions, passes, config.temperature)
 
 
 def remember_old_logprobs(minibatches):
@@ -294,7 +291,7 @@ with journal:
                     train_group(group, passes, counts, totals, tally)
             tally.reduce()
             tally.check_mismatch(step, config.mismatch_limit)
-            norm = get_total_norm([parameter.grad for parameter in model.parameters()]).item()
+            norm = get_total_norm([parameter.grad for parameter in trained]).item()
             if not (tally.finite and math.isfinite(norm)):  # of all ranks, so they agree
                 optimizer.zero_grad()
                 progress.skip_update(step, config.max_skips)
@@ -305,7 +302,7 @@ with journal:
                 masks = saliency.select_rows(magnitudes, config.fraction, config.rule, progress.random_rows)
                 squares = saliency.mask_gradients(model, masks)
             with clock.stage("step"), memory.explained(config, longest_prompt):
-                masked_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+                masked_norm = clip_grad_norm_(trained, config.max_grad_norm).item()
                 moved = saliency.masked_step(optimizer, model, masks, squares, config.unselected)
                 optimizer.zero_grad()
             updates.append(tally.with_update(norm, masked_norm, moved, magnitudes, masks, progress.masks))

@@ -307,7 +307,7 @@ def check_weights(model, directory):
         if path.exists():
             check_readable(path)
     files = weight_files(Path(directory))
-    parameters = dict(model.named_parameters())
+    parameters = stored_parameters(model)
     if model.config.tie_word_embeddings:
         files.pop("lm_head.weight", None)  # some exports write the tied head a second time
     # Llama's first exports wrote RoPE's frequencies, which follow from config.json.
@@ -328,12 +328,18 @@ def check_weights(model, directory):
     return files
 
 
+def stored_parameters(model):
+    """{Hugging Face's name: parameter} of what a checkpoint directory holds: all but the factors of LoRA's
+    updates, which come after the weights are read and are merged before they are written."""
+    return {name: each for name, each in model.named_parameters() if ".lora_" not in name}
+
+
 @torch.no_grad()
 def load_weights(model, directory):
     """Fill `model` in place from safetensors, one tensor at a time, converted to the parameters' dtype. Of a
     sharded parameter each rank reads only its own rows. Raises BadInput as check_weights, and for values that
     are not finite."""
-    parameters = dict(model.named_parameters())
+    parameters = stored_parameters(model)
     for name, stored in stored_tensors(check_weights(model, directory)):
         local, first = weight_shard(parameters[name])
         local.copy_(stored[first : first + len(local)])
@@ -353,22 +359,23 @@ def stored_tensors(files):
                 yield name, stored
 
 
-def save_checkpoint(model, directory, dtype=None, companions_from=None, notes=None, read=None):
+def save_checkpoint(model, directory, read, dtype=None, companions_from=None, notes=None, adapter=(None, {})):
     """Write a Hugging Face directory: config.json, and safetensors in shards of at most 5 GB, with an index
     if there are several.
 
-    dtype: of the weights on disk; default: the model's. companions_from: directory whose tokenizer files are
-    copied. notes: more JSON files, {name: content}. read(name) -> a whole tensor, in place of the model's
-    own, which may then be on the meta device. Every rank must call it, as sharded parameters are gathered,
-    one at a time. Rank 0 writes to a temporary name beside `directory`, syncs it to disk and renames it.
-    Raises BadInput for weights that cannot be written.
+    read(name) -> the whole tensor of that name; the model itself may be on the meta device. dtype: of the
+    weights on disk; default: the model's. companions_from: directory whose tokenizer files are copied. notes:
+    more JSON files, {name: content}. adapter: lora.adapter's, which makes the directory adapter/ in it. Every
+    rank must call it, as sharded parameters are gathered, one at a time. Rank 0 writes to a temporary name
+    beside `directory`, syncs it to disk and renames it. Raises BadInput for weights that cannot be written.
     """
     directory = Path(directory)
     writer = not dist.is_initialized() or dist.get_rank() == 0
     partial = directory.with_name(directory.name + ".partial")
     dtype = dtype or next(model.parameters()).dtype
+    parameters, index = stored_parameters(model), {}
     shards, room = [], 0  # lists of parameter names
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         size = parameter.numel() * dtype.itemsize
         if size > room:
             shards.append([])
@@ -377,23 +384,23 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None, notes=No
         room -= size
     if writer:
         durable.new_directory(partial)
-    parameters, index = dict(model.named_parameters()), {}
     for i, names in enumerate(shards):
         numbered = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file = numbered if len(shards) > 1 else "model.safetensors"
         tensors = {}
         for name in names:
-            tensor = read(name) if read else full_tensor(parameters[name])
+            tensor = read(name)
             if writer:
                 tensors[name] = tensor.to("cpu", dtype).contiguous()
             index[name] = file
         if writer:
-            try:
-                save_file(tensors, partial / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # what safetensors raises instead of an OSError
-                raise BadInput(f"{partial / file} cannot be written: {error}") from error
+            write_tensors(tensors, partial / file)
     if not writer:
         return
+    if adapter[0]:
+        (partial / "adapter").mkdir()
+        durable.write_json(partial / "adapter" / "adapter_config.json", adapter[0])
+        write_tensors(adapter[1], partial / "adapter" / "adapter_model.safetensors")
     if len(shards) > 1:
         total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": index}
@@ -405,6 +412,13 @@ def save_checkpoint(model, directory, dtype=None, companions_from=None, notes=No
         if (Path(companions_from) / name).exists():
             shutil.copyfile(Path(companions_from) / name, partial / name)
     durable.publish(partial, directory)
+
+
+def write_tensors(tensors, path):
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what safetensors raises instead of an OSError
+        raise BadInput(f"{path} cannot be written: {error}") from error
 
 
 def full_tensor(parameter):

@@ -11,6 +11,7 @@ from base import processes
 from base.cli import BadInput, option
 from core import attention, schedule
 from core.optimizer import MASTERS, OPTIMIZERS
+from lora import TARGETS
 from prompts import scoring, tasks
 from run import roofline, tracker
 
@@ -33,6 +34,9 @@ class Shared:
     optimizer: str = option("adamw", "or 8-bit moments, or on the CPU: docs/optimizers.md", list(OPTIMIZERS))
     masters: str = option("fp32", "weights that the optimizer updates; bf16 rounds at random", list(MASTERS))
     max_skips: int = option(3, "updates skipped in a row (not finite); one more ends the run", least=0)
+    lora: int = option(0, "LoRA: rank of the update that trains in place of each weight", least=0, most=4096)
+    lora_alpha: int = option(32, "LoRA: the update counts alpha / rank times", least=1, most=10**6)
+    lora_targets: list[str] = option(TARGETS, "LoRA: which weights have an update", TARGETS)
     checkpointing: bool = option(None, "recompute blocks in backward (default: of more than 4,096 tokens)")
     attention_recompute: bool = option(
         True, "--checkpointing: attention too; --no-...: keep its results, which takes memory (docs/scale.md)"
@@ -189,6 +193,9 @@ def check(config, world, cuda):
     if Path(config.name).is_absolute() or ".." in Path(config.name).parts:
         raise BadInput(f"--name {config.name} is not below runs/, where all runs of train.py go")
     check_shared(config, "--name NAME --resume auto")
+    if config.lora and not {"q_proj", "k_proj"} <= set(config.lora_targets):
+        what = "whose rows train.py measures and masks"
+        raise BadInput(f"--lora-targets {' '.join(config.lora_targets)}: add q_proj and k_proj, {what}")
     if config.resume and not config.name:
         raise BadInput(f"--resume {config.resume} needs the --name of the run that goes on")
     if world % config.tensor_parallel:
@@ -249,5 +256,7 @@ def check_shared(config, resume_flags):
         raise BadInput(f"--adam-beta2 must be in [0, 1), not {config.adam_beta2}")
     if config.flash_attention == 3 and not config.plan:
         attention.use_flash_attention_3()
+    if not config.lora and (config.lora_alpha, config.lora_targets) != (32, TARGETS):
+        raise BadInput("--lora-alpha and --lora-targets need --lora RANK")
     tracker.check(config.tracker)
     processes.check_restarts(config.resume, resume_flags)

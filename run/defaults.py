@@ -5,6 +5,10 @@ from run import memory_plan
 # Parameters below -> AdamW's learning rate. assets/tiny's was measured (docs/ablation.md), the paper has 1e-6
 # for 8B, which is TRL's default for every size; those between are ours, on the safe side. docs/run.md.
 LEARNING_RATES = ((10**7, 3e-4), (10**8, 5e-5), (10**9, 5e-6), (3 * 10**9, 2e-6), (float("inf"), 1e-6))
+SFT_LEARNING_RATE = 1e-5
+# LoRA's best rate is about 10 times that of all weights, at every rank if its scale is 32 / rank (Schulman et
+# al., "LoRA Without Regret", Thinking Machines Lab, 2025; 15 times in runs of fewer than some 100 steps).
+LORA_TIMES = 10
 
 
 def learning_rate(model_config):
@@ -19,10 +23,16 @@ def fill(config, model_config, bf16):
     context is known -> text that says what was chosen."""
     by_size, parameters = learning_rate(model_config)
     size = f", by the model's {parameters / 1e6:,.1f} million parameters" * (config.learning_rate is None)
-    config.learning_rate = config.learning_rate or by_size
+    size += f", times {LORA_TIMES} for LoRA" * bool(size and config.lora)
+    config.learning_rate = config.learning_rate or by_size * lora_times(config)
     config.mismatch_limit = config.mismatch_limit or (0.1 if bf16 else 1e-3)
     lines = fill_checkpointing(config, max(config.context, memory_plan.tokens_of_pass(config)))
     return "\n".join([f"learning rate: {config.learning_rate:g}{size}", *lines])
+
+
+def lora_times(config):
+    """-> what a learning rate for all weights is to be multiplied by."""
+    return LORA_TIMES if config.lora else 1
 
 
 def fill_checkpointing(config, tokens):

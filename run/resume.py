@@ -34,7 +34,7 @@ import numpy
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.tensor import DTensor
 
 from base import durable, limits
@@ -129,11 +129,15 @@ def contents(config):
     return {f"contents of --{name}": sources.digest(paths) for name, paths in files.items()}
 
 
+# Without LoRA that is everything; frozen weights are in the model's own files, whose digest is in `settings`.
+WHAT_TRAINS = StateDictOptions(ignore_frozen_params=True)
+
+
 def tensors_of(model, optimizer, extra):
-    """{name: tensor} for torch.distributed.checkpoint. They are the model's and the optimizer's own: what is
-    read into them is there."""
+    """{name: tensor} for torch.distributed.checkpoint, of what trains. They are the model's and the
+    optimizer's own: what is read into them is there."""
     fresh = not optimizer.state
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=WHAT_TRAINS)
     if fresh:  # it has taken a step without gradients to have states
         for values in optimizer.state.values():
             values["step"].zero_()

@@ -9,14 +9,13 @@ On your own data, which --train may also name by a --config; then compare with t
     python -m studies.ablation sweep --ranks 8 --jobs 1 --out runs/ablation-8b \\
         --train "--model Qwen3-8B --data train.jsonl --eval-data held-out.jsonl"
 
-What is run is at the top of the file: TRAIN, and the arms, which are combinations of task, algorithm, rule
-and fraction. If --train names your own data, one task "data" takes the place of ours.
+What is run is at the top of the file: TRAIN, and the arms. If --train names your own data, one task "data"
+takes the place of ours.
 
-All runs start from the same checkpoint. A seed fixes the prompts, their order, and the random numbers of
-sampling, so arms of one seed differ only in their flags. GRPO trains on every prompt it draws, so its arms
-see the same prompts. DAPO draws until enough groups have differing rewards, so its arms see prompts of the
-same sequence, but more or fewer of them. Each rollout feeds two updates: with one, all ratios are 1 and
-clipping does nothing.
+All runs start from one checkpoint. A seed fixes the prompts, their order, and the random numbers of sampling,
+so arms of one seed differ only in their flags. GRPO trains on every prompt it draws, so its arms see the same
+prompts. DAPO draws until enough groups have differing rewards, so its arms see more or fewer prompts of the
+same sequence. Each rollout feeds two updates: with one, all ratios are 1 and clipping does nothing.
 
 The sweep has seeds of its own. A learning rate wins by the mean reward of the last quarter of the sweep's
 steps, on prompts that the model meets for the first time; held-out prompts are not used. bottom and random
@@ -79,17 +78,18 @@ TARGET = 0.7  # reward whose first reaching is counted in steps
 
 
 class Arm(NamedTuple):
-    """What is compared. Arms of one family, (task, algorithm), differ in rule or fraction."""
+    """What is compared. Arms of one family, (task, algorithm), differ in the rest."""
 
     task: str
     algorithm: str
     rule: str
     fraction: float
+    more: str = ""  # flags, of studies/methods.py
 
     @property
     def flags(self):
         """train.py's flags for this arm."""
-        rows = f"--rule {self.rule} --fraction {self.fraction}"
+        rows = f"--rule {self.rule} --fraction {self.fraction} {self.more}"
         return f"{TASKS[self.task]} --algorithm {self.algorithm} {rows}"
 
 
@@ -213,7 +213,7 @@ def wrong_in(record):
 
 def key(record):
     """A line of results.jsonl -> (arm, learning rate, seed): which run it is of."""
-    return Arm(*(record[field] for field in Arm._fields)), record["learning_rate"], record["seed"]
+    return Arm(*(record.get(field, "") for field in Arm._fields)), record["learning_rate"], record["seed"]
 
 
 def check_own(config, records, path):
@@ -379,7 +379,7 @@ def of_figure(runs, winning):
             a, b = [[outcomes(each[seed])["accuracy"] for seed in both] for each in (runs[baseline], by_seed)]
             if len(both) > 1:
                 name = f"{arm.task}, {arm.algorithm}: {label(arm, rate, own)} - {label(*baseline, own)}"
-                rows.append((name, COLOURS[arm[2:]], *interval(np.subtract(b, a)), len(both)))
+                rows.append((name, COLOURS[arm[2:4]], *interval(np.subtract(b, a)), len(both)))
     return rows
 
 
@@ -442,7 +442,7 @@ def report(records, families, out):
     for title, arms in panels.items():
         own = winning[arms[0][0][:2], True] if arms else None
         panels[title] = {
-            label(*who, own): (COLOURS[who[0][2:]], [r["rewards"] for r in runs[who].values()])
+            label(*who, own): (COLOURS[who[0][2:4]], [r["rewards"] for r in runs[who].values()])
             for who in arms
         }
     panels = {title: curves for title, curves in panels.items() if curves}

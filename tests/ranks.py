@@ -1,7 +1,8 @@
 """Run by torchrun from test_distributed.py: the same step on one process and over ranks must agree, sharded
-and replicated, a group of completions on each rank or shared by several.
+and replicated, a group of completions on each rank or shared by several; all weights, or LoRA's updates of
+them.
 
-torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT EXPORT SAVED REPLICATE CONTEXT_PARALLEL
+torchrun --nproc-per-node 2 tests/ranks.py CHECKPOINT EXPORT SAVED REPLICATE CONTEXT_PARALLEL LORA
 
 SAVED/one is of one process (resume.py), SAVED/trained the export of the same model; SAVED/many is made of
 what came back.
@@ -15,17 +16,19 @@ import torch
 import torch.distributed as dist
 
 import grpo
-from core.checkpoint import full_tensor
+import lora
+from core.checkpoint import full_tensor, weight_shard
 from core.optimizer import SlicedAdamW, as_rows_of
 from core.parallel import context_group, weight_mesh
-from model import Qwen3
+from model import Qwen3, logprobs_in_passes
 from run import resume
 from saliency import Tracker, mask_gradients, masked_step, select_rows
 
 dist.init_process_group("gloo", timeout=timedelta(minutes=5))  # a mismatch fails, it does not hang
 rank, world = dist.get_rank(), dist.get_world_size()
 checkpoint, export, saved = map(Path, sys.argv[1:4])
-replicate, context_parallel = map(int, sys.argv[4:])
+replicate, context_parallel, rank_of_updates = map(int, sys.argv[4:])
+low_rank = lora.Settings(rank_of_updates, 6) if rank_of_updates else None
 mesh = weight_mesh("cpu", replicate)
 
 generator = torch.Generator().manual_seed(0)
@@ -43,9 +46,27 @@ def loss(i, part, logprobs, scale):
     return grpo.loss(logprobs, logprobs.detach(), per_token, lengths, totals, aggregation="token")[0] * scale
 
 
+def load(**where):
+    """The checkpoint, with LoRA with updates that are not 0."""
+    model, generator = Qwen3.from_pretrained(checkpoint, low_rank=low_rank, **where), torch.Generator()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            (local, first), values = (
+                weight_shard(parameter),
+                torch.randn(parameter.shape, generator=generator),
+            )
+            local.data.copy_(values[first : first + len(local)] / 10)
+    return model
+
+
+def trained(model):
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
 def step(model, indices, scale, checkpointing, two_stage):
     """Leaves masked gradients of `indices` of the groups -> their log-probabilities and entropies {group: (N,
-    2)}, magnitudes, masks, mask_gradients' result, the norm that clipping saw."""
+    2)}, with LoRA followed by what its reference says, magnitudes, masks, mask_gradients' result, the norm
+    that clipping saw."""
     model.checkpointing, values = checkpointing, {}
     model.attention_recompute = not two_stage
     with Tracker(model, tokens="not-first") as tracker:
@@ -57,6 +78,9 @@ def step(model, indices, scale, checkpointing, two_stage):
                 logprobs, entropies = model.completion_logprobs(leaves, [completions[j] for j in part], 1.3)
                 (loss(i, part, logprobs, scale) - 0.01 * scale * entropies.sum()).backward()
                 values.setdefault(i, []).append(torch.stack((logprobs, entropies), 1).detach())
+            if low_rank:
+                base = logprobs_in_passes(lora.Base(model), prompt, completions, [[0, 2], [1]], 1.3)
+                values[i].append(torch.cat(base)[:, None].expand(-1, 2))
             if two_stage:
                 read.backward(leaves)
     values = {i: torch.cat(parts) for i, parts in values.items()}
@@ -67,10 +91,10 @@ def step(model, indices, scale, checkpointing, two_stage):
     return values, magnitudes, masks, squares, norm
 
 
-whole = Qwen3.from_pretrained(checkpoint)
+whole = load()
 expected_values, expected_magnitudes, expected_masks, *expected = step(whole, range(6), 1.0, False, False)
 
-sharded = Qwen3.from_pretrained(checkpoint, mesh=mesh, context=context_group("cpu", context_parallel))
+sharded = load(mesh=mesh, context=context_group("cpu", context_parallel))
 indices = range(rank // context_parallel, 6, world // context_parallel)
 for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
     sharded.zero_grad()
@@ -81,22 +105,22 @@ for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
         torch.testing.assert_close(magnitude, expected_magnitudes[name], rtol=1e-5, atol=1e-6)
     for name, mask in masks.items():
         assert torch.equal(mask, expected_masks[name]), name
-    gradients = {name: full_tensor(p.grad) for name, p in sharded.named_parameters()}
-    for name, parameter in whole.named_parameters():
+    gradients = {name: full_tensor(p.grad) for name, p in trained(sharded).items()}
+    for name, parameter in trained(whole).items():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
-        if (mask := masks.get(name.replace("bias", "weight"))) is not None:
+        if (mask := masks.get(name.replace("bias", "weight").replace("lora_B.", ""))) is not None:
             assert gradients[name][~mask].abs().max() == 0, name
     torch.testing.assert_close(norm.full_tensor(), expected[1], rtol=1e-5, atol=0)
-empty = any(p.grad.to_local().numel() == 0 for p in sharded.parameters())
+empty = any(p.grad.to_local().numel() == 0 for p in trained(sharded).values())
 sharded.save_pretrained(export)
 dist.barrier()  # rank 0 writes
-for a, b in zip(Qwen3.from_pretrained(export).parameters(), whole.parameters(), strict=True):
-    assert torch.equal(a, b)
+for name, parameter in Qwen3.from_pretrained(export).named_parameters():
+    assert torch.equal(parameter, lora.merged(whole, name))
 # Steps with other rows each: the first leaves momentum in rows that the second does not select. AdamW divides
 # by the gradient's size: with its usual epsilon it makes of the rounding of a gradient that is nearly 0 a
 # whole step. With this one an error of 1e-6 in a gradient moves a weight by lr / eps = 1 times that.
 optimizers = {
-    model: torch.optim.AdamW(model.parameters(), lr=0.1, eps=0.1, weight_decay=0.1)
+    model: torch.optim.AdamW(trained(model).values(), lr=0.1, eps=0.1, weight_decay=0.1)
     for model in (whole, sharded)
 }
 for unselected, rule in (("grad", "top"), ("frozen", "bottom"), ("grad", "random")):
@@ -143,15 +167,21 @@ optimizer = SlicedAdamW(model.parameters(), 1e-3, "adamw8bit", (0.9, 0.999), 0.1
 resume.load(saved / "packed" / "step-000001", model, optimizer)
 for key, value in kept(model, optimizer).items():
     assert torch.equal(value, many[key]), key
+if low_rank:  # as on GPUs: what is frozen in bf16, the update and its gradients in fp32
+    half = load(mesh=mesh, context=sharded.context, compute_dtype=torch.bfloat16)
+    values = step(half, indices, world, True, True)[0]
+    for parameter in half.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+        assert not parameter.requires_grad or parameter.grad.dtype == torch.float32
+    differences = torch.cat([(values[i] - expected_values[i]).flatten() for i in indices])
+    assert differences.abs().mean() < 0.1, differences.abs().mean()
 # What one process saved goes on on these ranks, and back.
-model = Qwen3.from_pretrained(checkpoint, mesh=mesh)
-optimizer = torch.optim.AdamW(model.parameters())
+model = load(mesh=mesh)
+optimizer = torch.optim.AdamW(trained(model).values())
 step, state = resume.find(saved / "one", "auto", {})
 extra = resume.load(step, model, optimizer)
-for parameter, other in zip(
-    model.parameters(), Qwen3.from_pretrained(saved / "trained").parameters(), strict=True
-):
-    assert torch.equal(full_tensor(parameter), other)
+for name, parameter in Qwen3.from_pretrained(saved / "trained").named_parameters():
+    assert torch.equal(lora.merged(model, name), parameter)
 resume.save(saved / "many", 2, model, optimizer, {**state, "random": {"rank": rank}}, extra, 1)
 if rank == world - 1:
     print(f"agree; empty shards: {empty}")

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-COMPONENTS = "model rollout saliency grpo dapo losses".split()
+COMPONENTS = "lora model rollout saliency grpo dapo losses".split()
 SCRIPTS = "train sft eval_ruler eval_longbench eval_gsm8k eval_data".split()
 # Who may import whom. A room may also import itself; nothing imports a script, a study or a measurement.
 MAY_IMPORT = {
@@ -17,9 +17,10 @@ MAY_IMPORT = {
     "saliency": "",
     "dapo": "base grpo",
     "losses": "grpo dapo",
-    "model": "base core",
-    "rollout": "base core",
-    "run": "base core prompts saliency grpo dapo losses model",
+    "lora": "core",
+    "model": "base core lora",
+    "rollout": "base core lora",
+    "run": "base core prompts saliency grpo dapo losses lora model",
     "evals": "base core prompts saliency model rollout",
     "studies": "base core prompts run evals " + " ".join(COMPONENTS),
     "bench": "base core prompts run evals studies " + " ".join(COMPONENTS),

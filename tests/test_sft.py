@@ -187,6 +187,20 @@ def test_a_job_on_two_nodes_whose_time_ends_is_requeued_and_gives_the_metrics_of
         assert two == pytest.approx(one, rel=1e-4)
 
 
+def test_lora_trains_an_update_at_ten_times_the_rate(runs):
+    flags = command(runs, "lora", "--lora", 2, "--steps", 1)
+    where = flags.index("--learning-rate")
+    run_here(*flags[:where], *flags[where + 2 :])
+    [first], whole = read_metrics(runs / "lora"), read_metrics(runs / "whole")
+    assert first["loss"] == whole[0]["loss"]  # an update starts at 0
+    assert first["learning_rate"] == pytest.approx(1e-4)
+    made = load_file(runs / "lora" / "checkpoint" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for tensor in made.values()) and len(made) == 3 * 7 * 2
+    start, end = Qwen3.from_pretrained(TINY), Qwen3.from_pretrained(runs / "lora" / "checkpoint")
+    for (name, old), new in zip(start.named_parameters(), end.parameters(), strict=True):
+        assert torch.equal(old, new) != ("_proj" in name), name
+
+
 DIE = """
 import os, runpy, signal, sys
 del sys.argv[0]

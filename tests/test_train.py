@@ -23,6 +23,7 @@ from conftest import (
     run_script,
 )
 from inputs import rows
+from safetensors.torch import load_file
 
 from base.cli import BadInput
 from model import Qwen3
@@ -190,8 +191,8 @@ def test_only_selected_rows_of_q_and_k_move_in_a_step(runs):
 def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
     """Several updates per rollout, dynamic sampling, a choice among all tokens, KL to a reference: everything
     that crosses ranks. Passes so small that each rank would need another number of them. The two are nodes
-    with a replica each; then a context group, of which rank 1 is killed in step 2, and torchrun starts both
-    again."""
+    with a replica each, and train LoRA's updates; then a context group, of which rank 1 is killed in step 2,
+    and torchrun starts both again."""
     cov = [
         "--algorithm",
         "clip-cov",
@@ -203,6 +204,10 @@ def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
         "not-first",
         "--max-rounds",
         1,  # a batch that is not full: 2 updates, of which one has less work than there are ranks
+        "--lora",
+        4,
+        "--learning-rate",
+        3e-4,
     ]
     grpo = ["--algorithm", "grpo", "--beta", 0.04]
     killed = "--save-every 1 --resume auto --reward kill:exact --context-parallel 2".split()
@@ -223,8 +228,26 @@ def test_two_ranks_give_the_metrics_of_one_process_killed_or_not(runs):
             assert any(m["ratio"] != 1 for m in read_metrics(alone))
             assert any(m["clip_fraction"] > 0 for m in read_metrics(alone))
             assert any(m["underfull"] % 2 for m in read_metrics(alone))
+            check_lora(alone)
         else:
             assert read_metrics(alone)[1]["kl"] > 0
+
+
+def check_lora(run):
+    """What a run with --lora leaves: an update of what it began with, merged and alone; the same from its
+    last step, which has the update only."""
+    run_here("run/export.py", run / "checkpoints" / "step-000002", run / "exported")
+    files = [path.relative_to(run / "exported") for path in (run / "exported").rglob("*") if path.is_file()]
+    assert {Path("adapter/adapter_config.json"), Path("adapter/adapter_model.safetensors")} < set(files)
+    for path in files:
+        assert (run / "exported" / path).read_bytes() == (run / "checkpoint" / path).read_bytes(), path
+    merged, start = (Qwen3.from_pretrained(path) for path in (run / "checkpoint", TINY))
+    for (name, parameter), old in zip(merged.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(parameter, old) != ("_proj" in name), name
+    factors = load_file(run / "checkpoint" / "adapter" / "adapter_model.safetensors")
+    B = factors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    moved = B.any(1).view(-1, 32).sum(1)  # rows that an update has selected, which are 9 of each head's 32
+    assert moved.min() >= 9 and moved.sum() < 32 * len(moved)
 
 
 MINE = """

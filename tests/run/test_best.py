@@ -69,7 +69,8 @@ def test_a_metric_that_there_is_not_is_refused():
 def test_a_step_of_another_model_is_not_exported(tmp_path):
     model, other = make_small(), make_small(num_hidden_layers=3)
     optimizer = torch.optim.AdamW(model.parameters())
-    resume.save(tmp_path / "checkpoints", 3, model, optimizer, {"random": None}, {}, keep=1)
+    state = {"settings": {}, "random": None}
+    resume.save(tmp_path / "checkpoints", 3, model, optimizer, state, {}, keep=1)
     step = tmp_path / "checkpoints" / "step-000003"
     assert "is not there; give --model" in refusal("run/export.py", step, tmp_path / "out")
     other.save_pretrained(tmp_path / "other")

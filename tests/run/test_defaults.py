@@ -12,6 +12,16 @@ def test_the_learning_rate_falls_with_the_models_size(size, rate):
     assert defaults.learning_rate(Qwen3Config.preset(size))[0] == rate
 
 
+def test_lora_s_learning_rate_is_ten_times_that_of_all_weights():
+    config = Config(context=4096, lora=8)
+    text = defaults.fill(config, Qwen3Config.preset("8B"), bf16=True)
+    assert "1e-05, by the model's 8,190.7 million parameters, times 10 for LoRA" in text
+    assert config.learning_rate == pytest.approx(1e-5)
+    config = Config(context=4096, lora=8, learning_rate=1e-4)
+    assert "LoRA" not in defaults.fill(config, Qwen3Config.preset("8B"), bf16=True)
+    assert config.learning_rate == 1e-4
+
+
 def test_what_is_given_stays_and_what_is_long_is_recomputed():
     c = Qwen3Config.preset("8B")
     config = Config(context=32768, learning_rate=1e-4)
