@@ -26,8 +26,9 @@ RUNGS = {
     "8-bit moments": {"optimizer": "adamw8bit"},
     "moments in the CPU's memory": {"optimizer": "adamw-offload"},
     "bf16 weights, 8-bit moments": {"masters": "bf16", "optimizer": "adamw8bit"},
+    "LoRA": {"lora": RANK},
 }
-NAMES = dict(zip(RUNGS, ("all", "8bit", "cpu", "bf16"), strict=True))  # in cells of the table
+NAMES = dict(zip(RUNGS, ("all", "8bit", "cpu", "bf16", "LoRA"), strict=True))  # in cells of the table
 
 
 class Weighed(NamedTuple):

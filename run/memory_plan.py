@@ -61,6 +61,7 @@ class Step(NamedTuple):
             config.beta,
             config.optimizer,
             config.masters,
+            config.lora,
             attention_recompute=config.attention_recompute,
             flash_attention=config.flash_attention,
             compile=config.compile,
@@ -73,7 +74,7 @@ class Step(NamedTuple):
         """The same of sft.py: a pass is completions of no prompt."""
         tokens = max(context, config.tokens_per_pass)
         lengths = ranks, 0, context, -(-tokens // context)
-        kept = {"optimizer": config.optimizer, "masters": config.masters}
+        kept = {"optimizer": config.optimizer, "masters": config.masters, "lora": config.lora}
         return cls(ranks, *lengths, tokens, recomputes(config, tokens), 0.0, **kept)
 
     @property

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, make_small, refusal, run_here, run_ranks
 
+import lora
 from base.cli import parse
 from core.checkpoint import SIZES
 from core.optimizer import MASTERS, make_optimizer
@@ -89,18 +90,20 @@ def test_predicted_memory_is_within_15_percent_of_the_measured_peak(
         "--optimizer adamw8bit",
         "--optimizer adamw-offload",
         "--optimizer adamw8bit --masters bf16",
+        "--lora 8",
+        "--lora 32 --optimizer adamw8bit",
     ],
 )
 def test_predicted_memory_of_what_is_kept_is_within_15_percent(flags):
     """Of a model whose weights are most of it."""
     config = parse(Config, "", f"{flags} --learning-rate 1e-6 --replicate 1".split())
-    model = Qwen3.empty(Qwen3Config(**HEAVY), MASTERS[config.masters])
+    model = Qwen3.empty(Qwen3Config(**HEAVY), MASTERS[config.masters], low_rank=lora.of_config(config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
     model.checkpointing = True
     peak = measured(model, make_optimizer(config, model.parameters()), 100, [20] * 4, 40)
-    how = {"optimizer": config.optimizer, "masters": config.masters}
+    how = {"optimizer": config.optimizer, "masters": config.masters, "lora": config.lora}
     size = MASTERS[config.masters].itemsize  # one process computes with the masters
     lines, _ = memory_plan.training_memory(model.config, 100, 40, True, 1, size, sharded=False, **how)
     assert sum(lines.values()) == pytest.approx(peak, rel=0.15), lines

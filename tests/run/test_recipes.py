@@ -39,7 +39,7 @@ ROWS = {
     "fraction-0.4": ("dapo", "top", 51),
 }
 # recipe for one card -> GB of that card
-ONE_GPU = {"4b": 80, "24gb-1.7b": 24}
+ONE_GPU = {"4b": 80, "8b-lora": 80, "24gb-1.7b": 24, "24gb-4b-lora": 24}
 
 
 SFT = ["--config", "recipes/sft.toml"]
@@ -174,7 +174,7 @@ def dry_run(script, files, size, directory, *flags):
 
 
 @pytest.mark.parametrize(
-    "row, size, one_gpu, rate", [("dapo-longact", "8B", "4b", 1e-6), ("grpo-longact", "4B", "4b", 1e-6)]
+    "row, size, one_gpu, rate", [("dapo-longact", "8B", "8b-lora", 1e-5), ("grpo-longact", "4B", "4b", 1e-6)]
 )
 def test_a_dry_run_of_an_rl_recipe_takes_a_step(row, size, one_gpu, rate, files, tmp_path):
     flags = *rl(row), f"recipes/one-gpu/{one_gpu}.toml", "--data"
