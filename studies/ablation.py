@@ -285,9 +285,9 @@ def interval(values):
 
 
 @functools.cache
-def t_quantile(n):
-    """The 97.5% quantile of Student's t for n values, simulated."""
-    return np.quantile(np.random.default_rng(0).standard_t(n - 1, 1_000_000), 0.975)
+def t_quantile(n, share=0.975):
+    """The quantile of Student's t for n values below which `share` of it lies, simulated."""
+    return np.quantile(np.random.default_rng(0).standard_t(n - 1, 1_000_000), share)
 
 
 def outcomes(record):

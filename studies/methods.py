@@ -1,13 +1,16 @@
-"""Does it still learn with less memory? Full training, LongAct, LoRA and 8-bit moments, paired by seed.
+"""Methods against each other, paired by seed: what needs less memory, and LongAct's rows in a real model.
 
-    python -m studies.methods sweep          # learning rates of each method, on seeds of their own
-    python -m studies.methods compare        # each method at the rate that won
-    python -m studies.methods report         # the table again, from finished runs
+    python -m studies.methods sweep --of memory     # learning rates of each method, on seeds of their own
+    python -m studies.methods compare --of memory   # each method at the rate that won
+    python -m studies.methods report --of memory    # the table again, from finished runs
 
-Runs are studies.ablation's: its TRAIN and recall task, or with --train your own model, data and flags; how a
-rate wins, what results.jsonl holds, that a run is not made twice and goes on after a kill, is told there.
-8-bit moments run at the rate of the method that they are compared with. --out holds results.jsonl and
-report.md.
+--of memory: full training, LongAct, LoRA and 8-bit moments, on the tiny model's recall task, or with --train
+on your own model, data and flags. --of real: all rows, the top, bottom and random 30%, of SmolLM2-135M as
+`make real` left it after SFT, on the task that RL has there; some hours, which may be cut into pieces.
+
+Runs are studies.ablation's: how a rate wins, what results.jsonl holds, that a run is not made twice and goes
+on after a kill, is told there. --out holds results.jsonl and report.md. "seen from": the smallest true
+difference in accuracy that the pairs would have shown (p below 0.05) in four of five such experiments.
 """
 
 from base.interrupt import end_at_once
@@ -19,6 +22,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,67 +31,121 @@ from base.cli import BadInput, one_line_errors, option, parse
 from evals import stats
 from evals.results import read_lines
 from studies import ablation
-from studies.ablation import SWEEP_SEEDS, Arm
+from studies.ablation import Arm
 
-METHODS = {
-    "dense": Arm("recall", "dapo", "all", 0.3),
-    "LongAct": Arm("recall", "dapo", "top", 0.3),
-    "LoRA": Arm("recall", "dapo", "all", 0.3, "--lora 16"),
-    "LoRA, LongAct": Arm("recall", "dapo", "top", 0.3, "--lora 16"),
-    "LongAct, 8 bits": Arm("recall", "dapo", "top", 0.3, "--optimizer adamw8bit"),
-}
+
+class Comparison(NamedTuple):
+    """title: of the report; arms: {method: its Arm}; rates: {method: learning rates to sweep}; rate_of: whose
+    rate a method without a sweep takes; pairs: (one, other) whose difference is reported; seeds: of the
+    sweep; train: flags for train.py."""
+
+    title: str
+    arms: dict
+    rates: dict
+    rate_of: dict
+    pairs: list
+    seeds: tuple
+    train: str
+
+
+def tiny(rule, more=""):
+    return Arm("recall", "dapo", rule, 0.3, more)
+
+
 LORA_RATES = (1e-3, 3e-3, 1e-2)  # ten times ablation's, see run/defaults.py
-RATE_OF = {"LongAct, 8 bits": "LongAct"}  # the others have a sweep of their own
-PAIRS = [("LongAct", "dense"), ("LoRA", "dense"), ("LoRA, LongAct", "dense"), ("LoRA, LongAct", "LoRA")]
-PAIRS += [("LongAct, 8 bits", "LongAct")]
+MEMORY = Comparison(
+    title="full training, LongAct, LoRA, 8-bit moments",
+    arms={
+        "dense": tiny("all"),
+        "LongAct": tiny("top"),
+        "LoRA": tiny("all", "--lora 16"),
+        "LoRA, LongAct": tiny("top", "--lora 16"),
+        "LongAct, 8 bits": tiny("top", "--optimizer adamw8bit"),
+    },
+    rates={
+        "dense": ablation.LEARNING_RATES,
+        "LongAct": ablation.LEARNING_RATES,
+        "LoRA": LORA_RATES,
+        "LoRA, LongAct": LORA_RATES,
+    },
+    rate_of={"LongAct, 8 bits": "LongAct"},
+    pairs=[
+        *[(method, "dense") for method in ("LongAct", "LoRA", "LoRA, LongAct")],
+        ("LoRA, LongAct", "LoRA"),
+        ("LongAct, 8 bits", "LongAct"),
+    ],
+    seeds=ablation.SWEEP_SEEDS,
+    train="",
+)
+ROWS = {"all rows": "all", "top 30%": "top", "bottom 30%": "bottom", "random 30%": "random"}
+REAL = Comparison(
+    title="which rows are updated, SmolLM2-135M",
+    arms={name: Arm("tracking", "dapo", rule, 0.3) for name, rule in ROWS.items()},
+    rates=dict.fromkeys(("all rows", "top 30%"), (1e-5, 2e-5, 4e-5)),
+    rate_of={"bottom 30%": "top 30%", "random 30%": "top 30%"},
+    pairs=[("top 30%", other) for other in ("all rows", "bottom 30%", "random 30%")],
+    seeds=ablation.SWEEP_SEEDS[:1],
+    train="--model runs/real/sft/checkpoint --facts 20 --filler 10 --eval-filler 10 --eval-prompts 64 "
+    "--eval-completions 2 --steps 8 --prompts 8 --completions 8 --updates 1 --warmup 0 --no-checkpointing",
+)
+COMPARISONS = {"memory": MEMORY, "real": REAL}
 
 
 @dataclass
 class Config(ablation.Config):
-    out: str = option("runs/methods", "directory of results.jsonl and report.md")
+    of: str = option("memory", "which comparison, see above", list(COMPARISONS))
+    out: str = option("", "directory of results.jsonl and report.md (default: runs/methods-OF)")
 
 
-def rates(method):
-    """Learning rates to sweep."""
-    return LORA_RATES if "--lora" in METHODS[method].more else ablation.LEARNING_RATES
+def to_sweep(comparison):
+    """-> [(arm, rate, seed), ...]."""
+    swept = [(method, rate) for method, rates in comparison.rates.items() for rate in rates]
+    return [(comparison.arms[method], rate, seed) for seed in comparison.seeds for method, rate in swept]
 
 
-def to_sweep(arms):
-    """{method: its Arm} -> [(arm, rate, seed), ...]."""
-    methods = [method for method in arms if method not in RATE_OF]
-    return [(arms[m], rate, seed) for seed in SWEEP_SEEDS for m in methods for rate in rates(m)]
-
-
-def winners(records, arms, out):
+def winners(records, comparison, out):
     """The sweep's records -> {method: the rate whose reward at the end of the sweep is highest}. Raises
     BadInput if runs of the sweep are missing."""
-    wanted, rewards = to_sweep(arms), defaultdict(dict)
+    wanted, rewards = to_sweep(comparison), defaultdict(dict)
     by_run = {ablation.key(record): record["rewards"] for record in records}
     missing = [each for each in wanted if each not in by_run]
     if missing:
-        fix = "python -m studies.methods sweep first"
+        fix = "python -m studies.methods sweep first, with the same --of"
         raise BadInput(f"{out}/results.jsonl lacks {len(missing)} runs of the sweep: {fix}")
     for arm, rate, seed in wanted:
         last = by_run[arm, rate, seed]
         rewards[arm].setdefault(rate, []).append(np.mean(last[-max(1, len(last) // 4) :]))
     won = {arm: max(of, key=lambda rate: np.mean(of[rate])) for arm, of in rewards.items()}
-    return {method: won[arms[RATE_OF.get(method, method)]] for method in arms}
+    arms, rate_of = comparison.arms, comparison.rate_of
+    return {method: won[arms[rate_of.get(method, method)]] for method in arms}
 
 
-def report(records, arms, won):
+def seen_from(one, other):
+    """Two rows, each {seed: record} -> the smallest true difference in accuracy, in points, that a paired t
+    test finds (p below 0.05) in 80 of 100 such experiments; text."""
+    both = [seed for seed in one if seed in other]
+    if len(both) < 2:
+        return "-"
+    a, b = [[ablation.outcomes(each[seed])["accuracy"] for seed in both] for each in (one, other)]
+    error = np.subtract(a, b).std(ddof=1) / np.sqrt(len(both))
+    return f"{(ablation.t_quantile(len(both)) + ablation.t_quantile(len(both), 0.8)) * error:.1f}"
+
+
+def report(records, comparison, won):
     """The text of report.md: means of each method, and paired differences."""
+    arms = comparison.arms
     runs = {
         method: {
             seed: record
             for record in records
             for arm, rate, seed in [ablation.key(record)]
-            if (arm, rate) == (arms[method], won[method]) and seed not in SWEEP_SEEDS
+            if (arm, rate) == (arms[method], won[method]) and seed not in comparison.seeds
         }
         for method in arms
     }
     runs = {method: by_seed for method, by_seed in runs.items() if by_seed}
     if not runs:
-        raise BadInput("no run to compare yet: python -m studies.methods compare")
+        raise BadInput("no run to compare yet: python -m studies.methods compare, with the same --of")
     [first, *_] = [record for by_seed in runs.values() for record in by_seed.values()]
     means = [["method", "rate", "seeds", *ablation.outcomes(first), "moved", "others moved", "seconds"]]
     for method, by_seed in runs.items():
@@ -99,13 +157,14 @@ def report(records, arms, won):
             moved = [record[name] for record in by_seed.values()]
             row.append("-" if None in moved else f"{np.mean(moved):.1e}")
         means.append([*row, f"{np.mean([record['seconds'] for record in by_seed.values()]):.0f}"])
-    pairs = [["difference", "seeds", "accuracy", "p", "reward area", "p"]]
-    for one, other in PAIRS:
+    pairs = [["difference", "seeds", "accuracy", "p", "reward area", "p", "accuracy seen from"]]
+    for one, other in comparison.pairs:
         if one in runs and other in runs:
-            pairs.append([f"{one} - {other}", *ablation.differences(runs[other], runs[one])])
+            difference = ablation.differences(runs[other], runs[one])
+            pairs.append([f"{one} - {other}", *difference, seen_from(runs[one], runs[other])])
     head = ablation.HEAD.partition("\n")[2].strip()
-    title = "# Methods: full training, LongAct, LoRA, 8-bit moments"
-    return f"{title}\n\n{head}\n\n```\n{stats.table(means)}\n\n{stats.table(pairs)}\n```\n"
+    tables = f"{stats.table(means)}\n\n{stats.table(pairs)}"
+    return f"# Methods: {comparison.title}\n\n{head}\n\n```\n{tables}\n```\n"
 
 
 if __name__ == "__main__":
@@ -113,21 +172,24 @@ if __name__ == "__main__":
     config = parse(Config, __doc__)
     if config.what not in ("sweep", "compare", "report"):
         raise BadInput(f"{config.what!r} is none of sweep, compare, report")
-    out, task = Path(config.out), "data" if ablation.names_data(config.train) else "recall"
-    arms = {method: arm._replace(task=task) for method, arm in METHODS.items()}
+    comparison, out = COMPARISONS[config.of], Path(config.out or f"runs/methods-{config.of}")
+    if ablation.names_data(config.train):
+        own = {method: arm._replace(task="data") for method, arm in comparison.arms.items()}
+        comparison = comparison._replace(arms=own)
+    config.train = f"{comparison.train} {config.train}".strip()
     lock = durable.claim(out, "comparison of methods", ["results.jsonl"])
     path = out / "results.jsonl"
     records = read_lines(path, ablation.wrong_in) if path.exists() else []
     if config.what == "sweep":
-        wanted = to_sweep(arms)
+        wanted = to_sweep(comparison)
     else:
-        won = winners(records, arms, out)
+        won, arms = winners(records, comparison, out), comparison.arms
         wanted = [(arm, won[method], seed) for seed in range(config.seeds) for method, arm in arms.items()]
     if config.what != "report":
         ablation.check_own(config, records, path)
         durable.write(path, "".join(json.dumps(record) + "\n" for record in records))
         ablation.run_all(config, out, wanted, {ablation.key(record) for record in records})
     if config.what != "sweep":
-        text = report(read_lines(path, ablation.wrong_in), arms, won)
+        text = report(read_lines(path, ablation.wrong_in), comparison, won)
         durable.write(out / "report.md", text)
         print(text)
