@@ -243,7 +243,9 @@ def draw(path, results, big):
     for each in big:
         if each.step.context_parallel > 1:
             place = each.step.prompt, sum(each.lines.values()) / GIB - 4
-            below[1].annotate(f"{each.step.context_parallel} ranks", place, ha="center", va="top")
+            below[1].annotate(
+                f"{each.step.context_parallel} ranks", place, ha="center", va="top", size="x-small"
+            )
     shares(below[2], [each.training | each.sampling for each in big], "share of a step, roofline")
     for axes in below[:2]:
         axes.legend(fontsize="small")
