@@ -100,7 +100,7 @@ class Attention(nn.Module):
         norm = partial(RMSNorm, D, config.rms_norm_eps) if config.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
 
-    def forward(self, x, cos, sin, squares, prompt, layout, share):
+    def forward(self, x, cos, sin, squares, prompt, layout, share, last_only):
         heads = -1, (-1, self.D)
         q, k, values = (
             self.q_proj(x).unflatten(*heads),
@@ -112,15 +112,19 @@ class Attention(nn.Module):
             measured = (q, k) if squares.site == "proj" else (q_normed, k_normed)
             measured = (x.detach() for x in measured)
             squares.fill(*(layout.pad(x, share.own) if layout else x for x in measured))
-        q, k = self.rotate(q_normed, cos, sin), self.rotate(k_normed, cos, sin)
-        q, k, values = share.to_heads(q), share.to_heads(k), share.to_heads(values)
+        k, share_of_q = self.rotate(k_normed, cos, sin), share
+        if last_only:
+            share_of_q, own = share.last()
+            q_normed, cos, sin = q_normed[:, own], cos[own], sin[own]
+        q = self.rotate(q_normed, cos, sin)
+        q, k, values = share_of_q.to_heads(q), share.to_heads(k), share.to_heads(values)
         v = values.unflatten(*heads)
         if prompt is None:
             y = causal_attention(q, k, v, layout and layout.lengths)
         else:
             y = GroupAttention.apply(q, k, v, prompt[0], prompt[1].unflatten(*heads), layout)
         return (
-            self.o_proj(share.to_tokens(y).flatten(2)),
+            self.o_proj(share_of_q.to_tokens(y).flatten(2)),
             k,
             values,
         )  # not v: FSDP2 warns of outputs that are views
@@ -145,7 +149,8 @@ class Block(nn.Module):
 
     With `prompt`, this layer's keys and values of a prompt, and a Layout, x holds completions of that prompt;
     with a Layout alone, documents that do not see each other. In a context group x and the tables are of the
-    rank's Share of the tokens, keys and values of all tokens and the rank's heads.
+    rank's Share of the tokens, keys and values of all tokens and the rank's heads. last_only: of x only the
+    last token comes out, (B, 1, C), or (B, 0, C) on ranks that do not have it.
     """
 
     def __init__(self, config):
@@ -154,9 +159,10 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, squares, prompt, layout, share):
-        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, squares, prompt, layout, share)
-        x = x + attended
+    def forward(self, x, cos, sin, squares, prompt, layout, share, last_only):
+        how = squares, prompt, layout, share, last_only
+        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, *how)
+        x = (x[:, share.last()[1]] if last_only else x) + attended
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
@@ -342,9 +348,7 @@ class Qwen3(nn.Module):
         positions = torch.arange(len(prompt_ids), device=prompt_ids.device)
         share, cache = Share(len(prompt_ids), self.context), []
         x, squares = self._blocks(prompt_ids[None], positions, cache=cache, share=share)
-        last = x[0, -1:] if share.is_last else x[0, :0]
-        # Cloned, as a view would keep the last layer's states of all tokens.
-        return Prompt(len(prompt_ids), last.clone(), *map(list, zip(*cache)), squares)
+        return Prompt(len(prompt_ids), x[0], *map(list, zip(*cache)), squares)
 
     def completion_logprobs(self, prompt, completions, temperature=1.0):
         """The second stage: Prompt, list of (R_i,) int64 -> log-probabilities (N,) and entropies (N,) fp32,
@@ -386,7 +390,8 @@ class Qwen3(nn.Module):
 
     def _blocks(self, ids, positions, prompt=None, layout=None, cache=None, share=None):
         """ids (B, T), positions (T,) -> hidden states (B, T, C) and each layer's Squares (or None), of
-        `share` of the tokens if given; the list `cache`, if given, receives each layer's keys and values."""
+        `share` of the tokens if given; the list `cache`, if given, receives each layer's keys and values, and
+        only the last token's hidden state comes out: nobody asks the last layer for the others'."""
         share = share or Share(ids.size(1))
         x = self.model.embed_tokens(ids[:, share.own])  # (B, T, C)
         cos, sin = rope_tables(self.config, positions[share.own], x.dtype)
@@ -400,10 +405,9 @@ class Qwen3(nn.Module):
             how["context_fn"] = partial(create_selective_checkpoint_contexts, [FLASH, FLASH_ON_CPU])
         for i, block in enumerate(self.model.layers):
             past = (prompt.keys[i], prompt.values[i]) if prompt else None
-            if recompute:
-                x, k, v = checkpoint(block, x, cos, sin, squares[i], past, layout, share, **how)
-            else:
-                x, k, v = block(x, cos, sin, squares[i], past, layout, share)
+            last_only = cache is not None and i == len(self.model.layers) - 1
+            inputs = x, cos, sin, squares[i], past, layout, share, last_only
+            x, k, v = checkpoint(block, *inputs, **how) if recompute else block(*inputs)
             if cache is not None:
                 cache.append((k, v))
         return x, squares

@@ -92,6 +92,7 @@ def rotate(x, cos, sin):
 
 def causal_attention(q, k, v, lengths=None):
     """q (B, T, H, D), k and v (B, T, Hk, D) -> (B, T, H, D) in their dtype; each sequence attends to itself.
+    q may be (B, 1, H, D), that of the last token, which attends to all.
 
     lengths: token counts of the documents that follow each other in a row; each attends to itself only. One
     call for each document needs no mask of T x T, does no work between documents, and runs everywhere
@@ -103,10 +104,11 @@ def causal_attention(q, k, v, lengths=None):
     if lengths:
         documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
         return torch.cat([causal_attention(*document) for document in documents], dim=1)
+    causal = q.size(1) == k.size(1)
     if q.is_cuda and q.dtype == torch.float32:  # for which there is no flash kernel; nothing trains in it
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    return flash(q, k, v, causal=True)[0]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+    return flash(q, k, v, causal)[0]
 
 
 class Layout:

@@ -69,6 +69,12 @@ class Share:
         self.start, self.end = bounds[rank], bounds[rank + 1]
         self.own = slice(self.start, self.end)
 
+    def last(self):
+        """-> the Share of the last of the T tokens alone, which only the last rank has, and the slice of this
+        rank's own tokens that it is, empty on the others."""
+        own = self.end - self.start
+        return Share(1, self.group), slice(own - self.is_last, own)
+
     def to_heads(self, x):
         """x (1, own tokens, heads, ...) -> (1, T, own heads, ...), differentiable."""
         return Exchange.apply(x, self, True) if self.group else x

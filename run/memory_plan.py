@@ -151,6 +151,15 @@ def block_bytes(c, size, exchanged=False, lora=0):
     return norms + projections + attention + mlp + low_rank, size * (C + 2 * F)
 
 
+def last_block_bytes(c, size, lora=0):
+    """What the last block keeps of a prompt's token, whose result nobody asks for: what its keys, values and
+    measured queries come from, as in block_bytes."""
+    q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    wide, normed = 4 if size == 2 else 0, q + k if c.qk_norm else 0
+    norms = (size + wide) * (c.hidden_size + normed)
+    return norms + size * (c.hidden_size + 2 * k + 3 * lora) + (size if size == 4 else 0) * normed
+
+
 def activations(
     c, prompt, pass_tokens, checkpointing, size, context_parallel=1, lora=0, attention_recompute=True
 ):
@@ -161,9 +170,12 @@ def activations(
     per_layer, attended = (size * C if checkpointing else kept), 0
     if checkpointing and not attention_recompute:  # the output of an attention and its log-sum-exp
         attended = L * c.num_attention_heads * (size * c.head_dim + 4)
+    of_prompt = (
+        L * per_layer + attended if checkpointing else (L - 1) * kept + last_block_bytes(c, size, lora)
+    )
     cache = prompt * size * kv * L
     prompt_lines = {
-        "prompt, kept for its backward": prompt * (L * per_layer + attended + 2 * size * c.head_dim),
+        "prompt, kept for its backward": prompt * (of_prompt + 2 * size * c.head_dim),
         # Without checkpointing they are among what blocks keep.
         "prompt's keys and values": cache if checkpointing else 0,
         "their gradients": cache,

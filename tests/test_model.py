@@ -313,10 +313,14 @@ def test_the_prompt_passes_through_the_network_once(small):
     small.model.layers[0].mlp.register_forward_hook(
         lambda module, args, out: seen.append(out.shape[:2].numel())
     )
-    heads = []
+    last, heads = [], []
+    small.model.layers[-1].mlp.register_forward_hook(
+        lambda module, args, out: last.append(out.shape[:2].numel())
+    )
     small.lm_head.register_forward_hook(lambda module, args, out: heads.append(out[0].shape[0]))
     small.group_logprobs(torch.arange(50), [torch.arange(n) + 1 for n in (3, 7, 5)])
     assert seen == [50, 15]
+    assert last == [1, 15]  # the last layer's keys and values of a prompt are wanted, and its last token
     assert heads == [15]  # logits of completion tokens only
 
 
