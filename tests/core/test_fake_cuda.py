@@ -168,7 +168,7 @@ def test_the_head_in_chunks_on_cuda(cuda):
         bf16(151936, 4096),
         torch.zeros(8192, dtype=int, device="cuda"),
     )
-    context, chunk = Context(), Head(SHAPE).chunk
+    context, chunk = Context(needs_input_grad=(True, True)), Head(SHAPE).chunk
     logprobs, entropies = TokenLogprobs.forward(context, hidden, weight, targets, 1.0, chunk)
     assert looks([logprobs, entropies]) == [((8192,), torch.float32, "cuda")] * 2
     for grad_entropies in (None, entropies):
