@@ -455,9 +455,7 @@ def test_packing_makes_no_mask_of_all_pairs_and_no_logits_of_all_tokens(small):
     mask[0, [0, 3, 53, 54]] = False
     with LargestTensor() as largest:
         small.logprobs(ids, mask, lengths).sum().backward()
-    assert (
-        largest.elements == 100 * 80
-    )  # the MLP; all pairs of tokens would be 100 * 100, all logits 100 * 101
+    assert largest.elements == 100 * 80  # the MLP; all pairs would be 100 * 100, all logits 100 * 101
 
 
 @pytest.mark.parametrize("prompt, completions", [(0, [3]), (3, [2, 0]), (3, [])])
