@@ -126,7 +126,7 @@ def take_step(config, engine):
     engine.sync(model)
 
     tally.with_update(norm, masked_norm, moved, magnitudes, masks, {})
-    [later] = draw(group.index)
+    [later] = draw(group.index, 1)
     with torch.no_grad():  # the new weights' log-probabilities of what the old ones, and they, have sampled
         of_earlier, of_later = (
             model.group_logprobs(
