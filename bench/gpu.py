@@ -10,14 +10,13 @@ table.txt is written after each part. log.txt has all that the parts print, a ta
 results.jsonl one object a line; a key that does not apply is absent:
 
     part, what            the part; what of it was measured, "the part" for its end
-    state                 ok, failed, out of time
+    state                 ok, failed, out of time; not here: a package that it needs
     seconds               the fastest of a few runs; of a part its whole time
     tflops, mfu           model FLOPs a second / 1e12, recomputation not counted; the same over the card's
                           dense bf16 peak by its data sheet
     tokens_per_second     of prompt and completions, each once
-    gib, planned_gib      peak of allocated memory, and by run/memory_plan.py: in "step" and "scale" of what
-                          comes on top of weights and gradients, in "update" of everything, in "optimizers"
-                          of what a step adds
+    gib, planned_gib      peak of allocated memory, and by run/memory_plan.py: of what comes on top
+                          of weights and gradients; in "update" of everything
     terabytes_per_second  of memory, read and written
     difference            of two kernels' gradients, |a - b| / |a|
     shares                of GPU time, by kind of kernel
@@ -47,10 +46,13 @@ PARTS = {
     "step": 60,
     "update": 90,
     "tests": 120,
+    "kept": 60,
     "scale-0.6B": 60,
     "scale-1.7B": 60,
     "scale-4B": 100,
+    "compiled": 100,
     "optimizers": 60,
+    "flash3": 90,
 }
 SCALE = {
     "cuda": "--prompts 8192 16384 32768 --completions 16 --completion 512 --rounds 1 --least 1".split(),

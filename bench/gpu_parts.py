@@ -22,11 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import saliency
 from base import environment, processes
-from core.attention import GroupAttention, Layout, flash, flash_backward
+from base.cli import BadInput
+from core.attention import GroupAttention, Layout, flash, flash_backward, use_flash_attention_3
 from core.optimizer import OPTIMIZERS, make_optimizer
 from core.parallel import Share
-from model import HEAD_CHUNK_ELEMENTS, Qwen3, Qwen3Config
-from run import memory_plan
+from model import HEAD_CHUNK_ELEMENTS, Qwen3, Qwen3Config, compile_elementwise
+from run import memory_plan, roofline
 from run.config import Config
 
 CUDA = torch.cuda.is_available()
@@ -51,7 +52,7 @@ CARD = Sizes(
     dataclasses.replace(build("8B"), num_hidden_layers=6), 28672, [4096] * 4, 8192, (8192, 4096, 12288), 2**31
 )
 SMALL = Sizes(
-    dataclasses.replace(LAPTOP, num_hidden_layers=2, vocab_size=512),
+    dataclasses.replace(LAPTOP, num_hidden_layers=1, vocab_size=512),
     96,
     [16, 9, 16, 7],
     32,
@@ -195,18 +196,73 @@ def of_step(sizes, taken):
     return {"seconds": taken, "tokens_per_second": tokens / taken, **per_second(flops, taken)}
 
 
-def step(sizes):
-    """A group's forward and backward in the compute dtype, weights and gradients in it, too; where its time
-    goes; its peak beside the plan."""
-    model = fill(Qwen3.empty(sizes.model, DTYPE, DEVICE))
-    model.checkpointing = True
-    run = partial(train_on, model, *group(sizes))
+def timed(sizes, run, **flags):
+    """The row of a forward and backward, run(), beside the plan's memory; and what run/roofline.py, which
+    --plan's seconds come from, says of it, if it knows the card. flags: those of memory_plan.Step."""
     (taken,) = seconds(run, rounds=2, least=0)
-    moments = memory_plan.activations(sizes.model, sizes.prompt, sizes.tokens_per_pass, True, DTYPE.itemsize)
-    planned = max(sum(lines.values()) for lines in moments.values())
+    recomputed = {"attention_recompute": flags.get("attention_recompute", True)}
+    work = sizes.model, sizes.prompt, sizes.tokens_per_pass, True, DTYPE.itemsize
+    planned = max(sum(lines.values()) for lines in memory_plan.activations(*work, **recomputed).values())
     memory = {"gib": peak_bytes(run) / GIB, "planned_gib": planned / GIB}
     yield {"what": "forward and backward", **of_step(sizes, taken), **memory}
+    name = torch.cuda.get_device_name() if CUDA else ""
+    yield from by_roofline(sizes, [known for known in roofline.CARDS if known.name in name], **flags)
+
+
+def by_roofline(sizes, cards, **flags):
+    """Rows of what the roofline says of a step on each of its cards."""
+    for known in cards:
+        lengths = max(sizes.lengths), len(sizes.lengths), sizes.tokens_per_pass
+        work = memory_plan.Step(1, 1, sizes.prompt, *lengths, checkpointing=True, vllm_share=0.0, **flags)
+        kinds = roofline.training_seconds(sizes.model, work, known)
+        del kinds["optimizer"], kinds["communication"]
+        whole = sum(kinds.values())
+        of_kind = {kind: taken / whole for kind, taken in kinds.items()}
+        yield {"what": f"the same by the roofline of {known.name}", "seconds": whole, "shares": of_kind}
+
+
+def forward_and_backward(sizes):
+    """-> a model with weights and gradients in the compute dtype, and a function that trains on a group."""
+    model = fill(Qwen3.empty(sizes.model, DTYPE, DEVICE))
+    model.checkpointing = True
+    return model, partial(train_on, model, *group(sizes))
+
+
+def step(sizes, **flags):
+    """A group's forward and backward; where its time goes."""
+    _, run = forward_and_backward(sizes)
+    yield from timed(sizes, run, **flags)
     yield {"what": "where its time goes", "shares": shares(run)}
+
+
+def kept(sizes):
+    """The same with attention's results kept, --no-attention-recompute."""
+    model, run = forward_and_backward(sizes)
+    model.attention_recompute = False
+    yield from timed(sizes, run, attention_recompute=False)
+
+
+def compiled(sizes):
+    """The same with compiled norms, rotation and SwiGLU, --compile; the first time, which compiles."""
+    compile_elementwise()
+    _, run = forward_and_backward(sizes)
+    started = time.perf_counter()
+    run()
+    synchronize()
+    yield {"what": "the first one", "seconds": time.perf_counter() - started}
+    yield from timed(sizes, run, compile=True)
+    yield {"what": "where its time goes", "shares": shares(run)}
+
+
+def flash3(sizes):
+    """attention and step by FlashAttention 3, --flash-attention 3, where its package is."""
+    try:
+        use_flash_attention_3()
+    except BadInput as error:
+        yield {"what": "FlashAttention 3", "state": "not here", "note": str(error)}
+        return
+    yield from attention(sizes)
+    yield from step(sizes, flash_attention=3)
 
 
 def sharded(sizes):
@@ -250,15 +306,20 @@ def update(sizes):
     best.clear()
     run()
     run()
-    taken = sum(best.values())
+    times = dict(best)
     held = 3 * sum(parameter.numel() * 4 for parameter in model.parameters())  # masters and two moments
     how = sizes.model, sizes.prompt, sizes.tokens_per_pass, True, 1, DTYPE.itemsize
     planned, moment = memory_plan.training_memory(*how)
     memory = {"gib": (held + peak_bytes(run)) / GIB, "planned_gib": sum(planned.values()) / GIB}
-    yield {"what": "the whole", **of_step(sizes, taken), **memory, "note": f"the plan's worst: {moment}"}
-    yield {"what": stages[0], **of_step(sizes, best[stages[0]])}
+    yield {
+        "what": "the whole",
+        **of_step(sizes, sum(times.values())),
+        **memory,
+        "note": f"the plan's worst: {moment}",
+    }
+    yield {"what": stages[0], **of_step(sizes, times[stages[0]])}
     for stage in stages[1:]:
-        yield {"what": stage, "seconds": best[stage]}
+        yield {"what": stage, "seconds": times[stage]}
     (taken,) = seconds(partial(train_on, model, *arguments), rounds=2, least=0)
     yield {"what": "forward and backward without magnitudes", **of_step(sizes, taken)}
     dist.destroy_process_group()

@@ -149,14 +149,14 @@ exec {python} -m torch.distributed.run "${{flags[@]}}" --no-python {python} "$@"
 """
 
 
-def batch_job(directory, number, restarts, *arguments):
-    """recipes/slurm.sh as Slurm starts it on the first of two nodes -> its exit code and what it printed."""
+def batch_job(directory, number, restarts, nodes, *arguments):
+    """recipes/slurm.sh as Slurm starts it on the first of its nodes -> its exit code and what it printed."""
     (directory / "bin").mkdir(exist_ok=True)
     start = shlex.join([sys.executable, forks.__file__])
     for name, text in ("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TORCHRUN.format(python=start)):
         (directory / "bin" / name).write_text(text)
         (directory / "bin" / name).chmod(0o755)
-    slurm = {"NNODES": 2, "JOB_ID": number, "RESTART_COUNT": restarts, "JOB_NODELIST": "node[1-2]"}
+    slurm = {"NNODES": nodes, "JOB_ID": number, "RESTART_COUNT": restarts, "JOB_NODELIST": "node[1-2]"}
     slurm |= {"GPUS_ON_NODE": 1, "SUBMIT_DIR": ROOT}
     environment = {f"SLURM_{key}": str(value) for key, value in slurm.items()}
     environment |= {"VENV": str(directory), "PYTHONPATH": str(ROOT)}
@@ -175,11 +175,11 @@ def test_a_job_on_two_nodes_whose_time_ends_is_requeued_and_gives_the_metrics_of
     with socket.socket() as free:
         unused = (n for n in random.sample(range(10000), 99) if free.connect_ex(("127.0.0.1", 20000 + n)))
         job = 120000 + next(unused)
-    code, printed = batch_job(runs, job, 0, runs / "signalled.py", script, *flags)
+    code, printed = batch_job(runs, job, 0, 2, runs / "signalled.py", script, *flags)
     assert code == 75, printed
     assert "interrupted after step 1" in printed and len(read_metrics(runs / "two")) == 1
     assert (runs / "bin" / "requeued").read_text() == f"requeue {job}\n"
-    code, printed = batch_job(runs, job, 1, script, *flags)
+    code, printed = batch_job(runs, job, 1, 1, script, *flags)
     assert code == 0 and "going on after step 1" in printed, printed
     assert (runs / "bin" / "requeued").read_text() == f"requeue {job}\n"
     for one, two in zip(read_metrics(runs / "whole"), read_metrics(runs / "two"), strict=True):

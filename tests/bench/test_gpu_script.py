@@ -16,6 +16,8 @@ import gpu
 import gpu_parts
 import shapes
 
+from run import roofline
+
 
 def check(rows):
     """Keys are those of the docstring, numbers make sense."""
@@ -31,20 +33,23 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("part", ["machine", "ceilings", "attention", "step"])
+@pytest.mark.parametrize("part", ["machine", "ceilings", "attention", "step", "kept", "flash3"])
 def test_a_part_yields_documented_rows(part):
+    """All but `compiled`: importing the compiler takes seconds, and tests/core/test_compiled.py has it."""
     rows = list(getattr(gpu_parts, part)(gpu_parts.SMALL))
     check({"part": part, "state": "ok", **row} for row in rows)
     if part == "step":
         [whole, times] = rows
-        assert whole["planned_gib"] == pytest.approx(whole["gib"], rel=0.25)
+        assert 0.5 < whole["planned_gib"] / whole["gib"] < 2
         assert sum(times["shares"].values()) == pytest.approx(1)
         assert {"attention forward", "attention backward", "matrix products"} <= times["shares"].keys()
+    if part == "flash3":
+        assert [row["state"] for row in rows] == ["not here"]
 
 
 def test_a_whole_update_on_fsdp(tmp_path):
     rows = in_a_process("update", tmp_path)
-    assert 0.7 < rows[0]["planned_gib"] / rows[0]["gib"] < 1.5  # of one rank: nothing is sharded
+    assert 0.5 < rows[0]["planned_gib"] / rows[0]["gib"] < 2  # of one rank: nothing is sharded
     assert rows[0]["seconds"] == pytest.approx(sum(row["seconds"] for row in rows[1:4]))
 
 
@@ -80,6 +85,12 @@ def test_flops_are_those_of_every_matrix_product_and_score():
     pairs = 3 * 3 / 2 + (2 * 3 + 2 * 2 / 2) + (1 * 3 + 1 / 2)
     expected = 6 * ((products + norms) * 6 + 3 * 8192 * 256) + 12 * 4 * 8 * 32 * pairs
     assert shapes.model_flops(c, 3, [2, 1]) == expected
+
+
+def test_the_roofline_stands_beside_a_step():
+    """8B's 36 layers take 34 s by hand (docs/scale.md's case, of 16 completions); here are 6 layers and 4."""
+    [row] = gpu_parts.by_roofline(gpu_parts.CARD, roofline.CARDS[:1])
+    assert 2 < row["seconds"] < 6 and sum(row["shares"].values()) == pytest.approx(1)
 
 
 def test_cudnns_kernels_take_what_flashs_do():
