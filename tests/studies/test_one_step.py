@@ -92,7 +92,7 @@ def test_links_to_code_that_is_not_there_or_twice_are_refused():
 def test_it_is_the_step_that_train_py_makes(step, monkeypatch):
     """The same completions in place of vLLM's: the same weights to the bit, the same metrics."""
     given = []
-    monkeypatch.setattr(rollout, "Rollout", lambda *how: given.append(one_step.Stored(STORED)) or given[0])
+    monkeypatch.setattr(rollout, "Rollout", lambda **how: given.append(one_step.Stored(STORED)) or given[0])
     run = ROOT / "runs" / "test-one-step"
     shutil.rmtree(run, ignore_errors=True)
     try:
