@@ -169,7 +169,7 @@ def check_samples(lines, metrics):
             assert 0 < completion["tokens"] <= 24 and completion["logprob"] < 0
             assert trained == (completion["advantage"] is not None) == (completion["entropy"] is not None)
             rewards.append(completion["reward"])
-        assert len(set(rewards)) == (2 if trained else 1)
+        assert len(set(rewards)) == 2 or not trained  # what is too many in a round may differ, too
     for first, last in zip(lines[::2], lines[1::2]):  # from the worst to the best
         worst, best = (sum(c["reward"] for c in line["completions"]) for line in (first, last))
         assert worst <= best

@@ -120,7 +120,8 @@ plain = st.text(max_size=8) | st.sampled_from(
         "\0\u0338",
     ]
 )
-said = st.tuples(plain, plain).map("".join)
+ADDED = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", *MORE
+said = st.tuples(plain, plain).map("".join).filter(lambda text: not any(token in text for token in ADDED))
 thoughts = st.sampled_from(["", "<think>\nhm\n</think>\n\n", "x</think>"])
 
 
