@@ -2,8 +2,8 @@
 # make test    tests and lint
 # make eval    the tiny model on RULER and on a sample in LongBench v2's format; your model on RULER:
 #              make eval CHECKPOINT=runs/NAME/checkpoint ARGS="--lengths 4096 --out ..."
-# make real    a real pretrained model, SmolLM2-135M: SFT, LongAct, RULER before and after; within an hour on 2
-#              cores; another checkpoint: make real ARGS="--model HuggingFaceTB/SmolLM2-135M-Instruct"
+# make real    a real pretrained model, SmolLM2-135M: SFT, LongAct, RULER before and after; another checkpoint:
+#              make real ARGS="--model HuggingFaceTB/SmolLM2-135M-Instruct"
 # make row     a row of the paper's table, from data to evaluation, on eight GPUs:
 #              make row ROW=dapo-longact SIZE=8B
 # make peers   TRL's and verl's trainers beside ours, on the CPU
