@@ -34,9 +34,10 @@ def subplots(rows=1, columns=1, *, figsize, **how):
     return figure, figure.subplots(rows, columns, **how)
 
 
-def _save(figure, path):
+def save(figure, path, dpi=120):
+    """Make or replace a PNG. Raises BadInput when the disk cannot be written."""
     with durable.replacing(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+        figure.savefig(partial, dpi=dpi, format="png")
 
 
 def reward_curve(run):
@@ -68,7 +69,7 @@ def reward_curve(run):
     grid[1, 2].set_yscale("log")
     _finish(grid)
     figure.suptitle(run.name, parse_math=False)
-    _save(figure, run / "reward.png")
+    save(figure, run / "reward.png")
 
 
 def _held_out(axes, held_out):
@@ -110,7 +111,7 @@ def loss_curve(run):
     axes[0, 0].set(xlabel="training step", ylabel="cross entropy of the assistant's tokens, nats")
     axes[0, 0].set_title(run.name, parse_math=False)
     _finish(axes)
-    _save(figure, run / "loss.png")
+    save(figure, run / "loss.png")
 
 
 def reward_bands(path, panels, differences):
@@ -148,7 +149,7 @@ def reward_bands(path, panels, differences):
         axes.invert_yaxis()
         axes.grid(alpha=0.3, axis="x")
         axes.set(xlabel="difference in accuracy paired by seed, points, with 95% intervals")
-    _save(figure, path)
+    save(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------ magnitudes
@@ -179,7 +180,7 @@ def heatmap(run):
         )
         axes.set(xlabel="layer", ylabel="share of squared\nmagnitude", ylim=(0, 1.02))
     _finish(grid[-1:])
-    _save(figure, run / "magnitudes.png")
+    save(figure, run / "magnitudes.png")
 
 
 def heads_and_dimensions(path, title, magnitudes, which, layers):
@@ -194,7 +195,7 @@ def heads_and_dimensions(path, title, magnitudes, which, layers):
     axes.set_xlabel("dimension of the head")
     figure.suptitle(f"{title} / largest of the head; outlined: selected rows", parse_math=False, fontsize=10)
     figure.colorbar(image, ax=grid, fraction=0.02)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _panel(axes, tensors, layer, which):
@@ -236,7 +237,7 @@ def score_heatmap(path, title, rows, columns, cells, label=""):
         axes.text(columns.index(column), rows.index(row), text, **look)
     axes.set_title(title, parse_math=False, fontsize=9)
     figure.colorbar(image, ax=axes, fraction=0.05, label="score, per cent; [95% interval]")
-    _save(figure, path)
+    save(figure, path)
 
 
 if __name__ == "__main__":

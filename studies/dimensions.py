@@ -44,7 +44,7 @@ import torch
 import saliency
 from base import durable
 from base.cli import BadInput, one_line_errors, option, parse
-from base.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, subplots
+from base.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, save, subplots
 from evals import clamp, stats, subject
 from evals.engine import GREEDY, Engine, evaluate
 from evals.results import Results
@@ -201,8 +201,7 @@ def figure(path, title, entries, size):
     grid[0, 0].set(ylabel="share of right answers", ylim=(-0.03, 1.03))
     grid[0, -1].legend(fontsize="small")
     drawn.suptitle(title, parse_math=False)
-    with durable.replacing(path) as partial:
-        drawn.savefig(partial, dpi=90, format="png")
+    save(drawn, path, dpi=90)
 
 
 if __name__ == "__main__":

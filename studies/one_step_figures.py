@@ -3,7 +3,7 @@
 from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 
-from base import durable
+from base import plot
 from base.plot import subplots
 
 ORANGE, BLUE, GREY = "#D55E00", "#0072B2", "#BBBBBB"  # Okabe and Ito's, told apart without red and green
@@ -83,5 +83,4 @@ def save(figure, path):
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(10)
-    with durable.replacing(path) as partial:
-        figure.savefig(partial, dpi=100, format="png")
+    plot.save(figure, path, dpi=100)

@@ -55,7 +55,7 @@ import torch
 import saliency
 from base import bars, durable, page
 from base.cli import BadInput, one_line_errors, option, parse
-from base.plot import BLUE, GREY, ORANGE, subplots
+from base.plot import BLUE, GREY, ORANGE, save, subplots
 from core import hub
 from core.attention import rope_frequencies
 from evals import stats, subject
@@ -278,8 +278,7 @@ def figure(path, title, summary):
         axes.grid(alpha=0.3)
     grid[0, 0].legend(loc="lower right", fontsize="small")
     drawn.suptitle(title, parse_math=False)
-    with durable.replacing(path) as partial_file:
-        drawn.savefig(partial_file, dpi=90, format="png")
+    save(drawn, path, dpi=90)
 
 
 if __name__ == "__main__":
