@@ -31,7 +31,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import lora
+from core import lora
 from core.attention import (
     FLASH,
     FLASH_ON_CPU,

@@ -29,10 +29,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-import lora  # noqa: E402
 from base import bars  # noqa: E402
 from base.cli import BadInput  # noqa: E402
-from core import memory  # noqa: E402
+from core import lora, memory  # noqa: E402
 from core.checkpoint import Qwen3Config  # noqa: E402
 
 

@@ -151,7 +151,7 @@ def select_rows(magnitudes, fraction=0.3, rule="top", generator=None):
 @torch.no_grad()
 def mask_gradients(model, masks):
     """Zero the gradient rows outside the masks, in place (Algorithm 1, step 4), those of a projection's bias,
-    if it has one, with those of its weight; with LoRA, rows of its factor B (lora.py). Nothing else is
+    if it has one, with those of its weight; with LoRA, rows of its factor B (core/lora.py). Nothing else is
     touched. -> the squared gradient as it was, added up over the selected rows and over the others that this
     rank holds, (2,) fp64; masked_step wants it.
 

@@ -40,10 +40,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
-import lora
 from base import durable, plot, processes
 from base.cli import BadInput, one_line_errors, option, parse
-from core import hub, memory, parallel, schedule
+from core import hub, lora, memory, parallel, schedule
 from core.optimizer import MASTERS, make_optimizer
 from model import Qwen3
 from prompts import chat, load, sources
@@ -148,8 +147,7 @@ if dist.is_initialized():
 how = device, mesh, compute_dtype
 model = Qwen3.from_pretrained(config.model, MASTERS[config.masters], *how, low_rank=lora.of_config(config))
 model.compute_as(config)
-trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-optimizer = make_optimizer(config, trained_parameters)
+optimizer = make_optimizer(config, model.parameters())
 
 if checkpoint:
     resume.load(checkpoint, model, optimizer)
@@ -193,7 +191,7 @@ with journal:
             loss_sum += loss.detach()
         if mesh:
             dist.all_reduce(loss_sum)
-        norm = clip_grad_norm_(trained_parameters, config.max_grad_norm).item()
+        norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
         schedule.set_rate(optimizer, rate)
         skips = 0 if math.isfinite(norm) and loss_sum.isfinite() else skips + 1  # of all ranks, so they agree
         if skips > config.max_skips:

@@ -28,12 +28,11 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import dapo
 import grpo
-import lora
 import losses
 import saliency
 from base import processes
 from base.cli import one_line_errors, parse
-from core import hub, memory, parallel, schedule
+from core import hub, lora, memory, parallel, schedule
 from core.optimizer import MASTERS, make_optimizer
 from model import Qwen3, logprobs_in_passes
 from prompts import chat, load, scoring
@@ -107,7 +106,7 @@ reference = None  # of the KL term
 if config.beta:
     reference = lora.Base(model) if config.lora else Qwen3.from_pretrained(config.model, compute_dtype, *how)
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-optimizer = make_optimizer(config, trained)
+optimizer = make_optimizer(config, model.parameters())
 config.epsilon_low, config.epsilon_high = losses.epsilons(config)
 policy_loss, marked_tokens = losses.choose(config)  # dapo.loss, unless --algorithm says otherwise
 keep = dapo.keep_group if config.algorithm in losses.DYNAMIC_SAMPLING else lambda rewards: True

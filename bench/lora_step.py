@@ -25,9 +25,9 @@ import torch
 from measure import peak_bytes, seconds
 from shapes import draw_group, fill, train_on
 
-import lora
 import saliency
 from base.cli import one_line_errors, option, parse
+from core import lora
 from core.checkpoint import Qwen3Config
 from model import Qwen3
 

@@ -4,10 +4,9 @@ train.py."""
 import platform
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from core import schedule
-from core.checkpoint import Qwen3Config
+from core.checkpoint import Qwen3Config, local_part
 from run import memory_plan
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bf16, from NVIDIA's data sheets
@@ -26,7 +25,7 @@ def fill(model):
     """Random weights on the model's own device (one CPU thread takes three minutes for 8B) -> the model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            shard = local_part(parameter)
             if name.endswith("norm.weight"):
                 shard.fill_(1)
             else:

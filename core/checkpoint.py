@@ -426,6 +426,11 @@ def full_tensor(parameter):
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
+def local_part(tensor):
+    """This rank's part of a DTensor; a plain tensor is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def weight_shard(parameter):
     """-> this rank's rows of a parameter, and the index of the first. FSDP2 splits dimension 0 like
     torch.chunk, over the last dimension of its mesh."""

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
+from core.checkpoint import local_part
+
 OPTIMIZERS = ("adamw", "adamw8bit", "adamw-offload")
 MASTERS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCK = 256  # elements of a row that share a scale
@@ -92,13 +94,13 @@ class SlicedAdamW(torch.optim.Optimizer):
         return {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
     def step_of(self, group, parameter, state, number):
-        weight, grad = local(parameter), local(parameter.grad)
-        kept = {name: local(value) for name, value in state.items() if name != "step"}
+        weight, grad = local_part(parameter), local_part(parameter.grad)
+        kept = {name: local_part(value) for name, value in state.items() if name != "step"}
         beta1, beta2 = group["betas"]
         how = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": False, "maximize": False}
         how |= {"lr": group["lr"], "weight_decay": group["weight_decay"]}
         how |= {"foreach": False, "fused": weight.is_cuda}
-        row_numbers = local(as_rows_of(parameter, torch.arange(parameter.size(0))))
+        row_numbers = local_part(as_rows_of(parameter, torch.arange(parameter.size(0))))
         count = max(1, SLICE // math.prod(parameter.shape[1:]))
         for start in range(0, len(weight), count):
             rows = slice(start, start + count)
@@ -112,11 +114,6 @@ class SlicedAdamW(torch.optim.Optimizer):
                 bits = random_16_bits(places(row_numbers[rows], wide), state["step"].long(), number)
                 weight[rows] = round_at_random(wide, bits)
         state["step"] += 1
-
-
-def local(tensor):
-    """This rank's rows of a DTensor; a plain tensor is its own."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def as_rows_of(parameter, values):

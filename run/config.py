@@ -10,8 +10,8 @@ import saliency
 from base import processes
 from base.cli import BadInput, option
 from core import attention, schedule
+from core.lora import TARGETS
 from core.optimizer import MASTERS, OPTIMIZERS
-from lora import TARGETS
 from prompts import scoring, tasks
 from run import roofline, tracker
 

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import torch
 import torch.distributed.checkpoint as dcp
 
-import lora
 from base import durable
 from base.cli import BadInput, one_line_errors, option, parse
+from core import lora
 from core.checkpoint import check_weights, generation_config, open_safetensors
 from model import Qwen3, Qwen3Config
 from prompts import chat

@@ -35,11 +35,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-from torch.distributed.tensor import DTensor
 
 from base import durable, limits
 from base.cli import BadInput
 from base.processes import gather_or_fail, rank_and_world
+from core.checkpoint import local_part
 from prompts import rewards, sources
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
@@ -378,7 +378,7 @@ def load(path, model, optimizer):
     def fill():
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
         for name, tensor in tensors.items():
-            if not (tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all():
+            if not local_part(tensor).isfinite().all():
                 raise BadInput(f"{path}: {name} has values that are not finite")
 
     gather_or_fail(fill)

@@ -1,4 +1,4 @@
-"""Run by test_lora.py in a process that has imported vLLM: PEFT and vLLM read an adapter directory.
+"""Run by core/test_lora.py in a process that has imported vLLM: PEFT and vLLM read an adapter directory.
 
     python tests/adapters.py BASE OUT
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import grpo
-import lora
+from core import lora
 from core.checkpoint import full_tensor, weight_shard
 from core.optimizer import SlicedAdamW, as_rows_of
 from core.parallel import context_group, weight_mesh

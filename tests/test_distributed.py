@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, make_small, run_nodes, run_ranks
 
-import lora
+from core import lora
 from model import Qwen3
 from run import resume
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-COMPONENTS = "lora model rollout saliency grpo dapo losses".split()
+COMPONENTS = "model rollout saliency grpo dapo losses".split()
 SCRIPTS = "train sft eval_ruler eval_longbench eval_gsm8k eval_data".split()
 # Who may import whom. A room may also import itself; nothing imports a script, a study or a measurement.
 MAY_IMPORT = {
@@ -17,10 +17,9 @@ MAY_IMPORT = {
     "saliency": "",
     "dapo": "base grpo",
     "losses": "grpo dapo",
-    "lora": "core",
-    "model": "base core lora",
-    "rollout": "base core lora",
-    "run": "base core prompts saliency grpo dapo losses lora model",
+    "model": "base core",
+    "rollout": "base core",
+    "run": "base core prompts saliency grpo dapo losses model",
     "evals": "base core prompts saliency model rollout",
     "studies": "base core prompts run evals " + " ".join(COMPONENTS),
     "bench": "base core prompts run evals studies " + " ".join(COMPONENTS),

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, make_small, refusal, run_here, run_ranks
 
-import lora
 from base.cli import parse
+from core import lora
 from core.checkpoint import SIZES
 from core.optimizer import MASTERS, make_optimizer
 from core.schedule import passes

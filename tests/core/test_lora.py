@@ -1,5 +1,5 @@
-"""lora.py against the dense model with the merged weights, autograd, transformers, PEFT, and vLLM's reader of
-adapters."""
+"""core/lora.py against the dense model with the merged weights, autograd, transformers, PEFT, and vLLM's
+reader of adapters."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ import transformers
 from conftest import FAMILIES, ROOT, make_small, output_of, refusal
 from safetensors.torch import load_file, save_file
 
-import lora
 from base.cli import BadInput
+from core import lora
 from model import Qwen3, logprobs_in_passes
 from run import config, resume
 from saliency import Tracker, mask_gradients, masked_step, select_rows
