@@ -111,10 +111,11 @@ def test_sampler_logprobs_equal_the_trainers_before_and_after_updates_and_not_wi
 ):
     model, engine = setup
     assert mismatch(model, generate(engine, temperature=temperature), temperature) < 1e-4
+    generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(0.02 * torch.randn(parameter.shape))
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
         stale = generate(engine, temperature=temperature)
         assert mismatch(model, stale, temperature) > 1e-2  # the proof would notice a skipped sync
         engine.sync(model)
@@ -147,7 +148,8 @@ def test_a_seed_fixes_each_completion_whatever_is_sampled_beside_it(setup):
     assert [c.ids for c in alone[0]] == [c.ids for c in together[1]]
     one = engine.generate(PROMPTS[1:2], 1, 1.0, 12, [101], [7])  # sample j has seed + j
     assert one[0][0].ids == together[1][1].ids
-    assert len({tuple(c.ids) for c in together[0]}) == 3
+    endless = generate(engine, stop=())  # those that end at once may be equal by chance
+    assert len({tuple(c.ids) for c in endless[0]}) == 3
     assert [c.ids for c in generate(engine, seeds=(9, 9, 9))[0]] != [c.ids for c in together[0]]
 
 
