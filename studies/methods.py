@@ -9,8 +9,9 @@ on your own model, data and flags. --of real: all rows, the top, bottom and rand
 `make real` left it after SFT, on the task that RL has there; some hours, which may be cut into pieces.
 
 Runs are studies.ablation's: how a rate wins, what results.jsonl holds, that a run is not made twice and goes
-on after a kill, is told there. --out holds results.jsonl and report.md. "seen from": the smallest true
-difference in accuracy that the pairs would have shown (p below 0.05) in four of five such experiments.
+on after a kill, is told there. --out holds results.jsonl, report.md and methods.png. "seen from": the
+smallest true difference in accuracy that the pairs would have shown (p below 0.05) in four of five such
+experiments.
 """
 
 from base.interrupt import end_at_once
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from base import durable
+from base import durable, plot
 from base.cli import BadInput, one_line_errors, option, parse
 from evals import stats
 from evals.results import read_lines
@@ -81,13 +82,14 @@ ROWS = {"all rows": "all", "top 30%": "top", "bottom 30%": "bottom", "random 30%
 REAL = Comparison(
     title="which rows are updated, SmolLM2-135M",
     arms={name: Arm("tracking", "dapo", rule, 0.3) for name, rule in ROWS.items()},
-    rates=dict.fromkeys(("all rows", "top 30%"), (1e-5, 2e-5, 4e-5)),
+    rates=dict.fromkeys(("all rows", "top 30%"), (2e-5, 4e-5)),
     rate_of={"bottom 30%": "top 30%", "random 30%": "top 30%"},
     pairs=[("top 30%", other) for other in ("all rows", "bottom 30%", "random 30%")],
     seeds=ablation.SWEEP_SEEDS[:1],
     train="--model runs/real/sft/checkpoint --facts 20 --filler 10 --eval-filler 10 --eval-prompts 64 "
-    "--eval-completions 2 --steps 8 --prompts 8 --completions 8 --updates 1 --warmup 0 --no-checkpointing",
+    "--eval-completions 2 --steps 8 --prompts 4 --completions 8 --updates 1 --warmup 0 --no-checkpointing",
 )
+COLOURS = (plot.GREY, plot.BLUE, plot.VERMILLION, plot.GREEN, plot.PURPLE)  # of the methods, in their order
 COMPARISONS = {"memory": MEMORY, "real": REAL}
 
 
@@ -120,19 +122,25 @@ def winners(records, comparison, out):
     return {method: won[arms[rate_of.get(method, method)]] for method in arms}
 
 
+def gained(one, other):
+    """Two rows, each {seed: record} -> one minus other, points of accuracy, of each seed that both have."""
+    both = [seed for seed in one if seed in other]
+    a, b = [[ablation.outcomes(each[seed])["accuracy"] for seed in both] for each in (one, other)]
+    return np.subtract(a, b)
+
+
 def seen_from(one, other):
     """Two rows, each {seed: record} -> the smallest true difference in accuracy, in points, that a paired t
     test finds (p below 0.05) in 80 of 100 such experiments; text."""
-    both = [seed for seed in one if seed in other]
-    if len(both) < 2:
+    apart = gained(one, other)
+    if len(apart) < 2:
         return "-"
-    a, b = [[ablation.outcomes(each[seed])["accuracy"] for seed in both] for each in (one, other)]
-    error = np.subtract(a, b).std(ddof=1) / np.sqrt(len(both))
-    return f"{(ablation.t_quantile(len(both)) + ablation.t_quantile(len(both), 0.8)) * error:.1f}"
+    error = apart.std(ddof=1) / np.sqrt(len(apart))
+    return f"{(ablation.t_quantile(len(apart)) + ablation.t_quantile(len(apart), 0.8)) * error:.1f}"
 
 
-def report(records, comparison, won):
-    """The text of report.md: means of each method, and paired differences."""
+def compared(records, comparison, won):
+    """The records -> {method: {seed: its record at the rate that won}}. Raises BadInput if there are none."""
     arms = comparison.arms
     runs = {
         method: {
@@ -146,6 +154,11 @@ def report(records, comparison, won):
     runs = {method: by_seed for method, by_seed in runs.items() if by_seed}
     if not runs:
         raise BadInput("no run to compare yet: python -m studies.methods compare, with the same --of")
+    return runs
+
+
+def report(runs, comparison, won):
+    """The text of report.md: means of each method, and paired differences."""
     [first, *_] = [record for by_seed in runs.values() for record in by_seed.values()]
     means = [["method", "rate", "seeds", *ablation.outcomes(first), "moved", "others moved", "seconds"]]
     for method, by_seed in runs.items():
@@ -165,6 +178,21 @@ def report(records, comparison, won):
     head = ablation.HEAD.partition("\n")[2].strip()
     tables = f"{stats.table(means)}\n\n{stats.table(pairs)}"
     return f"# Methods: {comparison.title}\n\n{head}\n\n```\n{tables}\n```\n"
+
+
+def figure(path, runs, comparison):
+    """methods.png: the training reward of each method over the steps, and the paired differences."""
+    colours = dict(zip(comparison.arms, COLOURS))
+    curves = {
+        method: (colours[method], [record["rewards"] for record in by_seed.values()])
+        for method, by_seed in runs.items()
+    }
+    rows = []
+    for one, other in comparison.pairs:
+        apart = gained(runs.get(one, {}), runs.get(other, {}))
+        if len(apart) > 1:
+            rows.append((f"{one} - {other}", colours[other], *ablation.interval(apart), len(apart)))
+    plot.reward_bands(path, {comparison.title: curves}, rows)
 
 
 if __name__ == "__main__":
@@ -190,6 +218,8 @@ if __name__ == "__main__":
         durable.write(path, "".join(json.dumps(record) + "\n" for record in records))
         ablation.run_all(config, out, wanted, {ablation.key(record) for record in records})
     if config.what != "sweep":
-        text = report(read_lines(path, ablation.wrong_in), comparison, won)
+        runs = compared(read_lines(path, ablation.wrong_in), comparison, won)
+        text = report(runs, comparison, won)
         durable.write(out / "report.md", text)
+        figure(out / "methods.png", runs, comparison)
         print(text)

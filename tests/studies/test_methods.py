@@ -50,6 +50,7 @@ def test_the_report_pairs_methods_by_seed(tmp_path):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
     printed = run_here("studies/methods.py", "report", "--out", tmp_path)
     assert (tmp_path / "report.md").read_text() in printed
+    assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
     lines = {line.split("  ")[0]: line for line in printed.splitlines()}
     assert "+2.00 ±0.00" in lines["LoRA - dense"] and "-1.00 ±0.00" in lines["LoRA, LongAct - LoRA"]
     assert "LongAct - dense" not in lines and lines["LoRA"].split()[1:3] == ["0.003", "3"]
