@@ -86,8 +86,8 @@ REAL = Comparison(
     rate_of={"bottom 30%": "top 30%", "random 30%": "top 30%"},
     pairs=[("top 30%", other) for other in ("all rows", "bottom 30%", "random 30%")],
     seeds=ablation.SWEEP_SEEDS[:1],
-    train="--model runs/real/sft/checkpoint --facts 20 --filler 10 --eval-filler 10 --eval-prompts 64 "
-    "--eval-completions 2 --steps 8 --prompts 4 --completions 8 --updates 1 --warmup 0 --no-checkpointing",
+    train="--model runs/real/sft/checkpoint --facts 20 --filler 10 --eval-filler 10 --eval-prompts 48 "
+    "--eval-completions 2 --steps 6 --prompts 4 --completions 8 --updates 1 --warmup 0 --no-checkpointing",
 )
 COLOURS = (plot.GREY, plot.BLUE, plot.VERMILLION, plot.GREEN, plot.PURPLE)  # of the methods, in their order
 COMPARISONS = {"memory": MEMORY, "real": REAL}
