@@ -21,12 +21,15 @@ next and spared say whether the few largest do what top and random do. The sets 
     needle       RULER's niah_single_1 at 1,024 tokens (evals/ruler)
 
 A passage is asked about several facts, and vLLM reads it once for all of them; so answers about one passage
-are not independent. An answer is right if the reward `exact` (needle: RULER's score) is 1.
+are not independent. An answer is right if the reward `exact` (needle: RULER's score) is 1; it has begun right
+if what is right comes first, whatever follows, as a model that cannot stop may know the answer. Random
+dimensions of one draw are nested: those of a smaller N are among those of a larger one.
 
 Left in --out: CELL/ (an evaluation's own results, from which the same command goes on after a kill),
 dimensions.json and dimensions.png. The keys of dimensions.json: settings (all that the scores depend on), and
 cells, a list of {name, rule, n (dimensions held in each head), draw, scores: {set: share of right answers},
-questions: {set: number}, output: the commonest answer, output_share}.
+begun: {set: share of answers begun right}, questions: {set: number}, output: the commonest answer,
+output_share}.
 """
 
 from base.interrupt import end_at_once
@@ -153,15 +156,24 @@ def score(item, prediction):
 # ----------------------------------------------------------------------------------------------------- report
 
 
+def begins_right(record):
+    """A sample -> whether its answer begins with the right one, whatever follows; of needles, its score."""
+    if record["task"] == "needle":
+        return record["score"]
+    return float(record["prediction"].strip().startswith(record["expected"]))
+
+
 def entry(cell, records):
     """A cell and its samples -> its entry in dimensions.json."""
-    scores = {}
+    scores, begun = {}, {}
     for record in records:
         scores.setdefault(record["task"], []).append(record["score"])
+        begun.setdefault(record["task"], []).append(begins_right(record))
     [(output, count)] = Counter(record["prediction"] for record in records).most_common(1)
     return {
         **dict(zip(("name", "rule", "n", "draw"), cell)),
         "scores": {name: sum(values) / len(values) for name, values in scores.items()},
+        "begun": {name: sum(values) / len(values) for name, values in begun.items()},
         "questions": {name: len(values) for name, values in scores.items()},
         "output": output,
         "output_share": count / len(records),
@@ -174,31 +186,36 @@ def report(entries):
     for each in entries:
         groups.setdefault((each["n"], each["rule"]), []).append(each)
     sets = list(entries[0]["scores"])
-    rows = [["held in each head", *sets, "draws", "the commonest answer of the first"]]
+    rows = [
+        ["held in each head", *sets, *[f"{name}, begun" for name in sets], "draws", "commonest, of the first"]
+    ]
     for (n, rule), group in sorted(groups.items()):
-        means = [f"{100 * sum(each['scores'][name] for each in group) / len(group):.0f}" for name in sets]
+        columns = [[each[key][name] for each in group] for key in ("scores", "begun") for name in sets]
+        means = [f"{100 * sum(column) / len(column):.0f}" for column in columns]
         said = f"{group[0]['output_share']:.0%} {group[0]['output'][:24]!r}"
         rows.append([f"{rule} {n}" if n else rule, *means, str(len(group)), said])
     return stats.table(rows)
 
 
 def figure(path, title, entries, size):
-    """The scores against the number of dimensions held, a panel for each set -> the PNG `path`."""
+    """Right answers, and below them those begun right, against the number of dimensions held, a panel for
+    each set -> the PNG `path`."""
     sets = list(entries[0]["scores"])
-    drawn, grid = subplots(1, len(sets), figsize=(3.4 * len(sets), 3.6), squeeze=False, sharey=True)
-    for axes, name in zip(grid[0], sets):
-        axes.axhline(entries[0]["scores"][name], color=PURPLE, linestyle="--", label="untouched")
-        for rule, colour in COLOURS.items():
-            points = {}
-            for each in entries:
-                if each["rule"] == rule:
-                    points.setdefault(each["n"], []).append(each["scores"][name])
-            places = sorted(points)
-            means = [sum(points[n]) / len(points[n]) for n in places]
-            axes.plot(places, means, "o-", color=colour, label=rule, markersize=3)
-        axes.set(title=f"{name}, n = {entries[0]['questions'][name]}", xlabel=f"held, of {size}")
-        axes.grid(alpha=0.3)
-    grid[0, 0].set(ylabel="share of right answers", ylim=(-0.03, 1.03))
+    drawn, grid = subplots(2, len(sets), figsize=(3.4 * len(sets), 6.4), squeeze=False, sharey=True)
+    for key, what, row in zip(("scores", "begun"), ("right", "begun right"), grid):
+        for axes, name in zip(row, sets):
+            axes.axhline(entries[0][key][name], color=PURPLE, linestyle="--", label="untouched")
+            for rule, colour in COLOURS.items():
+                points = {}
+                for each in entries:
+                    if each["rule"] == rule:
+                        points.setdefault(each["n"], []).append(each[key][name])
+                places = sorted(points)
+                means = [sum(points[n]) / len(points[n]) for n in places]
+                axes.plot(places, means, "o-", color=colour, label=rule, markersize=3)
+            axes.set(title=f"{name}, n = {entries[0]['questions'][name]}", xlabel=f"held, of {size}")
+            axes.grid(alpha=0.3)
+        row[0].set(ylabel=f"share of answers {what}", ylim=(-0.03, 1.03))
     grid[0, -1].legend(fontsize="small")
     drawn.suptitle(title, parse_math=False)
     save(drawn, path, dpi=90)

@@ -1,8 +1,8 @@
 """Why should it work? The gradient of W_Q and W_K by rows: how much of it the selected rows hold, its signal
 to noise, and what SGD and AdamW make of it.
 
-    python -m studies.gradients runs/smollm2-sft/checkpoint --tasks tracking recall
-    python -m studies.gradients runs/smollm2-rl/checkpoint --tasks tracking          # after RL
+    python -m studies.gradients runs/real/sft/checkpoint --tasks tracking chain
+    python -m studies.gradients runs/real/rl/checkpoint --tasks tracking             # after RL
 
 Of each task vLLM samples groups of completions until the rewards of --groups groups differ. Of each of them
 the gradient of DAPO's loss is taken on its own (weights never change), and of each row of W_Q and W_K is kept
@@ -25,11 +25,11 @@ Left in --out:
             {top, middle, bottom}: {rows, magnitude (squared), gradient (of the mean over all groups,
                     squared), signal (the same without what noise adds), snr (of a step of 8 groups: 8 times
                     signal over the variance of a group's gradient), snr_layers, snr_error (standard error
-                    of its mean over layers), sgd (first-order gain on the other half), adam_moved (squared
-                    change), adam_gain}
+                    of its mean over layers, which share the groups: a lower bound), sgd (first-order gain on
+                    the other half), adam_moved (squared change), adam_gain}
             chosen_by: {own, partner, gradient}: share of the signal in the top rows if rows were chosen by
                     their own magnitude (LongAct), by the magnitude of what they are multiplied with, or by
-                    the gradient itself
+                    the gradient itself (of the same groups: an upper bound)
             rank: {own, partner}: rank correlation within a head of a row's gradient with either, mean
             unseen: {signal, adam_moved}: of the rows with the smallest partners, as many as bottom
 
@@ -78,7 +78,7 @@ class Config:
     max_completion: int = option(24, "tokens of a completion", least=1)
     step: int = option(4, "groups of each of AdamW's steps", least=1)
     seed: int = option(0, "seed of prompts and completions", least=0)
-    fraction: float = option(0.3, "share of each head's dimensions that is selected", above=0, most=0.5)
+    fraction: float = option(0.3, "share of each head's dimensions that is selected", above=0, most=0.49)
     out: str = option("", "directory of the results (default: runs/gradients/<checkpoint's name>)")
 
 
@@ -342,21 +342,22 @@ if __name__ == "__main__":
             sample(config, task, engine, tokenizer, out / f"{task}.jsonl")
         engine.close()
         del engine
-    summary = {"settings": settings}
+    path = out / "gradients.json"
+    summary = durable.read_object(path) if path.exists() else {"settings": settings}  # of other tasks, too
     for task in config.tasks:
         groups = [group for _, _, group in durable.json_lines(out / f"{task}.jsonl")]
-        path = out / f"{task}.safetensors"
-        if not path.exists():
+        rows = out / f"{task}.safetensors"
+        if not rows.exists():
             model = Qwen3.from_pretrained(config.checkpoint)
-            rows, parts = measure(model, groups, config.step)
-            with durable.replacing(path) as partial:
-                save_file(rows, partial, {"of_all": json.dumps(parts)})
+            tensors, parts = measure(model, groups, config.step)
+            with durable.replacing(rows) as partial:
+                save_file(tensors, partial, {"of_all": json.dumps(parts)})
             del model
-        with safe_open(path, "pt") as file:
+        with safe_open(rows, "pt") as file:
             parts = json.loads(file.metadata()["of_all"])
         counts = {"groups": len(groups), "sampled": groups[-1]["drawn"], "of_all": parts}
-        summary[task] = counts | summarize(load_file(path), len(groups), config.fraction)
+        summary[task] = counts | summarize(load_file(rows), len(groups), config.fraction)
         print(f"{config.checkpoint}, {task}: {len(groups)} groups of {groups[-1]['drawn']}; per cent")
         print(f"{report(summary[task])}\n")
-    durable.write_json(out / "gradients.json", summary)
-    print(f"results: {out}/gradients.json")
+    durable.write_json(path, summary)
+    print(f"results: {path}")

@@ -2,8 +2,8 @@
 frequencies, and whether training moves them.
 
     python -m studies.phenomenon runs/smollm2/checkpoint                    # texts of 256 to 4,096 tokens
-    python -m studies.phenomenon runs/smollm2/checkpoint --length 1024 \\
-        --beside runs/smollm2-sft/checkpoint runs/smollm2-rl/checkpoint     # before and after training
+    python -m studies.phenomenon runs/smollm2/checkpoint --length 1024 --out runs/phenomenon/training \\
+        --beside runs/real/sft/checkpoint runs/real/rl/checkpoint           # before and after training
 
 The model reads --texts texts of each of two kinds, --length tokens each: "recall", prompts of the recall task
 (prompts/tasks.py), and "manual", pieces of the Python language reference (pydoc_data, which comes with
@@ -17,7 +17,8 @@ pair 0 the fastest, pair D/2 - 1 the slowest.
 Left in --out: phenomenon.png, a page report.html, and phenomenon.json with these keys. Each value below
 settings is {"q": {"mean": over layers, "layers": [...]}, "k": ...} unless it says otherwise.
 
-    settings        checkpoint, weights (hash), rope_scaling, dtype, length, texts, seed, fraction, text_ids
+    settings        checkpoint, weights (hash), rope_scaling, dtype, length, texts, seed, fraction, text_ids,
+                    beside
     kept, head_dim, chance    dimensions selected in each head, of how many; kept / head_dim
     concentration   share of the squared magnitude in the selected rows
     peak            the largest magnitude of a head over its median, mean over heads
@@ -300,6 +301,13 @@ if __name__ == "__main__":
     texts = read_texts(tokenizer, config.length, config.texts, config.seed)
     out = Path(config.out or f"runs/phenomenon/{subject.name(checkpoints[0])}")
     lock = durable.claim(out, "phenomenon", ["phenomenon.json"])
+    settings = subject.settings(checkpoints[0], model_config)
+    settings |= {"length": config.length, "texts": config.texts, "seed": config.seed}
+    settings |= {"text_ids": durable.digest(repr(texts)), "fraction": config.fraction}
+    settings |= {"beside": config.beside}
+    path = out / "phenomenon.json"
+    if path.exists() and durable.read_object(path).get("settings") != settings:
+        raise BadInput(f"{path} is of other settings; choose another --out or remove it")
 
     measured = []  # of each checkpoint {kind: what `squares` gave for each text}
     bar = bars.bar(total=len(checkpoints) * len(texts) * config.texts, desc="phenomenon", unit="text")
@@ -311,9 +319,6 @@ if __name__ == "__main__":
             bar.update()
     bar.close()
 
-    settings = subject.settings(checkpoints[0], model_config)
-    settings |= {"length": config.length, "texts": config.texts, "seed": config.seed}
-    settings |= {"text_ids": durable.digest(repr(texts)), "fraction": config.fraction}
     summary = {"settings": settings, **summarize(measured[0], model_config, config.length, config.fraction)}
     means = [
         average([of_tokens(blocks, slice(None)) for group in each.values() for blocks in group])
@@ -323,7 +328,7 @@ if __name__ == "__main__":
         name: compared(means[0], theirs, config.fraction)
         for name, theirs in zip(config.beside, means[1:], strict=True)
     }
-    durable.write_json(out / "phenomenon.json", summary)
+    durable.write_json(path, summary)
     name = subject.name(checkpoints[0])
     figure(out / "phenomenon.png", f"Q and K of {name}, {config.length:,} tokens", summary)
     picture = page.image(out / "phenomenon.png", "by layer, length and frequency")

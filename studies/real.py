@@ -82,7 +82,11 @@ def run(words):
 
 def train(words, directory):
     """A training, unless it has ended."""
-    if not (directory / "checkpoint").exists():
+    if (directory / "checkpoint").exists():
+        print(
+            f"\n{directory} has ended before; remove it to train again, and the results of its stage with it"
+        )
+    else:
         run(f"{words} --resume auto")
 
 

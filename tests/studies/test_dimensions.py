@@ -62,10 +62,11 @@ def test_needles_are_rulers():
 
 def test_cells_are_reported_with_their_draws_averaged(tmp_path):
     def records(scores, said):
-        return [{"task": "short", "score": score, "prediction": said} for score in scores]
+        about = {"task": "short", "expected": "yes", "prediction": said}
+        return [{**about, "score": score} for score in scores]
 
     made = {
-        ("untouched", "untouched", 0, 0): records([1.0, 1.0, 0.0, 1.0], "yes"),
+        ("untouched", "untouched", 0, 0): records([1.0, 1.0, 0.0, 1.0], " yes, and"),
         ("top-9", "top", 9, 0): records([0.0] * 4, "3333"),
         ("random-9-0", "random", 9, 0): records([1.0, 0.0, 0.0, 0.0], "a"),
         ("random-9-1", "random", 9, 1): records([1.0, 1.0, 0.0, 0.0], "b"),
@@ -74,8 +75,8 @@ def test_cells_are_reported_with_their_draws_averaged(tmp_path):
     assert entries[0]["scores"] == {"short": 0.75} and entries[0]["questions"] == {"short": 4}
     assert (entries[1]["name"], entries[1]["output"], entries[1]["output_share"]) == ("top-9", "3333", 1.0)
     lines = [line.split() for line in dimensions.report(entries).splitlines()]
-    assert lines[1][:3] == ["untouched", "75", "1"]
-    assert ["random", "9", "38", "2"] in [line[:4] for line in lines]  # 37.5
+    assert lines[1][:4] == ["untouched", "75", "100", "1"]  # begun right, but one does not stop
+    assert ["random", "9", "38", "0", "2"] in [line[:5] for line in lines]  # 37.5
     dimensions.figure(tmp_path / "x.png", "t", entries, 32)
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
