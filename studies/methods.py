@@ -20,7 +20,6 @@ if __name__ == "__main__":
     end_at_once()  # by a signal, from here on: the imports below take seconds
 
 import json
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -106,20 +105,24 @@ def to_sweep(comparison):
 
 
 def winners(records, comparison, out):
-    """The sweep's records -> {method: the rate whose reward at the end of the sweep is highest}. Raises
-    BadInput if runs of the sweep are missing."""
-    wanted, rewards = to_sweep(comparison), defaultdict(dict)
+    """The sweep's records -> won, by_rate: {method: the rate whose reward at the end of the sweep is
+    highest}, {method with a sweep: {rate: that reward}}. Raises BadInput if runs of the sweep are missing."""
     by_run = {ablation.key(record): record["rewards"] for record in records}
-    missing = [each for each in wanted if each not in by_run]
-    if missing:
+    if missing := [each for each in to_sweep(comparison) if each not in by_run]:
         fix = "python -m studies.methods sweep first, with the same --of"
         raise BadInput(f"{out}/results.jsonl lacks {len(missing)} runs of the sweep: {fix}")
-    for arm, rate, seed in wanted:
-        last = by_run[arm, rate, seed]
-        rewards[arm].setdefault(rate, []).append(np.mean(last[-max(1, len(last) // 4) :]))
-    won = {arm: max(of, key=lambda rate: np.mean(of[rate])) for arm, of in rewards.items()}
     arms, rate_of = comparison.arms, comparison.rate_of
-    return {method: won[arms[rate_of.get(method, method)]] for method in arms}
+
+    def at_the_end(method, rate):  # mean over the last quarter of the steps, and over seeds
+        runs = [by_run[arms[method], rate, seed] for seed in comparison.seeds]
+        return float(np.mean([rewards[-max(1, len(rewards) // 4) :] for rewards in runs]))
+
+    by_rate = {
+        method: {rate: at_the_end(method, rate) for rate in rates}
+        for method, rates in comparison.rates.items()
+    }
+    won = {method: max(of := by_rate[rate_of.get(method, method)], key=of.get) for method in arms}
+    return won, by_rate
 
 
 def gained(one, other):
@@ -157,8 +160,8 @@ def compared(records, comparison, won):
     return runs
 
 
-def report(runs, comparison, won):
-    """The text of report.md: means of each method, and paired differences."""
+def report(runs, comparison, won, by_rate):
+    """The text of report.md: means of each method, paired differences, and the sweep."""
     [first, *_] = [record for by_seed in runs.values() for record in by_seed.values()]
     means = [["method", "rate", "seeds", *ablation.outcomes(first), "moved", "others moved", "seconds"]]
     for method, by_seed in runs.items():
@@ -176,8 +179,13 @@ def report(runs, comparison, won):
             difference = ablation.differences(runs[other], runs[one])
             pairs.append([f"{one} - {other}", *difference, seen_from(runs[one], runs[other])])
     head = ablation.HEAD.partition("\n")[2].strip()
+    swept = []
+    for method, of in by_rate.items():
+        shown = ", ".join(f"{rate:g} {reward:.3f}" for rate, reward in of.items())
+        swept.append(f"- {method}: {shown} -> {won[method]:g}")
     tables = f"{stats.table(means)}\n\n{stats.table(pairs)}"
-    return f"# Methods: {comparison.title}\n\n{head}\n\n```\n{tables}\n```\n"
+    sweep = "Learning rates, by reward of the sweep's last quarter:\n\n" + "\n".join(swept)
+    return f"# Methods: {comparison.title}\n\n{head}\n\n```\n{tables}\n```\n\n{sweep}\n"
 
 
 def figure(path, runs, comparison):
@@ -211,7 +219,7 @@ if __name__ == "__main__":
     if config.what == "sweep":
         wanted = to_sweep(comparison)
     else:
-        won, arms = winners(records, comparison, out), comparison.arms
+        (won, by_rate), arms = winners(records, comparison, out), comparison.arms
         wanted = [(arm, won[method], seed) for seed in range(config.seeds) for method, arm in arms.items()]
     if config.what != "report":
         ablation.check_own(config, records, path)
@@ -219,7 +227,7 @@ if __name__ == "__main__":
         ablation.run_all(config, out, wanted, {ablation.key(record) for record in records})
     if config.what != "sweep":
         runs = compared(read_lines(path, ablation.wrong_in), comparison, won)
-        text = report(runs, comparison, won)
+        text = report(runs, comparison, won, by_rate)
         durable.write(out / "report.md", text)
         figure(out / "methods.png", runs, comparison)
         print(text)

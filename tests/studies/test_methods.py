@@ -25,7 +25,7 @@ def test_every_method_is_a_run_of_train_and_lora_is_swept_ten_times_higher(tmp_p
             config = ablation.Config(train=comparison.train)
             training = parse(Training, "", ablation.flags_of(config, arm, rate, seed).split())
             assert (training.rule, training.learning_rate, training.seed) == (arm.rule, rate, seed)
-    won = methods.winners(swept(methods.MEMORY), methods.MEMORY, tmp_path)
+    won, by_rate = methods.winners(swept(methods.MEMORY), methods.MEMORY, tmp_path)
     assert won == {
         "dense": 3e-4,
         "LongAct": 3e-4,
@@ -33,9 +33,11 @@ def test_every_method_is_a_run_of_train_and_lora_is_swept_ten_times_higher(tmp_p
         "LoRA, LongAct": 3e-3,
         "LongAct, 8 bits": 3e-4,
     }
+    assert len(by_rate) == 4 and list(by_rate["LoRA"]) == [1e-3, 3e-3, 1e-2]
+    assert by_rate["LoRA"][3e-3] - by_rate["LoRA"][1e-3] == pytest.approx(0.1)
     with pytest.raises(BadInput, match=r"lacks 1 runs of the sweep: python -m studies\.methods sweep"):
         methods.winners(swept(methods.MEMORY)[1:], methods.MEMORY, tmp_path)
-    won = methods.winners(swept(methods.REAL), methods.REAL, tmp_path)
+    won, _ = methods.winners(swept(methods.REAL), methods.REAL, tmp_path)
     assert set(won.values()) == {2e-5} and list(won) == list(methods.ROWS)
 
 
@@ -54,6 +56,7 @@ def test_the_report_pairs_methods_by_seed(tmp_path):
     lines = {line.split("  ")[0]: line for line in printed.splitlines()}
     assert "+2.00 ±0.00" in lines["LoRA - dense"] and "-1.00 ±0.00" in lines["LoRA, LongAct - LoRA"]
     assert "LongAct - dense" not in lines and lines["LoRA"].split()[1:3] == ["0.003", "3"]
+    assert any(line.startswith("- LoRA: 0.001 ") and line.endswith(" -> 0.003") for line in lines)
     assert "none of sweep, compare, report" in refusal("studies/methods.py", "swept")
 
 
