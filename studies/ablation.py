@@ -34,8 +34,8 @@ other flags or files is refused. --out holds
     report.html     the same and the figure, for a browser
     ablation.png    the reward curves and their bands
 
-The runs themselves are in runs/ablation-runs/, each named by its arm, learning rate, seed and identity. At a
-signal the runs under way save and end; the same command goes on with them.
+The runs are in runs/ablation-runs/, each named by its arm, learning rate, seed and identity; what a finished
+one could go on from is removed. At a signal runs save and end; the same command goes on with them.
 """
 
 from base.interrupt import end_at_once
@@ -157,6 +157,7 @@ def run(config, arm, learning_rate, seed):
         finished = interrupt.run([*command, "--name", f"ablation-runs/{name}", "--resume", "auto"], **how)
         if finished.returncode:
             raise BadInput(f"{' '.join(command)} failed: {finished.stderr.strip()[-300:]}")
+    durable.remove(directory / "checkpoints")  # several times the model's size
     try:
         return line_of(arm, learning_rate, seed, {"flags": flags, "identity": own}, directory)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -339,8 +340,7 @@ def differences(baseline, by_seed):
 def table_of_means(runs, own):
     """{(arm, learning rate): {seed: record}} of one family, dense training's own rate -> a table as text."""
     [first, *_] = [record for by_seed in runs.values() for record in by_seed.values()]
-    columns = list(outcomes(first))
-    rows = [["rows updated", "rate", "seeds", *columns, "moved", "others moved"]]
+    rows = [["rows updated", "rate", "seeds", *(columns := outcomes(first)), "moved", "others moved"]]
     for (arm, rate), by_seed in runs.items():
         records = list(by_seed.values())
         cells = [label(arm, rate, own).partition(",")[0], f"{rate:g}", str(len(records))]

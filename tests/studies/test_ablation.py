@@ -134,7 +134,9 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     ]
     (directory / "metrics.jsonl").write_text("\n".join(lines))
     (directory / "results.json").write_text(json.dumps({"before": None, "after": {"a": {"accuracy": 0.5}}}))
+    (directory / "checkpoints/2").mkdir(parents=True)  # to go on from, which a finished run does not need
     made = ablation.run(config, arm, 1e-3, 5)
+    assert not (directory / "checkpoints").exists()
     assert made["rewards"] == [0.5, 0.5] and made["prompts_drawn"] == 16 and made["tokens_trained"] == 200
     assert made["seconds"] == 4 and made["moved_unselected"] is None and ablation.key(made) == (arm, 1e-3, 5)
     ablation.check_own(config, [made], "results.jsonl")
