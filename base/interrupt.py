@@ -15,12 +15,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 children = []  # Popen of what `run` has started
+ending = False  # whether a signal is ending this process: `run` begins nothing new
 before_end = []  # functions without arguments that are called when a signal ends this process at once
 
 
@@ -42,10 +44,13 @@ def _at_parents_death(number):
 
 
 def _end(number, frame):
+    global ending
     _take(number, "ending; what is finished is saved")
-    for child in children:
+    ending = True
+    started = children.copy()  # threads remove those that end
+    for child in started:
         child.send_signal(number)
-    for child in children:
+    for child in started:
         with contextlib.suppress(ChildProcessError):  # its thread was first
             # Not child.wait: `run`, which the signal may have interrupted, holds its lock.
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
@@ -65,9 +70,14 @@ def _take(number, text):
 
 def run(command, **how):
     """subprocess.run, but that a signal which ends this process is handed on -> CompletedProcess. The command
-    has a session of its own, so that a terminal's Ctrl-C does not reach it a second time."""
+    has a session of its own, so that a terminal's Ctrl-C does not reach it a second time. Once a signal ends
+    this process a thread that calls it waits for that: the next command of a pool is not begun."""
+    if ending:
+        threading.Event().wait()
     with subprocess.Popen(command, start_new_session=True, **how) as process:
         children.append(process)
+        if ending:  # the signal came between the two
+            process.terminate()
         try:
             output, errors = process.communicate()
         finally:

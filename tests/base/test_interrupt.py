@@ -71,6 +71,28 @@ def test_a_signal_is_handed_on_once_and_what_was_started_is_waited_for():
     assert process.returncode == EXIT_CODE
 
 
+POOL = """
+import sys, threading
+from base import interrupt
+interrupt.end_at_once()
+def run_two():
+    for _ in range(2):
+        interrupt.run([sys.executable, "-c", sys.argv[1]])
+threads = [threading.Thread(target=run_two) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_a_signal_begins_nothing_new_in_the_threads_of_a_pool():
+    """Two threads with two commands each: the second ones do not begin when the first ones have ended."""
+    with start(POOL.replace("sys.argv[1]", repr(CHILD))) as process:
+        assert process.stdout.readline() == "ready\n"  # of the other thread's first
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == "saved\nsaved\n"
+    assert process.returncode == EXIT_CODE
+
+
 TORCHRUN = """
 import subprocess, sys, threading
 for _ in range(20):
