@@ -18,9 +18,10 @@ from base.interrupt import end_at_once
 if __name__ == "__main__":
     end_at_once()  # by a signal, from here on: the imports below take seconds
 
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from base import bars, durable
 from base.cli import BadInput, one_line_errors, option, parse
@@ -40,8 +41,8 @@ class Config:
 
 
 def products(before, after):
-    """A checkpoint directory and a list of others -> {(part, i, j): scalar product of the changes of after[i]
-    and after[j]}, a tensor of each in memory at a time. Raises BadInput for tensors that differ in shape."""
+    """A checkpoint directory and a list of n others -> {part: (n, n) fp64, scalar products of their changes},
+    a tensor of each in memory at a time. Raises BadInput for tensors that differ in name or shape."""
     files = [weight_files(Path(directory)) for directory in (before, *after)]
 
     def read(which, name):  # -> its values, fp32
@@ -52,36 +53,33 @@ def products(before, after):
         if own.keys() != files[0].keys():
             name = min(own.keys() ^ files[0].keys())
             raise BadInput(f"--beside {directory}: {name} is there or in {before}, and not in the other")
-    result = defaultdict(float)
+    result = {part: torch.zeros(len(after), len(after), dtype=torch.float64) for part in PARTS}
     for name in bars.bar(sorted(files[0]), desc="changes", unit="tensor"):
         old, *new = [read(which, name) for which in files]
         for directory, tensor in zip(after, new):
             if tensor.shape != old.shape:
                 shapes = f"{name} is {list(tensor.shape)}, in {before} {list(old.shape)}"
                 raise BadInput(f"--beside {directory}: {shapes}")
-        changes = [(tensor - old).flatten() for tensor in new]
-        part = PARTS[not name.endswith(QK)]
-        for i, one in enumerate(changes):
-            for j, other in enumerate(changes):
-                result[part, i, j] += one.dot(other).item()
+        changes = torch.stack([(tensor - old).flatten() for tensor in new])  # (n, elements)
+        result["qk" if name.endswith(QK) else "rest"] += changes @ changes.T
     return result
 
 
 def summarize(scalar, names):
     """What `products` gave, and the names of its checkpoints -> {"qk": ..., "rest": ...}, see above."""
-    square = {(part, i): scalar[part, i, i] for part in PARTS for i in range(len(names))}
+    square = {part: scalar[part].diagonal().tolist() for part in PARTS}
 
     def cosine(part, i, j):
-        norms = (square[part, i] * square[part, j]) ** 0.5
-        return scalar[part, i, j] / norms if norms else None
+        norms = (square[part][i] * square[part][j]) ** 0.5
+        return scalar[part][i, j].item() / norms if norms else None
 
     def share(part, i):
-        whole = sum(square[part, i] for part in PARTS)
-        return square[part, i] / whole if whole else 0.0
+        whole = sum(square[part][i] for part in PARTS)
+        return square[part][i] / whole if whole else 0.0
 
     return {
         part: {
-            "norm": {name: square[part, i] ** 0.5 for i, name in enumerate(names)},
+            "norm": {name: square[part][i] ** 0.5 for i, name in enumerate(names)},
             "share": {name: share(part, i) for i, name in enumerate(names)},
             "cosine": {
                 name: {other: cosine(part, i, j) for j, other in enumerate(names)}
