@@ -16,7 +16,9 @@ Left in --out:
                         over groups; .total, the squared norm of the summed gradient; .cross, the scalar
                         product of the mean gradients of two halves of the groups; .moved, the squared change
                         by AdamW (learning rate 1, from zeros, steps of --step groups of one half), mean over
-                        both halves; .gained, its change times the other half's mean gradient, likewise
+                        both halves; .gained, its change times the other half's mean gradient, likewise;
+                        as (blocks, heads, D): .squares_without and .total_without, of all groups but those of
+                        one block; group i is of block i % blocks, 8 or as many as there are groups
     gradients.json      settings, and for each task:
         groups, sampled     groups whose rewards differ; groups that were sampled
         of_all              share of the squared mean gradient of all weights in q, k, v, o, mlp, norms,
@@ -24,12 +26,14 @@ Left in --out:
         q, k                with these keys, all but snr and rank shares of all rows of all layers:
             {top, middle, bottom}: {rows, magnitude (squared), gradient (of the mean over all groups,
                     squared), signal (the same without what noise adds), snr (of a step of 8 groups: 8 times
-                    signal over the variance of a group's gradient), snr_layers, snr_error (standard error
-                    of its mean over layers, which share the groups: a lower bound), sgd (first-order gain on
-                    the other half), adam_moved (squared change), adam_gain}
+                    signal over the variance of a group's gradient), snr_layers, snr_mean (over layers), sgd
+                    (first-order gain on the other half), adam_moved (squared change), adam_gain}
+            top_minus_bottom: {snr, snr_mean}
             chosen_by: {own, partner, gradient}: share of the signal in the top rows if rows were chosen by
                     their own magnitude (LongAct), by the magnitude of what they are multiplied with, or by
                     the gradient itself (of the same groups: an upper bound)
+            errors: of gradient, signal, snr, snr_layers, snr_mean and chosen_by in the same places: standard
+                    errors over groups, by jackknife over the blocks
             rank: {own, partner}: rank correlation within a head of a row's gradient with either, mean
             unseen: {signal, adam_moved}: of the rows with the smallest partners, as many as bottom
 
@@ -62,6 +66,7 @@ from model import Qwen3
 from prompts import chat, rewards, tasks
 
 STEP = 8  # groups of the step that `snr` is of
+BLOCKS = 8  # of the jackknife
 CLASSES = ("top", "middle", "bottom")
 
 
@@ -127,28 +132,23 @@ def sample(config, task, engine, tokenizer, path):
 # -------------------------------------------------------------------------------------------------- gradients
 
 
-class Half:
-    """Half of the groups: the sum of their gradients, and where AdamW would bring weights that begin at 0, at
-    learning rate 1, were all gradients taken at the same weights."""
+class Adam:
+    """Where AdamW would bring weights that begin at 0, at learning rate 1, were all gradients taken at the
+    same weights. A step is of `step` groups."""
 
     def __init__(self, shapes, step):
         self.step, self.groups = step, 0
-        self.sum = {name: torch.zeros(shape) for name, shape in shapes.items()}
         self.weights = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
         self.adam = torch.optim.AdamW(self.weights.values(), lr=1.0, weight_decay=0.0)
 
     def add(self, gradients):
         self.groups += 1
         for name, gradient in gradients.items():
-            self.sum[name] += gradient
             weight = self.weights[name]
             weight.grad = gradient.clone() if weight.grad is None else weight.grad.add_(gradient)
         if self.groups % self.step == 0:
             self.adam.step()
             self.adam.zero_grad()
-
-    def mean(self, name):
-        return self.sum[name] / self.groups
 
 
 def loss_of(model, group, tokens):
@@ -163,39 +163,43 @@ def loss_of(model, group, tokens):
 
 
 def measure(model, groups, step):
-    """-> {"PROJECTION.KEY": (heads, D) fp32}, see above, and of_all, {part of the model: share}. What is
-    left of a step at the end does not count for AdamW."""
+    """-> {"PROJECTION.KEY": (heads, D) or (blocks, heads, D), fp32}, see above, and of_all, {part of the
+    model: share}. What is left of a step at the end does not count for AdamW."""
     D, n = model.config.head_dim, len(groups)
+    blocks = min(BLOCKS, n) // 2 * 2  # of both halves as many
     parameters = dict(model.named_parameters())
     names = [name for name in parameters if name.endswith(("q_proj.weight", "k_proj.weight"))]
     shapes = {name: parameters[name].shape for name in names}
-    halves = Half(shapes, step), Half(shapes, step)
-    squares = {name: torch.zeros(len(parameters[name])) for name in names}
+    adams = Adam(shapes, step), Adam(shapes, step)
+    sums = {name: torch.zeros(blocks, *shape) for name, shape in shapes.items()}
+    squares = {name: torch.zeros(blocks, shape[0]) for name, shape in shapes.items()}
     tokens = sum(len(ids) for group in groups for ids in group["completions"]) / n
     with saliency.Tracker(model) as tracker:
         for i, group in enumerate(bars.bar(groups, desc="gradients", unit="group")):
             loss_of(model, group, tokens).backward()
             gradients = {name: parameters[name].grad for name in names}  # of the others they add up
-            halves[i % 2].add(gradients)
+            adams[i % 2].add(gradients)
             for name, gradient in gradients.items():
-                squares[name] += gradient.square().sum(1)
+                sums[name][i % blocks] += gradient
+                squares[name][i % blocks] += gradient.square().sum(1)
                 parameters[name].grad = None
     result = {}
     for name, magnitude in tracker.magnitudes().items():
         weight = f"{name}.weight"
-        a, b = (half.mean(weight) for half in halves)
-        moves = [half.weights[weight].detach() for half in halves]
-        total = halves[0].sum[weight] + halves[1].sum[weight]
-        parameters[weight].grad = total
+        a, b = (sums[weight][half::2].sum(0) / len(groups[half::2]) for half in (0, 1))
+        moves = [adam.weights[weight].detach() for adam in adams]
+        total = parameters[weight].grad = sums[weight].sum(0)
         rows = {
-            "squares": squares[weight],
+            "squares": squares[weight].sum(0),
+            "squares_without": squares[weight].sum(0) - squares[weight],
             "total": total.square().sum(1),
+            "total_without": torch.stack([(total - block).square().sum(1) for block in sums[weight]]),
             "cross": (a * b).sum(1),
             "moved": sum(moved.square().sum(1) for moved in moves) / 2,
             "gained": -((moves[0] * b).sum(1) + (moves[1] * a).sum(1)) / 2,
         }
         result[f"{name}.magnitude"] = magnitude
-        result |= {f"{name}.{key}": values.view(-1, D) for key, values in rows.items()}
+        result |= {f"{name}.{key}": values.unflatten(-1, (-1, D)) for key, values in rows.items()}
     return result, of_all(parameters)
 
 
@@ -245,73 +249,113 @@ def select(keys, fraction, rule="top"):
     return {name: masks[f"{name}.weight"].view_as(key) for name, key in keys.items()}
 
 
+def share(values, masks, names):
+    """{name: (heads, D)}, bool masks alike -> the share of the sum over `names` that lies in the masks."""
+    return (sum(values[m][masks[m]].sum() for m in names) / sum(values[m].sum() for m in names)).item()
+
+
+def reliability(total, squares, n, masks, chosen):
+    """Squared norm of the sum and sum of the squared norms of n gradients, {name: (heads, D)} -> {"q": ...,
+    "k": ...}: what `errors` are of, see above."""
+    signal = {m: (total[m] - squares[m]) / (n * (n - 1)) for m in total}
+    noise = {m: (squares[m] - total[m] / n) / (n - 1) for m in total}
+    result = {}
+    for which in "qk":
+        own = [name for name in total if name.endswith(f"{which}_proj")]
+        made = {}
+        for kind in CLASSES:
+            mask = masks[kind]
+            pairs = [(signal[m][mask[m]].sum().item(), noise[m][mask[m]].sum().item()) for m in own]
+            layers = [STEP * s / v for s, v in pairs]
+            made[kind] = {
+                "gradient": share(total, mask, own),
+                "signal": share(signal, mask, own),
+                "snr": STEP * sum(s for s, _ in pairs) / sum(v for _, v in pairs),
+                "snr_mean": sum(layers) / len(layers),
+                "snr_layers": layers,
+            }
+        top, bottom = made["top"], made["bottom"]
+        made["top_minus_bottom"] = {key: top[key] - bottom[key] for key in ("snr", "snr_mean")}
+        made["chosen_by"] = {key: share(signal, mask, own) for key, mask in chosen.items()}
+        result[which] = made
+    return result
+
+
+def jackknife(parts):
+    """What one statistic is without each of the blocks -> its standard error; dicts and lists of such, alike
+    (Efron and Stein, 1981)."""
+    if isinstance(parts[0], dict):
+        return {key: jackknife([part[key] for part in parts]) for key in parts[0]}
+    if isinstance(parts[0], list):
+        return [jackknife(values) for values in zip(*parts, strict=True)]
+    mean = sum(parts) / len(parts)
+    return math.sqrt(sum((value - mean) ** 2 for value in parts) * (len(parts) - 1) / len(parts))
+
+
 def summarize(rows, n, fraction):
     """What `measure` gave of n groups -> {"q": ..., "k": ...}, see above."""
     names = [name.removesuffix(".magnitude") for name in rows if name.endswith(".magnitude")]
-    of = {
-        key: {name: rows[f"{name}.{key}"].double() for name in names}
-        for key in ("magnitude", "squares", "total", "cross", "moved", "gained")
-    }
-    signal = {m: (of["total"][m] - of["squares"][m]) / (n * (n - 1)) for m in names}
-    noise = {m: (of["squares"][m] - of["total"][m] / n) / (n - 1) for m in names}
-    met = {name: partners(of["magnitude"], name) for name in names}
-    masks = {rule: select(of["magnitude"], fraction, rule) for rule in ("top", "bottom")}
+
+    def of(key):
+        return {name: rows[f"{name}.{key}"].double() for name in names}
+
+    magnitude, total, squares, moved = of("magnitude"), of("total"), of("squares"), of("moved")
+    met = {name: partners(magnitude, name) for name in names}
+    masks = {rule: select(magnitude, fraction, rule) for rule in ("top", "bottom")}
     masks["middle"] = {name: ~(masks["top"][name] | masks["bottom"][name]) for name in names}
     unseen = select(met, fraction, "bottom")
-    by = {"own": of["magnitude"], "partner": met, "gradient": of["total"]}
+    by = {"own": magnitude, "partner": met, "gradient": total}
     by = {key: select(values, fraction) for key, values in by.items()}
+    result = reliability(total, squares, n, masks, by)
+    blocks = len(rows[f"{names[0]}.total_without"])
+    parts = []
+    for b in range(blocks):
+        fewer = ({m: values[b] for m, values in of(f"{key}_without").items()} for key in ("total", "squares"))
+        parts.append(reliability(*fewer, n - len(range(b, n, blocks)), masks, by))
+    errors = jackknife(parts)
     columns = {
-        "rows": {name: torch.ones_like(values) for name, values in signal.items()},
-        "magnitude": {name: values.square() for name, values in of["magnitude"].items()},
-        "gradient": of["total"],
-        "signal": signal,
-        "sgd": of["cross"],
-        "adam_moved": of["moved"],
-        "adam_gain": of["gained"],
+        "rows": {name: torch.ones_like(values) for name, values in magnitude.items()},
+        "magnitude": {name: values.square() for name, values in magnitude.items()},
+        "sgd": of("cross"),
+        "adam_moved": moved,
+        "adam_gain": of("gained"),
     }
-    result = {}
-    for which in "qk":
+    signal = {m: total[m] - squares[m] for m in names}
+    ranked = {"own": magnitude, "partner": met}
+    for which, made in result.items():
         own = [name for name in names if name.endswith(f"{which}_proj")]
-
-        def share(values, mask, own=own):
-            return (sum(values[m][mask[m]].sum() for m in own) / sum(values[m].sum() for m in own)).item()
-
-        classes = {}
         for kind in CLASSES:
-            mask = masks[kind]
-            layers = [STEP * (signal[m][mask[m]].sum() / noise[m][mask[m]].sum()).item() for m in own]
-            whole = sum(signal[m][mask[m]].sum() for m in own) / sum(noise[m][mask[m]].sum() for m in own)
-            classes[kind] = {name: share(values, mask) for name, values in columns.items()}
-            classes[kind] |= {"snr": STEP * whole.item(), "snr_layers": layers}
-            classes[kind]["snr_error"] = torch.tensor(layers).std().item() / math.sqrt(len(layers))
-        ranked = {"own": of["magnitude"], "partner": met}
-        result[which] = {
-            **classes,
-            "chosen_by": {key: share(signal, mask) for key, mask in by.items()},
-            "rank": {
-                key: sum(rank_correlation(of["total"][m], values[m]) for m in own) / len(own)
-                for key, values in ranked.items()
-            },
-            "unseen": {"signal": share(signal, unseen), "adam_moved": share(of["moved"], unseen)},
+            made[kind] |= {key: share(values, masks[kind], own) for key, values in columns.items()}
+        made["errors"] = errors[which]
+        made["rank"] = {
+            key: sum(rank_correlation(total[m], values[m]) for m in own) / len(own)
+            for key, values in ranked.items()
         }
+        made["unseen"] = {"signal": share(signal, unseen, own), "adam_moved": share(moved, unseen, own)}
     return result
 
 
 def report(summary):
-    """A task's entry in gradients.json -> tables as text, in per cent but for snr."""
-    keys = "rows magnitude gradient signal snr sgd adam_moved adam_gain".split()
+    """A task's entry in gradients.json -> tables as text, in per cent but for snr, ± standard errors."""
+    keys = "rows magnitude gradient snr snr_mean sgd adam_moved adam_gain".split()
     table = [["", *keys]]
     for which in "qk":
-        for kind in CLASSES:
-            cells = summary[which][kind]
-            numbers = [f"{cells[key]:.2f}" if key == "snr" else f"{100 * cells[key]:.1f}" for key in keys]
-            table.append([f"{which.upper()} {kind}", *numbers])
+        for kind in (*CLASSES, "top_minus_bottom"):
+            cells, errors = summary[which][kind], summary[which]["errors"][kind]
+            row = []
+            for key in keys:
+                scale, digits = (1, 2) if key.startswith("snr") else (100, 1)
+                error = f" ±{scale * errors[key]:.{digits}f}" if key in errors else ""
+                row.append(f"{scale * cells[key]:.{digits}f}{error}" if key in cells else "")
+            table.append([f"{which.upper()} {kind.replace('_', ' ')}", *row])
     lines = [stats.table(table), ""]
     parts = ", ".join(f"{part} {100 * value:.1f}" for part, value in summary["of_all"].items())
     lines.append(f"squared gradient of all weights: {parts}")
     for which in "qk":
-        own = summary[which]
-        chosen = ", ".join(f"by {key} {100 * value:.1f}" for key, value in own["chosen_by"].items())
+        own, errors = summary[which], summary[which]["errors"]["chosen_by"]
+        chosen = ", ".join(
+            f"by {key} {100 * value:.1f} ±{100 * errors[key]:.1f}" for key, value in own["chosen_by"].items()
+        )
         ranks = ", ".join(f"{key} {value:+.2f}" for key, value in own["rank"].items())
         unseen = f"signal {100 * own['unseen']['signal']:.1f}, moved {100 * own['unseen']['adam_moved']:.1f}"
         lines.append(f"{which.upper()}: signal in rows chosen {chosen}; rank {ranks}; least seen: {unseen}")

@@ -1,6 +1,7 @@
 """gradients.py against gradients taken one by one, and its statistics worked by hand."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,14 @@ def test_rows_are_those_of_gradients_taken_one_by_one(family):
             "total": stacked.sum(0).square().sum(1),
             "cross": (stacked[::2].mean(0) * stacked[1::2].mean(0)).sum(1),
         }
+        for b in range(6):  # six blocks of one group each
+            others = stacked[[i for i in range(6) if i != b]]
+            for key, values in {
+                "squares": others.square().sum((0, 2)),
+                "total": others.sum(0).square().sum(1),
+            }.items():
+                without = rows[f"{name}.{key}_without"][b].flatten().double()
+                torch.testing.assert_close(without, values, rtol=1e-4, atol=1e-9)
         for key, values in expected.items():
             torch.testing.assert_close(rows[f"{name}.{key}"].flatten().double(), values, rtol=1e-4, atol=1e-9)
         assert rows[f"{name}.magnitude"].shape == rows[f"{name}.moved"].shape == (len(stacked[0]) // 16, 16)
@@ -54,36 +63,61 @@ def test_rows_are_those_of_gradients_taken_one_by_one(family):
 
 
 def test_adamw_moves_a_weight_by_the_learning_rate_a_step_whatever_its_gradient():
-    half, gradient = gradients.Half({"w": (2, 3)}, 2), torch.tensor([[1.0, -2, 3], [1e-3, -1e-3, 5]])
+    adam, gradient = gradients.Adam({"w": (2, 3)}, 2), torch.tensor([[1.0, -2, 3], [1e-3, -1e-3, 5]])
     for _ in range(6):  # three steps of two groups
-        half.add({"w": gradient.clone()})
-    torch.testing.assert_close(half.weights["w"].detach(), -3 * gradient.sign(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(half.mean("w"), gradient)
+        adam.add({"w": gradient.clone()})
+    torch.testing.assert_close(adam.weights["w"].detach(), -3 * gradient.sign(), rtol=1e-4, atol=0)
 
 
 def test_signal_noise_and_shares_by_hand():
-    """Two groups whose gradients of a row are 1 and 3 have the signal 1 * 3, without noise, and a variance of
-    2. Head by head dimension 0 is the largest of four, dimension 3 the smallest."""
-    of_q = torch.tensor([[[1.0, 3], [2, 2], [0, 4], [1, 1]]] * 2)  # (heads, D, groups)
-    of_k = torch.tensor([[[2.0, 2], [1, 1], [1, 1], [0, 0]]])
+    """Of three groups, whose gradients of a row are 1, 2 and 3, the signal is the mean product of two,
+    11/3, and the variance 1. Head by head dimension 0 is the largest of four, dimension 3 the smallest."""
+    of_q = torch.tensor([[[1.0, 2, 3], [2, 1, 2], [0, 2, 4], [1, 0, 2]]] * 2)  # (heads, D, groups)
+    of_k = torch.tensor([[[2.0, 1, 3], [1, 1, 2], [1, 0, 1], [0, 1, 2]]])
     rows = {}
-    for name, pair in ((Q, of_q), (K, of_k)):
+    for name, triple in ((Q, of_q), (K, of_k)):
         for layer in (0, 1):
-            made = {"magnitude": torch.tensor([4.0, 2, 1, 0.5]).repeat(len(pair), 1)}
-            made |= {"squares": pair.square().sum(-1), "total": pair.sum(-1).square()}
-            made |= {"cross": pair.prod(-1), "gained": pair.prod(-1), "moved": torch.ones(len(pair), 4)}
+            made = {"magnitude": torch.tensor([4.0, 2, 1, 0.5]).repeat(len(triple), 1)}
+            made |= {"squares": triple.square().sum(-1), "total": triple.sum(-1).square()}
+            for key, values in (("squares", triple.square()), ("total", triple)):
+                without = torch.stack([values.sum(-1) - values[..., b] for b in range(3)])
+                made[f"{key}_without"] = without if key == "squares" else without.square()
+            made |= {key: triple.prod(-1) for key in ("cross", "gained")} | {
+                "moved": torch.ones(len(triple), 4)
+            }
             place = name.replace("layers.0", f"layers.{layer}")
             rows |= {f"{place}.{key}": values for key, values in made.items()}
-    made = gradients.summarize(rows, 2, 0.25)
+    made = gradients.summarize(rows, 3, 0.25)
     q, k = made["q"], made["k"]
-    assert q["top"]["signal"] == pytest.approx(3 / 8) and q["bottom"]["signal"] == pytest.approx(1 / 8)
-    assert q["top"]["snr"] == pytest.approx(gradients.STEP * 3 / 2) and q["top"]["snr_error"] == 0
-    assert q["top"]["gradient"] == pytest.approx(16 / (16 + 16 + 16 + 4))
-    assert q["top"]["sgd"] == q["top"]["signal"] == q["top"]["adam_gain"]
+    assert q["top"]["signal"] == pytest.approx(11 / (11 + 8 + 8 + 2))
+    assert q["bottom"]["signal"] == pytest.approx(2 / (11 + 8 + 8 + 2))
+    assert q["top"]["snr"] == q["top"]["snr_mean"] == pytest.approx(gradients.STEP * 11 / 3)
+    assert q["top"]["snr_layers"] == pytest.approx([q["top"]["snr"]] * 2)
+    assert q["bottom"]["snr"] == pytest.approx(gradients.STEP * 2 / 3)
+    assert q["top_minus_bottom"]["snr"] == pytest.approx(gradients.STEP * 3)
+    # without one of the groups: signals 6, 3, 2 over variances 1/2, 2, 1/2
+    replicates = [gradients.STEP * x for x in (12, 1.5, 4)]
+    expected = math.sqrt(2 / 3 * sum((x - sum(replicates) / 3) ** 2 for x in replicates))
+    assert q["errors"]["top"]["snr"] == pytest.approx(expected)
+    assert q["top"]["gradient"] == pytest.approx(36 / (36 + 25 + 36 + 9))
+    assert q["top"]["sgd"] == q["top"]["adam_gain"] == pytest.approx(6 / (6 + 4))
     assert q["middle"]["rows"] == 0.5 and q["middle"]["adam_moved"] == 0.5
-    assert k["top"]["magnitude"] == pytest.approx(16 / 21.25) and k["top"]["signal"] == pytest.approx(4 / 6)
-    assert k["chosen_by"]["gradient"] == pytest.approx(4 / 6)
+    assert k["top"]["magnitude"] == pytest.approx(16 / 21.25)
+    assert k["top"]["signal"] == pytest.approx(11 / (11 + 5 + 1 + 2))
+    assert k["chosen_by"]["gradient"] == pytest.approx(11 / (11 + 5 + 1 + 2))
     assert k["rank"]["own"] > 0.5 and k["unseen"]["adam_moved"] == 0.25
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_jackknife_of_a_mean_is_its_standard_error(wide):
+    values = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts = [values[[i for i in range(12) if i != b]].mean().item() for b in range(12)]
+    expected = (values.std() / math.sqrt(12)).item()
+    if wide:
+        made = gradients.jackknife([{"a": [part, 2 * part]} for part in parts])
+        assert made["a"] == pytest.approx([expected, 2 * expected])
+    else:
+        assert gradients.jackknife(parts) == pytest.approx(expected)
 
 
 def test_partners_are_the_rotated_pairs_of_the_heads_that_meet():
