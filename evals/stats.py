@@ -4,6 +4,7 @@ Intervals are made for few samples too; docs/evaluate.md has how often they cove
 bench/coverage.py.
 """
 
+import itertools
 import math
 from collections import defaultdict
 
@@ -153,7 +154,7 @@ def paired(a, b):
     """Two equally long sequences of scores of the same items -> {"n", "a", "b", "difference" (b - a), "low",
     "high" (its 95% interval for scores in [0, 1], None for fewer than LEAST), "p" (two-sided), "test"}.
 
-    The test is McNemar's exact one for scores of only 0 and 1, and random sign flips for others. The same
+    The test is McNemar's exact one for scores of only 0 and 1, and sign flips for others. The same
     input gives the same output."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     differences = b - a
@@ -167,12 +168,16 @@ def paired(a, b):
 
 
 def sign_flips(differences):
-    """Two-sided p-value: how often differences of random signs have a sum at least as far from 0."""
+    """Two-sided p-value: how often differences of any signs have a sum at least as far from 0. Of up to 12
+    differences all signs are taken, of more FLIPS random ones."""
+    # Sums that are equal but for rounding count as extreme.
+    observed = abs(differences.sum()) - 1e-9 * max(1.0, np.abs(differences).sum())
+    if len(differences) <= 12:
+        signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))  # (2^n, n)
+        return float((np.abs(signs @ differences) >= observed).mean())
     # Few differences are distinct. How many of one size keep their sign is binomial.
     sizes, often = np.unique(np.abs(differences).round(12), return_counts=True)
     rng, extreme = np.random.default_rng(0), 0
-    # Sums that are equal but for rounding count as extreme.
-    observed = abs(differences.sum()) - 1e-9 * max(1.0, np.abs(differences).sum())
     for _ in range(FLIPS // 100):  # in parts: flips x sizes may be large
         kept = rng.binomial(often, 0.5, size=(100, len(sizes)))
         extreme += int((np.abs((2 * kept - often) @ sizes) >= observed).sum())

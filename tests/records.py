@@ -23,4 +23,5 @@ ARM = {
     "held_out": {"a": {"prompt_tokens": 9, "accuracy": 0.5}},
     "moved_selected": 1.0,
     "moved_unselected": None,
+    "seconds": 9.0,
 }

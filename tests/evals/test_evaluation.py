@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, rows_of
@@ -402,11 +403,10 @@ def test_paired_fractions():
     is the normal one; three differences are too few, and equal ones have an interval of some width."""
     assert [stats.paired([1, 1, 1], [0, 0, 0])[key] for key in ("low", "high", "p")] == [None, None, 0.25]
     r = stats.paired([0.25] * 6, [0.5] * 6)
-    assert (
-        r["test"] == "sign flips"
-        and r["p"] == pytest.approx(2 / 64, abs=0.006)
-        and r["low"] < 0.1 < 0.3 < r["high"]
-    )
+    assert r["test"] == "sign flips" and r["p"] == 2 / 64 and r["low"] < 0.1 < 0.3 < r["high"]
+    few, many = [stats.sign_flips(np.array([1.0] * 9 + [-1.0] * 3 + [0.0] * n)) for n in (0, 1)]
+    assert few == 2 * (220 + 66 + 12 + 1) / 4096  # at least 9 of 12 alike: all signs
+    assert many == pytest.approx(few, abs=0.02)  # random ones, standard deviation 0.0035
     assert stats.paired([0.5, 0.25], [0.5, 0.25])["p"] == 1
     d = [math.sin(i) for i in range(400)]
     r = stats.paired([0.0] * 400, d)

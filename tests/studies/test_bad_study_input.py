@@ -68,9 +68,9 @@ ABLATION = {
     "no command": (ablation("train"), "'train' is none of sweep, compare, report"),
     "nothing swept": (
         ablation("compare"),
-        "lacks 36 runs of the sweep: python -m studies.ablation sweep first",
+        "lacks 12 runs of the sweep: python -m studies.ablation sweep first",
     ),
-    "nothing to report": (ablation("report"), "lacks 36 runs of the sweep"),
+    "nothing to report": (ablation("report"), "lacks 12 runs of the sweep"),
     "no JSON": (ablation("report", "{\n"), "results.jsonl, line 1 is not a result: no JSON object"),
     "a list": (ablation("sweep", ran(), [], "\n"), "line 2 is not a result: no JSON object"),
     "nothing in it": (ablation("sweep", "{}\n"), "line 1 is not a result: task is null"),
@@ -83,7 +83,7 @@ ABLATION = {
     ),
     "steps differ": (
         ablation("report", *swept(), ran(seed=0), ran(seed=1, rewards=[0.5, 0.5])),
-        "has runs of recall, dapo that cannot be compared: their steps or held-out prompts differ",
+        "has runs that cannot be compared: their steps or held-out prompts differ",
     ),
     "held-out prompts differ": (
         ablation(
