@@ -242,7 +242,8 @@ def draw(path, results, big):
     below[1].set_ylim(0)
     for each in big:
         if each.step.context_parallel > 1:
-            place = each.step.prompt, sum(each.lines.values()) / GIB - 4
+            below_it = 2 * each.step.context_parallel  # GiB: neighbours' labels at different heights
+            place = each.step.prompt, sum(each.lines.values()) / GIB - below_it
             below[1].annotate(
                 f"{each.step.context_parallel} ranks", place, ha="center", va="top", size="x-small"
             )
