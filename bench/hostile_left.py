@@ -222,7 +222,7 @@ def ablations():
                 lambda t, k=key, v=value: make(t, lambda line, i: {**line, k: v} if i % 5 == 2 else line),
             )
     odd = {
-        "lengths differ": lambda line, i: {**line, "rewards": [0.5] * (1 + i % 3)},
+        "lengths differ": lambda line, i: {**line, "rewards": [0.5] * (4 + i % 5)},
         "sets differ": lambda line, i: {**line, "held_out": {str(i): {"prompt_tokens": i, "accuracy": 0.5}}},
         "huge rewards": lambda line, i: {**line, "rewards": [1e9]},
         "an accuracy below 0": lambda line, i: {

@@ -154,8 +154,8 @@ def paired(a, b):
     """Two equally long sequences of scores of the same items -> {"n", "a", "b", "difference" (b - a), "low",
     "high" (its 95% interval for scores in [0, 1], None for fewer than LEAST), "p" (two-sided), "test"}.
 
-    The test is McNemar's exact one for scores of only 0 and 1, and sign flips for others. The same
-    input gives the same output."""
+    The test is McNemar's exact one for scores of only 0 and 1, and sign flips for others: all of
+    them for up to 12 items, FLIPS random ones for more. The same input gives the same output."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     differences = b - a
     if np.isin(np.concatenate([a, b]), [0.0, 1.0]).all():

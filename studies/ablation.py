@@ -22,9 +22,8 @@ meets for the first time; held-out prompts are not used, nor are the sweep's see
 and other fractions run at top's rate. All rows run at the rate of their own sweep, and at top's: the first
 compares each method at its best, the second differs only in the rows.
 
---out holds results.jsonl (keys: studies/paired.py), report.md, report.html and ablation.png. "seen from": the
-smallest true difference in accuracy that the pairs would have shown (p below 0.05) in four of five such
-experiments. At a signal runs save and end; the same command goes on with them.
+--out holds results.jsonl (keys: studies/paired.py), report.md, report.html and ablation.png. At a signal runs
+save and end; the same command goes on with them.
 """
 
 from base.interrupt import end_at_once
@@ -161,7 +160,7 @@ def winners(records, comparison, path):
 
     def at_the_end(method, rate):  # mean over the last quarter of the steps, and over seeds
         runs = [by_run[arms[method], rate, seed] for seed in comparison.seeds]
-        return float(np.mean([rewards[-max(1, len(rewards) // 4) :] for rewards in runs]))
+        return float(np.mean([np.mean(rewards[-max(1, len(rewards) // 4) :]) for rewards in runs]))
 
     by_rate = {
         method: {rate: at_the_end(method, rate) for rate in rates}
@@ -171,10 +170,13 @@ def winners(records, comparison, path):
     return won, by_rate
 
 
-def to_compare(comparison, won, seeds):
-    """-> [(arm, rate, seed), ...], each once: all rows may have won with top's rate."""
-    each = [(arm, won[method], seed) for seed in range(seeds) for method, arm in comparison.arms.items()]
-    return list(dict.fromkeys(each))
+def merged(comparison, won):
+    """-> the comparison; if all rows won with top's rate, without all rows at top's rate, as they are one."""
+    if won.get(SAME_RATE) != won.get(ALL):
+        return comparison
+    arms = {method: arm for method, arm in comparison.arms.items() if method != SAME_RATE}
+    pairs = [(one, ALL if other == SAME_RATE else other) for one, other in comparison.pairs]
+    return comparison._replace(arms=arms, pairs=list(dict.fromkeys(pairs)))
 
 
 def compared(records, comparison, won, path):
@@ -203,8 +205,9 @@ HEAD = f"""Means over seeds ± half a 95% interval (Student's t). acc. at N: acc
 tokens at temperature 1, per cent; accuracy: mean over those lengths. reward area: mean training reward over
 the steps, per cent. steps to {paired.TARGET:g}: the first whose training reward reaches it (the number of
 steps plus one if none does). moved: root mean square change of a weight in an update, in selected rows and in
-others. Differences pair runs of the same seed; p: sign flips; seen from: the smallest true difference
-in accuracy that as many pairs would have shown in four of five such experiments.
+others. seconds: wall time of all steps, beside whatever else ran. Differences pair runs of the same seed; p:
+sign flips. seen from: the smallest true difference in accuracy for which a paired t test, not the sign flips,
+would have a p below 0.05 in four of five such experiments, were the spread what it is in these pairs.
 """
 
 
@@ -262,16 +265,20 @@ if __name__ == "__main__":
     records = paired.read(path)
     if paired.names_data(config.train) or any(record["task"] == "data" for record in records):
         own = {method: arm._replace(task="data") for method, arm in comparison.arms.items()}
-        comparison = comparison._replace(arms=own)
+        comparison = comparison._replace(arms=own, train="")
+    flags = f"{comparison.train} {config.train}".strip()
+    if config.what != "report":
+        paired.check_own(flags, records, path)
     if config.what == "sweep":
         wanted = to_sweep(comparison)
     else:
         won, by_rate = winners(records, comparison, path)
-        wanted = to_compare(comparison, won, config.seeds)
+        comparison = merged(comparison, won)
+        seeds, arms = range(config.seeds), comparison.arms
+        wanted = [(arm, won[method], seed) for seed in seeds for method, arm in arms.items()]
 
     lock = durable.claim(out, "ablation", ["results.jsonl"])
     if config.what != "report":
-        flags = f"{comparison.train} {config.train}".strip()
         paired.run_all(flags, config.ranks, config.jobs, wanted, path)
     if config.what != "sweep":
         runs = compared(paired.read(path), comparison, won, path)

@@ -18,7 +18,8 @@ Left in --out:
                         by AdamW (learning rate 1, from zeros, steps of --step groups of one half), mean over
                         both halves; .gained, its change times the other half's mean gradient, likewise;
                         as (blocks, heads, D): .squares_without and .total_without, of all groups but those of
-                        one block; group i is of block i % blocks, 8 or as many as there are groups
+                        one block. Group i is of block i % blocks, of which there are 8, or with fewer groups
+                        the largest even number of them
     gradients.json      settings, and for each task:
         groups, sampled     groups whose rewards differ; groups that were sampled
         of_all              share of the squared mean gradient of all weights in q, k, v, o, mlp, norms,
@@ -33,7 +34,7 @@ Left in --out:
                     their own magnitude (LongAct), by the magnitude of what they are multiplied with, or by
                     the gradient itself (of the same groups: an upper bound)
             errors: of gradient, signal, snr, snr_layers, snr_mean and chosen_by in the same places: standard
-                    errors over groups, by jackknife over the blocks
+                    errors over groups, by jackknife over the blocks, with the rows chosen by all groups
             rank: {own, partner}: rank correlation within a head of a row's gradient with either, mean
             unseen: {signal, adam_moved}: of the rows with the smallest partners, as many as bottom
 
@@ -90,7 +91,7 @@ class Config:
 def settings_of(config, model_config):
     """All that the groups and what is made of them depend on, but the task."""
     asked = "facts filler groups round completions max_completion step seed fraction".split()
-    settings = subject.settings(config.checkpoint, model_config)
+    settings = subject.settings(config.checkpoint, model_config) | {"blocks": BLOCKS}
     return settings | {key: getattr(config, key) for key in asked}
 
 

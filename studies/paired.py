@@ -153,7 +153,9 @@ def wrong_in(record):
         return is_number(of.get("prompt_tokens")) and is_number(of.get("accuracy"), 1)
 
     rewards, held_out = record.get("rewards"), record.get("held_out")
-    good = {name: isinstance(record.get(name), str) for name in ("task", "algorithm", "rule")}
+    good = {"task": record.get("task") in list(TASKS)}
+    good |= {name: isinstance(record.get(name), str) for name in ("algorithm", "rule")}
+    good["more"] = isinstance(record.get("more", ""), str)
     good |= {name: is_number(record.get(name)) for name in ("fraction", "learning_rate", "seconds")}
     good["seed"] = type(record.get("seed")) is int
     good["rewards"] = isinstance(rewards, list) and rewards and all(map(is_number, rewards))
@@ -257,7 +259,7 @@ def gained(one, other, column="accuracy"):
 
 def seen_from(one, other):
     """Two rows, each {seed: record} -> the smallest true difference in accuracy, in points, that a paired t
-    test finds (p below 0.05) in 80 of 100 such experiments; text."""
+    test finds (p below 0.05) in 80 of 100 such experiments whose spread is that of these pairs; text."""
     apart = gained(one, other)
     if len(apart) < 2:
         return "-"

@@ -17,6 +17,7 @@ ARM = {
     "algorithm": "dapo",
     "rule": "top",
     "fraction": 0.3,
+    "more": "",
     "learning_rate": 1e-4,
     "seed": 1000,
     "rewards": [0.5],

@@ -54,9 +54,13 @@ def test_each_runs_at_the_rate_that_ends_highest(tmp_path):
     won, by_rate = ablation.winners(records, RECALL, tmp_path)
     assert won == {ALL: 1e-3, TOP: 1e-4, BOTTOM: 1e-4, RANDOM: 1e-4, SAME_RATE: 1e-4}
     assert by_rate[TOP][1e-4] - by_rate[TOP][1e-3] == pytest.approx(0.1)
-    assert len(ablation.to_compare(RECALL, won, 8)) == 8 * 5
+    assert ablation.merged(RECALL, won) is RECALL
     won, _ = ablation.winners(swept(RECALL, {ALL: 3e-4, TOP: 3e-4}), RECALL, tmp_path)
-    assert len(ablation.to_compare(RECALL, won, 8)) == 8 * 4  # all rows have won with top's rate: once
+    merged = ablation.merged(RECALL, won)  # all rows have won with top's rate: they are there once
+    assert list(merged.arms) == [ALL, TOP, BOTTOM, RANDOM] and len(merged.pairs) == len(RECALL.pairs) - 1
+    assert ablation.merged(MEMORY, dict.fromkeys(MEMORY.arms, 1e-4)) == MEMORY
+    records[0]["rewards"] = [0.7] * 9  # of another length
+    ablation.winners(records, RECALL, tmp_path)
     best = {"dense": 3e-4, "LongAct": 1e-4, "LoRA": 3e-3, "LoRA, LongAct": 1e-2}
     won, by_rate = ablation.winners(swept(MEMORY, best), MEMORY, tmp_path)
     assert won == {**best, "LongAct, 8 bits": 1e-4}
@@ -87,16 +91,24 @@ def test_the_report_pairs_by_seed(tmp_path):
     assert "none of sweep, compare, report" in refusal("studies/ablation.py", "swept")
 
 
-def test_own_data_take_the_tasks_place(tmp_path):
-    """Also when --train, which named them, is not given again. No flag of ours is one that train.py
-    refuses."""
+@pytest.mark.parametrize("of", COMPARISONS)
+def test_own_data_take_the_tasks_place(tmp_path, monkeypatch, of):
+    """No flag of ours is one that train.py refuses."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "p", "answer": "a"}))
-    arm = RECALL.arms[TOP]._replace(task="data")
-    flags = paired.flags_of(f"--data {rows} --eval-data {rows}", arm, 1e-4, 0)
-    training = parse(Training, "", flags.split())
-    check(training, 1, False)
-    assert training.data == [str(rows)] and not training.eval_filler
+    asked = []
+    monkeypatch.setattr(paired, "run_all", lambda flags, *how: asked.append((flags, how[2])))
+    data = f"--data {rows} --eval-data {rows}"
+    run_here("studies/ablation.py", "sweep", "--of", of, "--train", data, "--out", tmp_path / "out")
+    [(train, wanted)] = asked
+    for each in wanted:
+        training = parse(Training, "", paired.flags_of(train, *each).split())
+        check(training, 1, False)
+        assert training.data == [str(rows)] and not training.eval_filler
+
+
+def test_a_report_on_own_data_needs_no_flags(tmp_path):
+    arm = RECALL.arms[TOP]
     made = [*swept(RECALL, {ALL: 1e-4, TOP: 1e-4}), record(arm, 1e-4, 0, 0.6)]
     text = "".join(json.dumps({**each, "task": "data"}) + "\n" for each in made)
     (tmp_path / "results.jsonl").write_text(text)

@@ -34,10 +34,8 @@ def ran(**changes):
 
 def swept():
     """Lines of all runs of a sweep."""
-    families = ("recall", "dapo"), ("recall", "grpo"), ("tracking", "dapo")
-    keys = "task", "algorithm", "rule", "learning_rate", "seed"
-    made = itertools.product(families, ("all", "top"), (1e-4, 3e-4, 1e-3), (1000, 1001))
-    return [ran(**dict(zip(keys, (*family, *rest)))) for family, *rest in made]
+    made = itertools.product(("all", "top"), (1e-4, 3e-4, 1e-3), (1000, 1001))
+    return [ran(rule=rule, learning_rate=rate, seed=seed) for rule, rate, seed in made]
 
 
 PERTURB = {
@@ -75,6 +73,9 @@ ABLATION = {
     "a list": (ablation("sweep", ran(), [], "\n"), "line 2 is not a result: no JSON object"),
     "nothing in it": (ablation("sweep", "{}\n"), "line 1 is not a result: task is null"),
     "task a list": (ablation("sweep", ran(task=["recall"])), r'line 1 is not a result: task is \["recall"\]'),
+    "more flags no text": (ablation("sweep", ran(more=[])), r"line 1 is not a result: more is \[\]"),
+    "no such task": (ablation("sweep", ran(task="recal")), 'line 1 is not a result: task is "recal"'),
+    "another sweep": (ablation("compare", *swept()), "has a run of other flags, model or data"),
     "no rewards": (ablation("sweep", ran(rewards=[])), r"line 1 is not a result: rewards is \[\]"),
     "rewards no numbers": (ablation("sweep", ran(rewards=[float("nan")])), r"rewards is \[NaN\]"),
     "accuracy of 5": (
