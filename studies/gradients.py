@@ -308,10 +308,11 @@ def summarize(rows, n, fraction):
     by = {"own": magnitude, "partner": met, "gradient": total}
     by = {key: select(values, fraction) for key, values in by.items()}
     result = reliability(total, squares, n, masks, by)
-    blocks = len(rows[f"{names[0]}.total_without"])
+    without = [of(f"{key}_without") for key in ("total", "squares")]
+    blocks = len(without[0][names[0]])
     parts = []
     for b in range(blocks):
-        fewer = ({m: values[b] for m, values in of(f"{key}_without").items()} for key in ("total", "squares"))
+        fewer = [{m: values[b] for m, values in each.items()} for each in without]
         parts.append(reliability(*fewer, n - len(range(b, n, blocks)), masks, by))
     errors = jackknife(parts)
     columns = {

@@ -270,7 +270,7 @@ def seen_from(one, other):
 def difference(one, other):
     """Two rows, each {seed: record} -> cells of one minus other: the seeds in both; for accuracy and for
     reward area the mean with its 95% interval, and the p-value; the accuracy it would be seen from."""
-    cells = [str(len(gained(one, other, "accuracy")))]
+    cells = [str(len(gained(one, other)))]
     for column in ("accuracy", "reward area"):
         apart = gained(one, other, column)
         if len(apart) < 2:
