@@ -39,6 +39,7 @@ from base.interrupt import SIGNALS  # noqa: E402
 from model import Qwen3, Qwen3Config  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+gc.unfreeze = lambda: None  # vLLM's engines call it as they end, and then search all that was ever imported
 hypothesis.settings.register_profile("any machine", deadline=None)  # no test fails for being slow
 hypothesis.settings.load_profile("any machine")
 
@@ -156,7 +157,7 @@ def run_here(script, *arguments, code=0):
     argv, printed = [str(ROOT / script), *map(str, arguments)], io.StringIO()
     start = partial(runpy.run_module, module(script)) if module(script) else partial(runpy.run_path, argv[0])
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    gc.freeze()  # what was there before is not looked at below
+    gc.freeze()  # what was there before is not looked at from here on
     try:
         with (
             contextlib.chdir(ROOT),
@@ -170,7 +171,6 @@ def run_here(script, *arguments, code=0):
         assert code == 0
     finally:
         gc.collect()  # the script's variables, as at the end of a process: open files, locks
-        gc.unfreeze()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return printed.getvalue()

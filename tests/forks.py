@@ -30,16 +30,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# rollout first: it sets what vLLM reads when it is imported. The next three are what an engine imports.
+# rollout first: it sets what vLLM reads when it is imported. The next six are what an engine imports.
 MODULES = (
     "rollout",
     "vllm.v1.worker.cpu_worker",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.plugins.lora_resolvers.hf_hub_resolver",
     "vllm.model_executor.models.qwen3",
     "compressed_tensors",
     "transformers.models.qwen3.modeling_qwen3",
     "torch.distributed.run",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
+    "matplotlib.figure",
     "matplotlib.backends.backend_agg",
 )
 
@@ -82,6 +86,7 @@ def prepare():
     del sys.path[0]
     gc.collect()
     gc.freeze()  # what is here stays: a fork's garbage collector need not look at it
+    gc.unfreeze = lambda: None  # nor when vLLM's engine ends, which calls this, then collects for two seconds
     return True
 
 

@@ -24,7 +24,7 @@ model = Qwen3.from_pretrained(sys.argv[1], mesh=mesh)
 model.checkpointing = True
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 lengths = [64] * 8
-prompt, completions = draw_group(model.config, 1024, lengths, "cpu")
+prompt, completions = draw_group(model.config, 512, lengths, "cpu")
 weights = [torch.ones(n) for n in lengths]
 
 
@@ -40,11 +40,11 @@ held = sum(p.to_local().numel() * 4 * 3 for p in model.parameters())
 world = dist.get_world_size()
 for sharing in (1, world):
     model.context = context_group("cpu", sharing)
-    # The most of several updates: how many blocks are gathered at once depends on which rank waits for which.
-    peak = torch.tensor(max(peak_bytes(update) for _ in range(4)) + held)
+    # The most of two updates: how many blocks are gathered at once depends on which rank waits for which.
+    peak = torch.tensor(max(peak_bytes(update) for _ in range(2)) + held)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     measured = peak.item()
-    lines, _ = memory_plan.training_memory(model.config, 1024, 256, True, world, 4, context_parallel=sharing)
+    lines, _ = memory_plan.training_memory(model.config, 512, 256, True, world, 4, context_parallel=sharing)
     # Where ranks wait for each other (on one core they do) a block less is gathered, or reduced, at a time.
     block, _ = memory_plan.parameter_counts(model.config)
     most = sum(lines.values())

@@ -49,7 +49,8 @@ def qwen():
     for token in ranks:
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            first = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+            pairs = [ranks.get(left + right, math.inf) for left, right in zip(parts, parts[1:])]
+            first = pairs.index(min(pairs))
             parts[first : first + 2] = [parts[first] + parts[first + 1]]
         if len(parts) == 2:
             merges.append([spell[part] for part in parts])

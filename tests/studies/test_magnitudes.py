@@ -2,7 +2,6 @@
 refusals."""
 
 import json
-import subprocess
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from conftest import FAMILIES, ROOT, make_small, python, refusal, run_here
 from safetensors.torch import load_file, save_file
 
 import saliency
+from base import interrupt
 from base.cli import BadInput
 from evals import clamp, subject
 from evals.engine import GREEDY
@@ -175,8 +175,8 @@ def test_perturb_py_makes_clamps_runs_evaluations_and_reports(tmp_path, monkeypa
     """Its evaluations, finished beforehand by hand, report again under its clamps: no engine, but all
     else."""
 
-    run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **how: run(python(*command[1:]), **how))
+    run = interrupt.run
+    monkeypatch.setattr(interrupt, "run", lambda command, **how: run(python(*command[1:]), **how))
 
     def perturb(*arguments):
         return run_here("studies/perturb.py", TINY, "--prompts", 2, "--out", tmp_path, *arguments)
