@@ -8,6 +8,7 @@ train.py that are paired by seed (studies/paired.py).
 --of    recall      all rows, the top, bottom and random 30%: DAPO, the tiny model's recall task
         grpo        the same by GRPO, tracking: the same by DAPO on the tracking task
         fractions   the top 10, 20, 30 and 40% on recall
+        qk          the rules of recall where W_Q and W_K alone are trained, by LoRA
         memory      full training, LongAct, LoRA and 8-bit moments on recall
         real        the rules of recall in SmolLM2-135M as `make real` left it after SFT, on the task that RL
                     has there; some hours, which may be cut into pieces
@@ -102,6 +103,13 @@ COMPARISONS = {
         rates={ALL: RATES, TOP: RATES},
         rate_of=dict.fromkeys((*OTHERS, SAME_RATE), TOP),
         pairs=[(method, SAME_RATE) for method in (TOP, *OTHERS)],
+    ),
+    "qk": of_rules(
+        "which rows are updated, W_Q and W_K alone by LoRA, recall by DAPO",
+        "recall",
+        "dapo",
+        rates=LORA_RATES,
+        train="--lora 16 --lora-targets q_proj k_proj",
     ),
     "memory": Comparison(
         title="full training, LongAct, LoRA, 8-bit moments",

@@ -49,7 +49,7 @@ def qwen():
     for token in ranks:
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            pairs = [ranks.get(left + right, math.inf) for left, right in zip(parts, parts[1:])]
+            pairs = [ranks.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
             first = pairs.index(min(pairs))
             parts[first : first + 2] = [parts[first] + parts[first + 1]]
         if len(parts) == 2:
