@@ -15,7 +15,7 @@ import grpo
 import saliency
 from base import processes
 from core import schedule
-from model import Qwen3
+from model import Qwen3, compile_elementwise
 from prompts import chat
 from rollout import Completion, Group, Rollout
 
@@ -23,6 +23,8 @@ turns = Turns()
 job = turns.job
 G, R, device = job["completions"], job["max_completion"], torch.device("cpu")
 model = Qwen3.from_pretrained(job["model"])
+if job["how"] == "compile":
+    compile_elementwise()
 tokenizer = chat.load_tokenizer(job["model"], model.config.vocab_size)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # every turn does the same work
 if "gradients" not in job:

@@ -8,11 +8,11 @@ long    one group of 16 completions of 64 tokens after a prompt of 2,048: loss, 
 small   16 groups of 16 completions of 8 tokens after prompts of 335, the size of train.py's default step
 step    a whole step on 16 prompts of recall, with generation: vLLM here, transformers in TRL
 
-Entrants: ours (bench/peer_ours.py, all completions of a group in a pass), TRL's GRPOTrainer at micro-batches
-of 1, 4 and 16 rows (bench/peer_trl.py), verl's actor at 16 without and with its prefix grouper
-(bench/peer_verl.py). The first turn of each is not timed; in long and small it gives loss and gradients,
-which must agree with ours to 1e-4 of a gradient's norm. An entrant that fails, or does not agree, is reported
-with its error, and the others go on.
+Entrants: ours (bench/peer_ours.py, all completions of a group in a pass; ours-compile: with --compile), TRL's
+GRPOTrainer at micro-batches of 1, 4 and 16 rows (bench/peer_trl.py), verl's actor at 16 without and with its
+prefix grouper (bench/peer_verl.py). The first turn of each is not timed; in long and small it gives loss and
+gradients, which must agree with ours to 1e-4 of a gradient's norm. An entrant that fails, or does not agree,
+is reported with its error, and the others go on.
 
 --out DIR gets a log of each process and results.json: {"card", "threads", "rounds", "cases": [{"case",
 "prompt_tokens" (of all), "groups", "completions", "completion_tokens" (of one; in step at most), "entrants":
@@ -236,11 +236,10 @@ if __name__ == "__main__":
     if config.entrants[0] != "ours":
         raise BadInput("--entrants must begin with ours, which the others are compared with")
     for name in config.entrants[1:]:
-        if not re.fullmatch(r"trl-[1-9]\d*|verl|verl-prefix", name):
-            raise BadInput(
-                f"--entrants {name}: there are ours, trl-N (a micro-batch of N), verl, verl-prefix"
-            )
-    if len(config.entrants) > 1 and not Path(config.python).exists():
+        if not re.fullmatch(r"ours-compile|trl-[1-9]\d*|verl|verl-prefix", name):
+            known = "ours, ours-compile, trl-N (a micro-batch of N), verl, verl-prefix"
+            raise BadInput(f"--entrants {name}: there are {known}")
+    if not all(name.startswith("ours") for name in config.entrants) and not Path(config.python).exists():
         raise BadInput(f"{config.python} is missing: make peers installs TRL and verl there")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def test_there_is_no_race_if_gradients_differ(tmp_path):
     "flags, expected",
     [
         (["--entrants", "trl-1"], "must begin with ours"),
-        (["--entrants", "ours", "trl"], "there are ours, trl-N"),
+        (["--entrants", "ours", "trl"], "there are ours, ours-compile, trl-N"),
         (["--python", "no/python"], "no/python is missing: make peers installs TRL and verl there"),
     ],
 )
