@@ -15,10 +15,13 @@ CHECKPOINT ?= assets/tiny
 BIN := .venv/bin
 TORCH := torch==2.13.0+cpu
 GPU := $(shell command -v nvidia-smi)
+# Ranks of make train: two of one thread each, with an engine each, keep two cores busier than two threads.
+PAIR := $(if $(GPU),1,$(shell n=$$(nproc); echo $$((n > 1 ? 2 : 1))))
 
 .PHONY: train eval real row peers test lint format setup clean
 train: .venv/ready
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/torchrun --standalone train.py $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(($$(nproc) / $(PAIR)))} $(BIN)/torchrun --standalone \
+		--nproc-per-node $(PAIR) train.py --replicate $(PAIR) $(ARGS)
 
 # All tasks that need no files fit in these lengths with the tiny tokenizer. At 4096 cwe does not: its lists
 # get longer there, and it needs 5433 tokens.

@@ -140,10 +140,9 @@ checkpoint = state = None
 if config.resume:
     checkpoint, state = resume.find(out / "checkpoints", config.resume, fixed, Config())
 
-mesh = None
-if dist.is_initialized():
-    # Each node holds a replica.
-    mesh = parallel.weight_mesh(device.type, processes.nodes(), config.masters == "bf16")
+mesh = copies = None
+if dist.is_initialized():  # each node holds a copy of the weights
+    mesh, copies = parallel.weight_mesh(device.type, processes.nodes(), config.masters == "bf16")
 how = device, mesh, compute_dtype
 model = Qwen3.from_pretrained(config.model, MASTERS[config.masters], *how, low_rank=lora.of_config(config))
 model.compute_as(config)
@@ -185,11 +184,11 @@ with journal:
             flags = f"--tokens-per-pass ({config.tokens_per_pass}) or --context ({context})"
             with memory.explain(what, f"{flags}, or use --checkpointing or more ranks"):
                 loss = -model.logprobs(ids, mask, lengths).sum() / trained
-                (
-                    loss * (world if mesh else 1)
-                ).backward()  # FSDP2 averages gradients over ranks; ours is a sum
+                # FSDP2 averages gradients over the ranks of a mesh; ours is a sum.
+                (loss * (mesh.size() if mesh else 1)).backward()
             loss_sum += loss.detach()
-        if mesh:
+        parallel.add_copies(model.parameters(), copies)
+        if dist.is_initialized():
             dist.all_reduce(loss_sum)
         norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
         schedule.set_rate(optimizer, rate)
@@ -229,7 +228,7 @@ with journal:
 
 if interrupt.asked():
     journal.interrupted(f"--out {out}")
-    if mesh:
+    if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(EXIT_CODE)
 interrupt.close()
@@ -241,5 +240,5 @@ if main:
     plot.loss_curve(out)
     journal.report("finished")
     print(dry_run.PASSED if config.dry_run else f"checkpoint: {out}/checkpoint  figure: {out}/loss.png")
-if mesh:
+if dist.is_initialized():
     dist.destroy_process_group()

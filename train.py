@@ -94,7 +94,7 @@ checkpoint = progress.find(directory, config.resume, fixed, Config(), config.ste
 from rollout import Group, Rollout  # noqa: E402  (after the checks above: importing vLLM takes seconds)
 
 engine = Rollout(**of_engine(config, compute_dtype, world))
-mesh = parallel.weight_mesh(device.type, config.replicate, config.masters == "bf16")
+mesh, copies = parallel.weight_mesh(device.type, config.replicate, config.masters == "bf16")
 context = parallel.context_group(device.type, config.context_parallel)
 # work(groups) -> [(group, passes), ...]: what this rank trains, alone or with those of its context group.
 who = {"rank": rank // config.context_parallel, "ranks": world // config.context_parallel}
@@ -238,8 +238,8 @@ def train_pass(group, part, leaves, ref_logprobs, totals, tally):
     if marked_tokens:
         terms["marked"] = of_part(group.marked)
     loss, stats = policy_loss(logprobs, old, advantages, lengths, totals, **terms)
-    with clock.stage("backward"):  # FSDP2 averages gradients over ranks; ours is a sum (core/parallel.py)
-        (loss * ((world if mesh else 1) if tally else 0)).backward()
+    with clock.stage("backward"):  # FSDP2 averages gradients over the ranks of a mesh; ours is a sum
+        (loss * ((mesh.size() if mesh else 1) if tally else 0)).backward()
     if tally:
         tally.add(group, part, loss, stats, entropies, old, sampler, config.importance_cap)
 
@@ -288,6 +288,8 @@ with journal:
             with saliency.Tracker(model, config.site, config.saliency_tokens) as tracker:
                 for group, passes, counts in work(minibatch):
                     train_group(group, passes, counts, totals, tally)
+            with clock.stage("backward"):
+                parallel.add_copies(model.parameters(), copies)
             tally.reduce()
             tally.check_mismatch(step, config.mismatch_limit)
             norm = get_total_norm([parameter.grad for parameter in trained]).item()

@@ -1,8 +1,10 @@
 """Ranks that work together: on the weights by FSDP2's mesh, on one long prompt by a context group.
 
-    mesh = weight_mesh("cuda", replicate=2)         # sharded within a node, replicated across the two (HSDP)
+    mesh, copies = weight_mesh("cuda", replicate=2) # two nodes: a copy of the weights on each, sharded there
     group = context_group("cuda", 8)                # eight neighbours train on the same prompt
     model = Qwen3.from_pretrained(directory, mesh=mesh, context=group)
+    ...                                             # forwards and backwards of an update
+    add_copies(model.parameters(), copies)          # once: the gradients of both nodes
 
 Context parallelism is DeepSpeed-Ulysses (arXiv 2309.14509) for completions that share a prompt. The n ranks
 of a context group are given the same prompt and completions. Outside attention a rank holds its share of the
@@ -23,19 +25,32 @@ import torch
 import torch.distributed as dist
 
 from base.cli import BadInput
+from core.checkpoint import local_part
 
 
 def weight_mesh(device_type, replicate=1, bf16_masters=False):
-    """-> the DeviceMesh of all ranks for fully_shard: (ranks,), or (replicate, ranks / replicate), of which
-    FSDP2 shards over the second dimension and averages gradients over both. None for one process on a CPU,
-    where nothing is sharded; with bf16 masters it is needed there too, to compute in fp32 from them."""
-    world = dist.get_world_size()
-    if device_type == "cpu" and world == 1 and not bf16_masters:
-        return None
-    if replicate == 1:
-        return dist.init_device_mesh(device_type, (world,))
-    shape = replicate, world // replicate
-    return dist.init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    """-> mesh, copies. mesh: the DeviceMesh of the ranks that hold one copy of the weights together, for
+    fully_shard, which averages gradients over them; None on a CPU whose rank holds a copy alone, but with
+    bf16 masters it is needed there, too, to compute in fp32 from them. copies: the ProcessGroup of the ranks
+    that hold the same part, each of its copy, for add_copies; None if there is one copy."""
+    shape = replicate, dist.get_world_size() // replicate
+    both = dist.init_device_mesh(device_type, shape, mesh_dim_names=("copy", "shard"))
+    copies = both.get_group("copy") if replicate > 1 else None
+    alone = device_type == "cpu" and shape[1] == 1 and not bf16_masters
+    return None if alone else both["shard"], copies
+
+
+@torch.no_grad()
+def add_copies(parameters, copies):
+    """After the last backward of an update: adds up the gradients of all copies of the weights, in fp32. A
+    gradient so crosses the network between nodes once an update. FSDP2's own replicas (HSDP) would send it
+    at each backward, of which a group has one a pass and one more."""
+    if copies:
+        for parameter in filter(lambda each: each.requires_grad, parameters):
+            gradient = local_part(parameter.grad)
+            wide = gradient.float()  # of fp32 it is no copy
+            dist.all_reduce(wide, group=copies)
+            gradient.copy_(wide)
 
 
 def context_group(device_type, ranks):

@@ -141,7 +141,7 @@ class Config(Shared):
     vllm_offload_graphs: bool = option(False, "CUDA graphs of vLLM go to the CPU's memory while training")
     tokens_per_pass: int = option(8192, "completion tokens that train at once; sets peak memory", least=1)
     context_parallel: int = option(1, "ranks that share a group's tokens, for very long prompts", least=1)
-    replicate: int = option(0, "copies of the model, each sharded (0: one a node)", least=0)
+    replicate: int = option(0, "copies of the weights, each sharded over its ranks (0: one a node)", least=0)
 
 
 # What may differ when a run goes on: its place, its length, what decides whether it ends, and what changes

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 import grpo
 from core import lora
-from core.checkpoint import full_tensor, weight_shard
+from core.checkpoint import full_tensor, local_part, weight_shard
 from core.optimizer import SlicedAdamW, as_rows_of
-from core.parallel import context_group, weight_mesh
+from core.parallel import add_copies, context_group, weight_mesh
 from model import Qwen3, logprobs_in_passes
 from run import resume
 from saliency import Tracker, mask_gradients, masked_step, select_rows
@@ -29,7 +29,8 @@ rank, world = dist.get_rank(), dist.get_world_size()
 checkpoint, export, saved = map(Path, sys.argv[1:4])
 replicate, context_parallel, rank_of_updates = map(int, sys.argv[4:])
 low_rank = lora.Settings(rank_of_updates, 6) if rank_of_updates else None
-mesh = weight_mesh("cpu", replicate)
+mesh, copies = weight_mesh("cpu", replicate)
+sharing = mesh.size() if mesh else 1  # ranks
 
 generator = torch.Generator().manual_seed(0)
 draw = lambda n: torch.randint(0, 101, (n,), generator=generator)  # noqa: E731
@@ -63,10 +64,10 @@ def trained(model):
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 
-def step(model, indices, scale, checkpointing, two_stage):
-    """Leaves masked gradients of `indices` of the groups -> their log-probabilities and entropies {group: (N,
-    2)}, with LoRA followed by what its reference says, magnitudes, masks, mask_gradients' result, the norm
-    that clipping saw."""
+def step(model, indices, scale, checkpointing, two_stage, copies=None):
+    """Leaves masked gradients of `indices` of the groups, added up over copies -> their log-probabilities and
+    entropies {group: (N, 2)}, with LoRA followed by what its reference says, magnitudes, masks,
+    mask_gradients' result, the norm that clipping saw."""
     model.checkpointing, values = checkpointing, {}
     model.attention_recompute = not two_stage
     with Tracker(model, tokens="not-first") as tracker:
@@ -83,6 +84,7 @@ def step(model, indices, scale, checkpointing, two_stage):
                 values[i].append(torch.cat(base)[:, None].expand(-1, 2))
             if two_stage:
                 read.backward(leaves)
+    add_copies(model.parameters(), copies)
     values = {i: torch.cat(parts) for i, parts in values.items()}
     magnitudes = tracker.magnitudes()
     masks = select_rows(magnitudes, 0.3)
@@ -98,7 +100,9 @@ sharded = load(mesh=mesh, context=context_group("cpu", context_parallel))
 indices = range(rank // context_parallel, 6, world // context_parallel)
 for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
     sharded.zero_grad()
-    values, magnitudes, masks, squares, norm = step(sharded, indices, world, checkpointing, two_stage)
+    values, magnitudes, masks, squares, norm = step(
+        sharded, indices, sharing, checkpointing, two_stage, copies
+    )
     for i in indices:
         torch.testing.assert_close(values[i], expected_values[i], rtol=1e-5, atol=1e-5)
     for name, magnitude in magnitudes.items():  # averages over all 18 sequences on every rank
@@ -110,8 +114,13 @@ for checkpointing, two_stage in ((True, False), (False, True), (True, True)):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
         if (mask := masks.get(name.replace("bias", "weight").replace("lora_B.", ""))) is not None:
             assert gradients[name][~mask].abs().max() == 0, name
-    torch.testing.assert_close(norm.full_tensor(), expected[1], rtol=1e-5, atol=0)
-empty = any(p.grad.to_local().numel() == 0 for p in trained(sharded).values())
+    torch.testing.assert_close(full_tensor(norm), expected[1], rtol=1e-5, atol=0)
+if copies:  # of bf16 masters
+    half = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    half.grad = torch.ones_like(half)
+    add_copies([half], copies)
+    assert (half.grad == copies.size()).all() and half.grad.dtype == torch.bfloat16
+empty = any(local_part(p.grad).numel() == 0 for p in trained(sharded).values())
 sharded.save_pretrained(export)
 dist.barrier()  # rank 0 writes
 for name, parameter in Qwen3.from_pretrained(export).named_parameters():
@@ -133,8 +142,8 @@ for (name, parameter), other in zip(whole.named_parameters(), sharded.parameters
 # 8-bit moments and bf16 masters, of the same gradients: each rank's rows are those of one process. Rounding
 # may differ in a last bit, which decides 1 in 2^16 random roundings, and fewer of the levels.
 packed = {}
-for mesh_or_none in (None, mesh):
-    model = Qwen3.from_pretrained(checkpoint, torch.bfloat16, mesh=mesh_or_none)
+for label, own_mesh in (("one", None), ("many", mesh)):
+    model = Qwen3.from_pretrained(checkpoint, torch.bfloat16, mesh=own_mesh)
     optimizer = SlicedAdamW(model.parameters(), 1e-3, "adamw8bit", (0.9, 0.999), 0.1)
     for number in range(3):
         generator = torch.Generator().manual_seed(number)
@@ -143,7 +152,7 @@ for mesh_or_none in (None, mesh):
             parameter.grad = as_rows_of(parameter, values)
         squares = mask_gradients(model, expected_masks)
         masked_step(optimizer, model, expected_masks, squares, "frozen" if number == 2 else "grad")
-    packed[mesh_or_none] = model, optimizer
+    packed[label] = model, optimizer
 
 
 def kept(model, optimizer):
@@ -153,7 +162,7 @@ def kept(model, optimizer):
     return {key: full_tensor(x) for key, x in (states | dict(model.named_parameters())).items()}
 
 
-one, many = kept(*packed[None]), kept(*packed[mesh])
+one, many = kept(*packed["one"]), kept(*packed["many"])
 differing = 0
 for key, value in one.items():
     if value.dtype == torch.float32:
@@ -161,7 +170,7 @@ for key, value in one.items():
     else:
         differing += (many[key] != value).sum().item()
 assert differing <= 20, differing
-resume.save(saved / "packed", 1, *packed[mesh], {"settings": {}, "random": {}}, {}, 1)
+resume.save(saved / "packed", 1, *packed["many"], {"settings": {}, "random": {}}, {}, 1)
 model = Qwen3.from_pretrained(checkpoint, torch.bfloat16)
 optimizer = SlicedAdamW(model.parameters(), 1e-3, "adamw8bit", (0.9, 0.999), 0.1)
 resume.load(saved / "packed" / "step-000001", model, optimizer)
@@ -169,7 +178,7 @@ for key, value in kept(model, optimizer).items():
     assert torch.equal(value, many[key]), key
 if low_rank:  # as on GPUs: what is frozen in bf16, the update and its gradients in fp32
     half = load(mesh=mesh, context=sharded.context, compute_dtype=torch.bfloat16)
-    values = step(half, indices, world, True, True)[0]
+    values = step(half, indices, sharing, True, True)[0]
     for parameter in half.parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
         assert not parameter.requires_grad or parameter.grad.dtype == torch.float32
