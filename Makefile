@@ -15,13 +15,15 @@ CHECKPOINT ?= assets/tiny
 BIN := .venv/bin
 TORCH := torch==2.13.0+cpu
 GPU := $(shell command -v nvidia-smi)
-# Ranks of make train: two of one thread each, with an engine each, keep two cores busier than two threads.
-PAIR := $(if $(GPU),1,$(shell n=$$(nproc); echo $$((n > 1 ? 2 : 1))))
+# Ranks of make train, on CPUs two: with an engine and a copy of the weights each they keep two cores busier
+# than two threads do. make train PAIR=1 is one; so is a plan.
+CORES := $(shell env -u OMP_NUM_THREADS nproc)
+PAIR ?= $(if $(GPU)$(filter 1,$(CORES))$(findstring --plan,$(ARGS)),1,2)
 
 .PHONY: train eval real row peers test lint format setup clean
 train: .venv/ready
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(($$(nproc) / $(PAIR)))} $(BIN)/torchrun --standalone \
-		--nproc-per-node $(PAIR) train.py --replicate $(PAIR) $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(shell expr $(CORES) / $(PAIR))} $(BIN)/torchrun --standalone \
+		--nproc-per-node $(PAIR) train.py $(if $(filter-out 1,$(PAIR)),--replicate $(PAIR)) $(ARGS)
 
 # All tasks that need no files fit in these lengths with the tiny tokenizer. At 4096 cwe does not: its lists
 # get longer there, and it needs 5433 tokens.

@@ -49,9 +49,8 @@ class Tracker:
 
     site "proj" measures the outputs of q_proj and k_proj, one to one with the rows of their weights (the
     paper's reading); "norm" measures after q_norm and k_norm, which Qwen3 has, Llama and Qwen2 have not.
-    Neither is mixed by RoPE. tokens "all" counts
-    every token, "prompt" those of prompts only (a sequence that is not a group's is all prompt), "not-first"
-    leaves out the first of each sequence, an attention sink.
+    Neither is mixed by RoPE. tokens "all" counts every token, "prompt" those of prompts only (a sequence that
+    is not a group's is all prompt), "not-first" leaves out the first of each sequence, an attention sink.
     """
 
     def __init__(self, model, site="proj", tokens="all"):
